@@ -1,0 +1,8 @@
+-- Drops the schema's tables and types with the handover history. The schema itself stays: the migration
+-- tool keeps its own tables in it.
+drop table if exists
+  arbiter.observations, arbiter.protections, arbiter.handovers, arbiter.leases,
+  arbiter.machine_notes, arbiter.registry, arbiter.settings
+  cascade;
+
+drop type if exists arbiter.execution_status, arbiter.verdict, arbiter.machine cascade;

@@ -1,0 +1,284 @@
+-- The schema of arbiter and its tables.
+--
+--   settings        one row: the periods of the decision tables
+--   registry        one row: which table of the app lists the machines, and how to read it
+--   machine_notes   when the database saw a machine leave `running` or enter `error`
+--   leases          one row per user: who may write now; its epoch is the fencing token
+--   handovers       every change of a lease's holder, append-only
+--   protections     the protected tables and how each is arbitrated
+--   observations    what `observe` admitted and `enforce` would have rejected
+--
+-- Every statement can run twice: the migration tool marks a migration as applied in a second
+-- transaction, so a crash in between repeats it.
+
+set local lock_timeout = '5s';
+
+create schema if not exists arbiter;
+
+comment on schema arbiter is
+  'Per user, browser xor cloud: decided in the transaction of each write.';
+
+do $types$
+begin
+  if to_regtype('arbiter.machine') is null then
+    create type arbiter.machine as (
+      machine_id uuid,
+      user_id uuid,
+      state text,
+      heartbeat_at timestamptz,
+      left_running_at timestamptz,
+      entered_error_at timestamptz
+    );
+  end if;
+  if to_regtype('arbiter.verdict') is null then
+    create type arbiter.verdict as (
+      code text,
+      takeover text,
+      retry_at timestamptz
+    );
+  end if;
+  if to_regtype('arbiter.execution_status') is null then
+    create type arbiter.execution_status as (
+      environment text,
+      can_write_local boolean,
+      code text,
+      message text,
+      retry_at timestamptz,
+      machine_id uuid,
+      machine_state text,
+      heartbeat_age interval,
+      epoch bigint,
+      draining boolean,
+      as_of timestamptz,
+      poll_interval interval
+    );
+  end if;
+end
+$types$;
+
+comment on type arbiter.machine is
+  'A machine as the verdict sees it. state: starting, running, stopping, stopped, error, or deleted when the registry has no such row of this user.';
+comment on type arbiter.verdict is
+  'code: null when admitted, else the code of the rejection. takeover: why the lease goes to local first, else null. retry_at: when to try again, where known.';
+comment on type arbiter.execution_status is
+  'What arbiter.status() returns: what a write in the instant as_of would get.';
+
+create table if not exists arbiter.settings (
+  singleton boolean not null default true,
+  heartbeat_timeout interval not null default '30 seconds',
+  stop_grace interval not null default '30 seconds',
+  error_takeover_delay interval not null default '2 minutes',
+  error_takeover_confirm boolean not null default true,
+  drain_timeout interval not null default '2 seconds',
+  heartbeat_interval interval not null default '10 seconds',
+  poll_interval interval not null default '5 seconds',
+  constraint settings_pkey primary key (singleton),
+  -- One row: a second set of rules would be a second judge.
+  constraint settings_singleton_check check (singleton),
+  -- 100 ms and up, so that tests can run in real time; a day is beyond any sane use.
+  constraint settings_heartbeat_timeout_check
+    check (heartbeat_timeout between interval '100 milliseconds' and interval '24 hours'),
+  constraint settings_stop_grace_check
+    check (stop_grace between interval '100 milliseconds' and interval '24 hours'),
+  constraint settings_error_takeover_delay_check
+    check (error_takeover_delay between interval '100 milliseconds' and interval '24 hours'),
+  constraint settings_drain_timeout_check
+    check (drain_timeout between interval '100 milliseconds' and interval '24 hours'),
+  constraint settings_heartbeat_interval_check
+    check (heartbeat_interval between interval '100 milliseconds' and interval '24 hours'),
+  constraint settings_poll_interval_check
+    check (poll_interval between interval '100 milliseconds' and interval '24 hours'),
+  -- One lost heartbeat must not look like a dead machine.
+  constraint settings_timeout_covers_two_heartbeats_check
+    check (heartbeat_timeout >= 2 * heartbeat_interval)
+);
+
+insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
+
+comment on table arbiter.settings is
+  'One row: the periods by which arbiter decides. A change counts from the next decision on.';
+comment on column arbiter.settings.singleton is 'Always true: there is one row.';
+comment on column arbiter.settings.heartbeat_timeout is
+  'A machine is fresh while its last heartbeat is younger than this.';
+comment on column arbiter.settings.stop_grace is
+  'How long local writes stay refused after a machine left running.';
+comment on column arbiter.settings.error_takeover_delay is
+  'How long after a machine''s error no takeover is possible, confirmed or not.';
+comment on column arbiter.settings.error_takeover_confirm is
+  'Whether a takeover after an error needs the user''s yes, arbiter.confirm_takeover().';
+comment on column arbiter.settings.drain_timeout is
+  'How long a write waits for the transactions of the other holder before WX007.';
+comment on column arbiter.settings.heartbeat_interval is
+  'Told to machines: how often to send a heartbeat. At most half of heartbeat_timeout.';
+comment on column arbiter.settings.poll_interval is
+  'Told to browsers: how often to ask arbiter.status().';
+
+create table if not exists arbiter.registry (
+  singleton boolean not null default true,
+  registry regclass not null,
+  id_column name not null,
+  user_column name not null,
+  status_column name not null,
+  heartbeat_column name not null,
+  states jsonb not null,
+  constraint registry_pkey primary key (singleton),
+  constraint registry_singleton_check check (singleton),
+  constraint registry_states_check check (jsonb_typeof(states) = 'object')
+);
+
+comment on table arbiter.registry is
+  'One row, written by arbiter.register_machines(): the app''s table of machines.';
+comment on column arbiter.registry.singleton is 'Always true: there is one registry.';
+comment on column arbiter.registry.registry is 'The app''s table of machines.';
+comment on column arbiter.registry.id_column is 'Its uuid key, which machine_id of protected rows names.';
+comment on column arbiter.registry.user_column is 'Its uuid column that names the owner.';
+comment on column arbiter.registry.status_column is 'Its column with the status word.';
+comment on column arbiter.registry.heartbeat_column is 'Its timestamptz column that arbiter stamps.';
+comment on column arbiter.registry.states is
+  'Status word to machine state (starting, running, stopping, stopped, error). An absent word means running.';
+
+create table if not exists arbiter.machine_notes (
+  user_id uuid not null,
+  machine_id uuid not null,
+  left_running_at timestamptz,
+  entered_error_at timestamptz,
+  constraint machine_notes_pkey primary key (user_id, machine_id)
+);
+
+comment on table arbiter.machine_notes is
+  'When the database itself saw a machine change its state; the app''s own columns are not trusted.';
+comment on column arbiter.machine_notes.user_id is 'The owner at that time: a machine that changes hands gets a second row.';
+comment on column arbiter.machine_notes.machine_id is 'The machine''s id in the registry.';
+comment on column arbiter.machine_notes.left_running_at is
+  'When it left running, was deleted or changed its owner; null while it runs. Database clock.';
+comment on column arbiter.machine_notes.entered_error_at is
+  'When it entered error; null while it is not in error. Database clock.';
+
+create table if not exists arbiter.leases (
+  user_id uuid not null,
+  epoch bigint not null,
+  holder text not null,
+  machine_id uuid,
+  draining_to uuid,
+  draining_since timestamptz,
+  held_since timestamptz not null,
+  constraint leases_pkey primary key (user_id),
+  -- Unique so that the epoch is a key column: a handover then conflicts with `for key share` on an
+  -- older version of the row, also for a writer whose snapshot is older than the handover.
+  constraint leases_user_id_epoch_key unique (user_id, epoch),
+  constraint leases_epoch_check check (epoch > 0),
+  constraint leases_holder_check check (holder in ('local', 'cloud')),
+  constraint leases_machine_check check ((holder = 'cloud') = (machine_id is not null)),
+  constraint leases_draining_check check ((draining_to is null) = (draining_since is null)),
+  -- A lease does not drain to the machine that holds it.
+  constraint leases_draining_elsewhere_check check (draining_to <> machine_id)
+);
+
+comment on table arbiter.leases is
+  'One row per user: who may write now. Written only by arbiter; heartbeats never touch it.';
+comment on column arbiter.leases.user_id is 'The user whose strategy runs.';
+comment on column arbiter.leases.epoch is 'The fencing token: grows by one with every handover.';
+comment on column arbiter.leases.holder is 'local (browser) or cloud (machine).';
+comment on column arbiter.leases.machine_id is 'The machine that holds, when the holder is cloud.';
+comment on column arbiter.leases.draining_to is
+  'The machine that gets the lease once the writes in flight have ended; the old holder is refused already.';
+comment on column arbiter.leases.draining_since is 'When the drain was marked. Database clock.';
+comment on column arbiter.leases.held_since is 'When this epoch began. Database clock.';
+
+create table if not exists arbiter.handovers (
+  user_id uuid not null,
+  epoch bigint not null,
+  from_holder text,
+  from_machine_id uuid,
+  to_holder text not null,
+  to_machine_id uuid,
+  reason text not null,
+  handed_over_at timestamptz not null,
+  xid xid8 not null,
+  snapshot pg_snapshot not null,
+  exact boolean not null,
+  constraint handovers_pkey primary key (user_id, epoch),
+  constraint handovers_first_epoch_check check ((epoch = 1) = (from_holder is null)),
+  constraint handovers_from_check
+    check (coalesce(from_holder, 'local') in ('local', 'cloud')
+       and (from_holder is not distinct from 'cloud') = (from_machine_id is not null)),
+  constraint handovers_to_check
+    check (to_holder in ('local', 'cloud') and (to_holder = 'cloud') = (to_machine_id is not null)),
+  -- Each reason leads one way.
+  constraint handovers_reason_check check (
+    case reason
+      when 'first_write' then epoch = 1 and to_holder = 'local'
+      when 'registered' then epoch = 1 and to_holder = 'local'
+      when 'activated' then to_holder = 'cloud'
+      when 'heartbeat_lapsed' then from_holder = 'cloud' and to_holder = 'local'
+      when 'stop_stalled' then from_holder = 'cloud' and to_holder = 'local'
+      when 'machine_stopped' then from_holder = 'cloud' and to_holder = 'local'
+      when 'confirmed' then from_holder = 'cloud' and to_holder = 'local'
+      when 'error_elapsed' then from_holder = 'cloud' and to_holder = 'local'
+      else false
+    end)
+);
+
+comment on table arbiter.handovers is
+  'Every change of a lease''s holder, append-only (WX008). Epoch 1 is the lease''s creation.';
+comment on column arbiter.handovers.user_id is 'The user whose lease changed hands.';
+comment on column arbiter.handovers.epoch is 'The epoch that this handover began.';
+comment on column arbiter.handovers.from_holder is 'The holder until then; null for the first epoch.';
+comment on column arbiter.handovers.from_machine_id is 'Its machine, when it was cloud.';
+comment on column arbiter.handovers.to_holder is 'The holder from then on.';
+comment on column arbiter.handovers.to_machine_id is 'Its machine, when it is cloud.';
+comment on column arbiter.handovers.reason is
+  'first_write, registered (the lease''s creation), activated (to the cloud), heartbeat_lapsed, stop_stalled, machine_stopped, confirmed, error_elapsed (takeovers).';
+comment on column arbiter.handovers.handed_over_at is 'For people; the proof uses xid and snapshot. Database clock.';
+comment on column arbiter.handovers.xid is 'The transaction that made the handover.';
+comment on column arbiter.handovers.snapshot is
+  'pg_current_snapshot() under the exclusive lock: a row whose arbiter_xid is visible in it was written before.';
+comment on column arbiter.handovers.exact is
+  'False when made at repeatable read or above: the snapshot is then older than the lock.';
+
+create table if not exists arbiter.protections (
+  protection_id integer not null generated by default as identity,
+  protected_table regclass not null,
+  user_path text not null,
+  verbs text[] not null,
+  machine_column name not null,
+  mode text not null,
+  unowned text not null,
+  evidence boolean not null,
+  constraint protections_pkey primary key (protection_id),
+  constraint protections_protected_table_key unique (protected_table),
+  constraint protections_verbs_check check (verbs in ('{insert}', '{insert,update}')),
+  constraint protections_mode_check check (mode in ('enforce', 'observe')),
+  constraint protections_unowned_check check (unowned in ('reject', 'allow'))
+);
+
+comment on table arbiter.protections is 'The protected tables, written by arbiter.protect().';
+comment on column arbiter.protections.protection_id is 'Names the generated functions of the table.';
+comment on column arbiter.protections.protected_table is 'The table whose writes are arbitrated.';
+comment on column arbiter.protections.user_path is
+  'How a row leads to its user: a column, or columns over foreign keys joined by dots.';
+comment on column arbiter.protections.verbs is
+  '{insert}: provenance is immutable afterwards. {insert,update}: each write says who writes.';
+comment on column arbiter.protections.machine_column is 'The column that names the machine.';
+comment on column arbiter.protections.mode is 'enforce rejects; observe admits and records.';
+comment on column arbiter.protections.unowned is 'Rows whose user is null: reject or allow.';
+comment on column arbiter.protections.evidence is 'Whether rows carry arbiter_xid, checked by the guard.';
+
+create table if not exists arbiter.observations (
+  observation_id bigint not null generated always as identity,
+  observed_at timestamptz not null,
+  protected_table regclass not null,
+  code text not null,
+  detail jsonb not null,
+  xid xid8 not null,
+  constraint observations_pkey primary key (observation_id)
+);
+
+comment on table arbiter.observations is
+  'Writes that mode observe admitted and enforce would have rejected.';
+comment on column arbiter.observations.observation_id is 'Order of recording.';
+comment on column arbiter.observations.observed_at is 'Database clock.';
+comment on column arbiter.observations.protected_table is 'The table that was written.';
+comment on column arbiter.observations.code is 'The code that the rejection would have had.';
+comment on column arbiter.observations.detail is 'The DETAIL that the rejection would have had.';
+comment on column arbiter.observations.xid is 'The transaction that wrote.';

@@ -1,0 +1,97 @@
+-- The eight rejections, in one place: code, SQLSTATE, message, hint, and the DETAIL that programs read.
+--
+-- Internal functions (names with _) run inside the entry points, which are security definer and pin
+-- search_path; they take no settings of their own, because each would cost on every write.
+
+create or replace function arbiter._error(
+  p_code text,
+  out sqlstate text,
+  out message text,
+  out hint text)
+returns record
+language plpgsql
+immutable
+security invoker
+as $$
+begin
+  case p_code
+    when 'cloud_active' then
+      sqlstate := 'WX001';
+      message := 'a healthy cloud machine is active for this user';
+      hint := 'Switch to monitoring, or stop the cloud machine to write from the browser.';
+    when 'cooling_down' then
+      sqlstate := 'WX002';
+      message := 'the cloud machine left running too recently';
+      hint := 'Try again at retry_at, when its last writes can no longer be in flight.';
+    when 'takeover_unconfirmed' then
+      sqlstate := 'WX003';
+      message := 'the cloud machine failed and the takeover is not confirmed';
+      hint := 'Ask the user, then call arbiter.confirm_takeover().';
+    when 'not_holder' then
+      sqlstate := 'WX004';
+      message := 'this machine does not hold the lease of the user, or its heartbeat is stale';
+      hint := 'Stop trading, keep sending heartbeats, and write again once arbiter.status() names this machine.';
+    when 'wrong_identity' then
+      sqlstate := 'WX005';
+      message := 'source, machine and user of the row do not fit together';
+      hint := 'Write local without a machine, or cloud with a machine of the same user, and leave arbiter_xid to the database.';
+    when 'provenance_immutable' then
+      sqlstate := 'WX006';
+      message := 'source, machine, user and arbiter_xid of a protected row cannot be changed';
+      hint := 'Update the other columns, or insert a new row.';
+    when 'handover_draining' then
+      sqlstate := 'WX007';
+      message := 'writes in flight keep the lease from being handed over';
+      hint := 'Try again; if it lasts, end the transactions of the blockers named in the detail.';
+    when 'append_only' then
+      sqlstate := 'WX008';
+      message := 'the history of handovers is append-only';
+      hint := 'Leave it as it is: arbiter.audit() proves exclusion from it.';
+  end case;
+end
+$$;
+revoke execute on function arbiter._error(text) from public;
+comment on function arbiter._error(text) is 'SQLSTATE, message and hint of a rejection''s code.';
+
+-- One JSON object. The instant is printed in UTC, whatever the session's time zone.
+create or replace function arbiter._detail(
+  p_code text,
+  p_user_id uuid,
+  p_lease arbiter.leases,
+  p_retry_at timestamptz,
+  p_more jsonb default '{}')
+returns jsonb
+language sql
+stable
+security invoker
+begin atomic
+  select jsonb_build_object(
+    'code', p_code,
+    'user_id', p_user_id,
+    'holder', case when (p_lease).draining_to is not null then 'cloud' else (p_lease).holder end,
+    'machine_id', coalesce((p_lease).draining_to, (p_lease).machine_id),
+    'epoch', (p_lease).epoch,
+    'retry_at', to_char(p_retry_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) || p_more;
+end;
+revoke execute on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) from public;
+comment on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) is
+  'The DETAIL of a rejection: code, user_id, holder, machine_id, epoch, retry_at (UTC), and more where a code has more to say.';
+
+create or replace function arbiter._raise(p_code text, p_detail jsonb, p_hint text default null)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_error record := arbiter._error(p_code);
+begin
+  raise exception using
+    errcode = v_error.sqlstate,
+    message = v_error.message,
+    detail = p_detail::text,
+    hint = coalesce(p_hint, v_error.hint);
+end
+$$;
+revoke execute on function arbiter._raise(text, jsonb, text) from public;
+comment on function arbiter._raise(text, jsonb, text) is 'Raises the rejection of the code.';

@@ -1,0 +1,520 @@
+-- The registry: the app's table of machines, read through one generated view, stamped and watched
+-- by generated triggers. Generated, because table, columns and status words are the app's; each body
+-- is as short as it can be and calls what is written here.
+
+-- Until a registry is registered there are no machines.
+do $no_registry$
+begin
+  if to_regclass('arbiter.machines') is null then
+    create view arbiter.machines as
+      select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state,
+             null::timestamptz as heartbeat_at
+       where false;
+  end if;
+end
+$no_registry$;
+
+-- When a machine leaves running or enters error is what the database saw, not what the app says.
+create or replace function arbiter._note_machine(
+  p_old_user_id uuid,
+  p_old_machine_id uuid,
+  p_old_state text,
+  p_new_user_id uuid,
+  p_new_machine_id uuid,
+  p_new_state text)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_same boolean := (p_old_user_id, p_old_machine_id) is not distinct from (p_new_user_id, p_new_machine_id);
+  v_old_state text := case when v_same then p_old_state end;
+begin
+  -- Deleted, or another user's from now on: its claim ends like a stop.
+  if not v_same and p_old_user_id is not null then
+    insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at)
+    values (p_old_user_id, p_old_machine_id, clock_timestamp())
+    on conflict on constraint machine_notes_pkey do update
+      set left_running_at = coalesce(n.left_running_at, excluded.left_running_at),
+          entered_error_at = null;
+  end if;
+
+  if p_new_user_id is null or p_new_state is not distinct from v_old_state then
+    return;
+  end if;
+  insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at, entered_error_at)
+  values (p_new_user_id, p_new_machine_id,
+    case when p_new_state <> 'running' then clock_timestamp() end,
+    case when p_new_state = 'error' then clock_timestamp() end)
+  on conflict on constraint machine_notes_pkey do update
+    set left_running_at = case
+          when p_new_state <> 'running' then coalesce(n.left_running_at, excluded.left_running_at) end,
+        entered_error_at = excluded.entered_error_at;
+  if not v_same then
+    perform arbiter._create_lease(p_new_user_id, 'registered')
+      where not exists (select from arbiter.leases l where l.user_id = p_new_user_id);
+  end if;
+end
+$$;
+revoke execute on function arbiter._note_machine(uuid, uuid, text, uuid, uuid, text) from public;
+comment on function arbiter._note_machine(uuid, uuid, text, uuid, uuid, text) is
+  'Notes a change of a machine''s state or owner; nulls for what was not there before or is not any more.';
+
+-- Called for a machine that is healthy but does not hold the settled lease of its user. The cloud
+-- outranks the browser and does not wait: no step here waits for anybody. What does not succeed now
+-- does with the next heartbeat.
+create or replace function arbiter._activate(p_user_id uuid, p_machine_id uuid)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_settings arbiter.settings;
+  v_lease arbiter.leases;
+  v_incumbent uuid;
+  v_machine arbiter.machine;
+  v_attempt record;
+  v_at timestamptz;
+begin
+  select s.* into strict v_settings from arbiter.settings s where s.singleton;
+  perform arbiter._create_lease(p_user_id, 'registered')
+    where not exists (select from arbiter.leases l where l.user_id = p_user_id);
+
+  select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
+  if v_lease.draining_to = p_machine_id then
+    v_attempt := arbiter._lock_lease(p_user_id);
+    if v_attempt.locked and (v_attempt.lease).draining_to = p_machine_id then
+      perform arbiter._hand_over(v_attempt.lease, v_attempt.wrote, 'cloud', p_machine_id, 'activated');
+    end if;
+    return;
+  end if;
+
+  -- No key column changes below, so this lock passes writers in flight by; it only keeps clear of a
+  -- handover under way.
+  select l.* into v_lease
+    from arbiter.leases l
+   where l.user_id = p_user_id
+     for no key update skip locked;
+  if not found then
+    return;
+  end if;
+  v_incumbent := coalesce(v_lease.draining_to, v_lease.machine_id);
+  if v_incumbent = p_machine_id then
+    return;
+  end if;
+  if v_incumbent is not null then
+    -- Another machine is entitled while it may write and a browser may not.
+    v_machine := arbiter._machine(p_user_id, v_incumbent);
+    v_at := clock_timestamp();
+    if (arbiter._verdict('cloud', v_incumbent, v_lease, v_machine, v_settings, v_at)).code is null
+       and (arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_at)).code is not null
+    then
+      return;
+    end if;
+  end if;
+  update arbiter.leases l
+     set draining_to = nullif(p_machine_id, l.machine_id),
+         draining_since = case when l.machine_id is distinct from p_machine_id then clock_timestamp() end
+   where l.user_id = p_user_id;
+end
+$$;
+revoke execute on function arbiter._activate(uuid, uuid) from public;
+comment on function arbiter._activate(uuid, uuid) is
+  'Marks the drain of a user''s lease to a healthy machine, or ends it when no write is in flight. Never waits.';
+
+-- The machines that hold a lease, or are about to, and are not in the registry (any more).
+create or replace function arbiter._note_absent_machines()
+returns void
+language sql
+volatile
+security invoker
+as $$
+  insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at)
+  select l.user_id, m.machine_id, clock_timestamp()
+    from arbiter.leases l
+    cross join lateral (values (l.machine_id), (l.draining_to)) as m (machine_id)
+   where m.machine_id is not null
+     and not exists (
+       select from arbiter.machines r where r.machine_id = m.machine_id and r.user_id = l.user_id)
+  on conflict on constraint machine_notes_pkey do update
+    set left_running_at = coalesce(n.left_running_at, excluded.left_running_at);
+$$;
+revoke execute on function arbiter._note_absent_machines() from public;
+comment on function arbiter._note_absent_machines() is
+  'Ends the claims of machines that are not in the registry, like a stop.';
+
+-- Generates what depends on the registry's names: _state(), the view machines, the trigger functions.
+create or replace function arbiter._build_registry()
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $build$
+declare
+  v_registry arbiter.registry;
+  v_cases text;
+  v_view text;
+  v_now timestamptz;
+begin
+  select r.* into v_registry from arbiter.registry r;
+  if not found then
+    return;
+  end if;
+
+  select string_agg(format('when %L then %L', s.key, s.value), ' ' order by s.key)
+    into v_cases
+    from jsonb_each_text(v_registry.states) s;
+  execute format($sql$
+    create or replace function arbiter._state(p_status text)
+    returns text
+    language sql
+    immutable
+    security invoker
+    return %s
+    $sql$,
+    case when v_cases is null then $$'running'$$ else format($$case p_status %s else 'running' end$$, v_cases) end);
+  comment on function arbiter._state(text) is
+    'The machine state of a status word of the registry; an unmapped word counts as running: unknown means possibly alive.';
+
+  -- Rebuilt only when it would change: replacing a view waits for every transaction that has read it.
+  v_view := format($sql$
+    select r.%1$I as machine_id,
+           r.%2$I as user_id,
+           r.%3$I as status,
+           arbiter._state(r.%3$I::text) as state,
+           r.%4$I as heartbeat_at
+      from %5$s r
+    $sql$,
+    v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
+    v_registry.registry);
+  if coalesce(obj_description('arbiter.machines'::regclass, 'pg_class'), '') not like '%[' || md5(v_view) || ']'
+     or not exists (
+       -- The table may have been dropped and made again under the same name.
+       select from pg_catalog.pg_rewrite w
+         join pg_catalog.pg_depend d on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid
+        where w.ev_class = 'arbiter.machines'::regclass and d.refobjid = v_registry.registry)
+  then
+    drop view arbiter.machines;
+    execute 'create view arbiter.machines with (security_invoker = true) as' || v_view;
+    execute format('comment on view arbiter.machines is %L',
+      'The registry under fixed names, with its status mapped to a machine state. [' || md5(v_view) || ']');
+    -- The view runs with the rights of its reader, so these open nothing that the registry does not.
+    grant select, update (heartbeat_at) on arbiter.machines to public;
+    comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
+    comment on column arbiter.machines.user_id is 'Its owner.';
+    comment on column arbiter.machines.status is 'The app''s status word.';
+    comment on column arbiter.machines.state is 'The machine state: starting, running, stopping, stopped or error.';
+    comment on column arbiter.machines.heartbeat_at is 'The last heartbeat, stamped with the database''s clock.';
+  end if;
+
+  execute format($sql$
+    create or replace function arbiter.tg_registry_stamp()
+    returns trigger
+    language plpgsql
+    volatile
+    security invoker
+    set search_path = pg_catalog, pg_temp
+    as $tg$
+    begin
+      -- Never the client's clock, and never back.
+      if tg_op = 'INSERT' then
+        new.%1$I := clock_timestamp();
+      else
+        new.%1$I := greatest(old.%1$I, clock_timestamp());
+      end if;
+      return new;
+    end
+    $tg$
+    $sql$,
+    v_registry.heartbeat_column);
+
+  -- Definer: it keeps the notes, which no client may write.
+  execute format($sql$
+    create or replace function arbiter.tg_registry_note()
+    returns trigger
+    language plpgsql
+    volatile
+    security definer
+    set search_path = pg_catalog, pg_temp
+    set row_security = off
+    as $tg$
+    begin
+      case tg_op
+        when 'INSERT' then
+          perform arbiter._note_machine(null, null, null, new.%2$I, new.%1$I, arbiter._state(new.%3$I::text));
+        when 'UPDATE' then
+          perform arbiter._note_machine(
+            old.%2$I, old.%1$I, arbiter._state(old.%3$I::text),
+            new.%2$I, new.%1$I, arbiter._state(new.%3$I::text));
+        when 'DELETE' then
+          perform arbiter._note_machine(old.%2$I, old.%1$I, arbiter._state(old.%3$I::text), null, null, null);
+        when 'TRUNCATE' then
+          perform arbiter._note_absent_machines();
+      end case;
+      return null;
+    end
+    $tg$
+    $sql$,
+    v_registry.id_column, v_registry.user_column, v_registry.status_column);
+
+  -- Definer: it reads and marks leases, which no client may. A scalar probe by primary key for each
+  -- row, so that the plan is the same for one heartbeat and for many, whatever the statistics.
+  execute format($sql$
+    create or replace function arbiter.tg_registry_activate()
+    returns trigger
+    language plpgsql
+    volatile
+    security definer
+    set search_path = pg_catalog, pg_temp
+    set row_security = off
+    set enable_seqscan = off
+    as $tg$
+    declare
+      v_timeout interval := (select s.heartbeat_timeout from arbiter.settings s where s.singleton);
+      v_machine record;
+    begin
+      for v_machine in
+        select n.%1$I as machine_id, n.%2$I as user_id
+          from arbiter_rows n
+         where n.%2$I is not null
+           and arbiter._state(n.%3$I::text) = 'running'
+           and arbiter._is_fresh(n.%4$I, v_timeout, clock_timestamp())
+           and n.%1$I is distinct from (
+             select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_to is null)
+         order by n.%2$I, n.%1$I
+      loop
+        perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
+      end loop;
+      return null;
+    end
+    $tg$
+    $sql$,
+    v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column);
+
+  revoke execute on function
+    arbiter.tg_registry_stamp(), arbiter.tg_registry_note(), arbiter.tg_registry_activate() from public;
+  comment on function arbiter.tg_registry_stamp() is 'Stamps a heartbeat with the database''s clock.';
+  comment on function arbiter.tg_registry_note() is 'Notes when a machine leaves running, enters error, or goes.';
+  comment on function arbiter.tg_registry_activate() is 'Gives the lease to a machine that a write has left healthy.';
+
+  perform arbiter._attach(v_registry.registry, 'arbiter_stamp_insert',
+    format('before insert on {table} for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
+      v_registry.heartbeat_column),
+    'A heartbeat is stamped with the database''s clock.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_stamp_update',
+    format('before update of %I on {table} for each row execute function arbiter.tg_registry_stamp()',
+      v_registry.heartbeat_column),
+    'A heartbeat is any update that names the column; it is stamped with the database''s clock.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_note',
+    'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
+    'Notes machines that come and go.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_note_update',
+    format('after update on {table} for each row
+       when (old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I or old.%3$I is distinct from new.%3$I)
+       execute function arbiter.tg_registry_note()',
+      v_registry.id_column, v_registry.user_column, v_registry.status_column),
+    'Notes when a machine changes its state or its owner.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_note_truncate',
+    'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
+    'Notes that all machines are gone.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_activate_insert',
+    'after insert on {table} referencing new table as arbiter_rows for each statement execute function arbiter.tg_registry_activate()',
+    'A healthy machine gets the lease.');
+  perform arbiter._attach(v_registry.registry, 'arbiter_activate_update',
+    'after update on {table} referencing new table as arbiter_rows for each statement execute function arbiter.tg_registry_activate()',
+    'A healthy machine gets the lease.');
+
+  -- Machines that were here before the triggers: not running is noted as of now, the cautious
+  -- reading; healthy ones get the lease.
+  perform arbiter._note_absent_machines();
+  insert into arbiter.machine_notes (user_id, machine_id, left_running_at, entered_error_at)
+  select m.user_id, m.machine_id, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
+    from arbiter.machines m
+   where m.user_id is not null
+     and m.state <> 'running'
+  on conflict on constraint machine_notes_pkey do update
+    set left_running_at = coalesce(machine_notes.left_running_at, excluded.left_running_at),
+        entered_error_at = coalesce(machine_notes.entered_error_at, excluded.entered_error_at)
+    where machine_notes.left_running_at is null
+       or (machine_notes.entered_error_at is null and excluded.entered_error_at is not null);
+  v_now := clock_timestamp();
+  perform arbiter._activate(m.user_id, m.machine_id)
+     from (
+       select r.user_id, r.machine_id
+         from arbiter.machines r, arbiter.settings s
+        where r.user_id is not null
+          and r.state = 'running'
+          and arbiter._is_fresh(r.heartbeat_at, s.heartbeat_timeout, v_now)
+          and r.machine_id is distinct from (
+            select l.machine_id from arbiter.leases l where l.user_id = r.user_id and l.draining_to is null)
+        order by r.user_id, r.machine_id) as m;
+end
+$build$;
+revoke execute on function arbiter._build_registry() from public;
+comment on function arbiter._build_registry() is
+  'Generates the view, functions and triggers of the registered table, and takes its machines as they are.';
+
+-- Definer: what it creates must belong to the owner of arbiter, whoever calls.
+create or replace function arbiter.register_machines(
+  p_registry regclass,
+  p_id_column name default 'id',
+  p_user_column name default 'user_id',
+  p_status_column name default 'status',
+  p_heartbeat_column name default 'last_health_check',
+  p_states jsonb default null)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_states jsonb := coalesce(p_states, '{
+    "provisioning": "starting", "starting": "starting",
+    "running": "running", "active": "running", "started": "running",
+    "stopping": "stopping", "deprovisioning": "stopping",
+    "stopped": "stopped", "deleted": "stopped", "suspended": "stopped",
+    "error": "error", "failed": "error"}');
+  v_known constant text[] := '{starting,running,stopping,stopped,error}';
+  v_stranger text;
+  v_old regclass;
+  v_index text;
+begin
+  if p_registry is null then
+    raise exception using
+      errcode = 'null_value_not_allowed',
+      message = 'arbiter: p_registry is null',
+      hint = 'Name the app''s table of machines.';
+  end if;
+  if jsonb_typeof(v_states) <> 'object' then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('arbiter: p_states is a JSON %s, it must be an object', jsonb_typeof(v_states)),
+      hint = 'For example {"active": "running", "deleted": "stopped"}.';
+  end if;
+  select format('%s: %s', s.key, s.value)
+    into v_stranger
+    from jsonb_each(v_states) s
+   where s.value #>> '{}' is null or s.value #>> '{}' <> all (v_known)
+   order by s.key
+   limit 1;
+  if v_stranger is not null then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('arbiter: p_states maps a status word to no machine state: %s', v_stranger),
+      hint = 'The machine states are ' || array_to_string(v_known, ', ') || '.';
+  end if;
+  if not exists (select from jsonb_each_text(v_states) s where s.value = 'stopped') then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = 'arbiter: p_states maps no status word to stopped',
+      hint = 'arbiter.confirm_takeover() needs a word that says so.';
+  end if;
+  perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
+
+  -- One registration at a time, and no write to the registry between here and its triggers.
+  lock table arbiter.registry in share row exclusive mode;
+  execute format('lock table %s in share row exclusive mode', p_registry);
+
+  select r.registry into v_old from arbiter.registry r;
+  if v_old is distinct from p_registry and exists (select from pg_catalog.pg_class c where c.oid = v_old) then
+    perform arbiter._detach(v_old);
+  end if;
+  if not arbiter._has_column(p_registry, p_heartbeat_column, '{timestamp with time zone}') then
+    execute format('alter table %s add column %I timestamptz', p_registry, p_heartbeat_column);
+    execute format('comment on column %s.%I is %L', p_registry, p_heartbeat_column,
+      'arbiter: the last heartbeat, stamped with the database''s clock whatever the client sent.');
+  end if;
+  if v_old is distinct from p_registry then
+    -- Written by some client's clock until now: what lies in the future cannot be a heartbeat.
+    execute format('update %s set %2$I = clock_timestamp() where %2$I > clock_timestamp()',
+      p_registry, p_heartbeat_column);
+  end if;
+
+  insert into arbiter.registry (registry, id_column, user_column, status_column, heartbeat_column, states)
+  values (p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states)
+  on conflict on constraint registry_pkey do update
+    set registry = excluded.registry,
+        id_column = excluded.id_column,
+        user_column = excluded.user_column,
+        status_column = excluded.status_column,
+        heartbeat_column = excluded.heartbeat_column,
+        states = excluded.states;
+  perform arbiter._build_registry();
+
+  select string_agg(i.indexrelid::regclass::text, ', ')
+    into v_index
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_heartbeat_column
+   where i.indrelid = p_registry
+     and (a.attnum = any (i.indkey::smallint[])
+       or pg_get_expr(i.indpred, i.indrelid) ~ ('\m' || p_heartbeat_column || '\M'));
+  if v_index is not null then
+    raise notice using
+      message = format('arbiter: no heartbeat can be a HOT update while an index reads %I: %s', p_heartbeat_column, v_index),
+      hint = 'Drop it if you can.';
+  end if;
+end
+$$;
+revoke execute on function arbiter.register_machines(regclass, name, name, name, name, jsonb) from public;
+comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb) is
+  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. Idempotent; another table replaces the registry. Errors 42501, 42703, 42804, 22023: nothing changed.';
+
+-- Invoker: who may heartbeat is who may update the registry.
+create or replace function arbiter.heartbeat(p_machine_ids uuid[])
+returns bigint
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count bigint;
+  v_unknown uuid;
+begin
+  if not exists (select from arbiter.registry) then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = 'arbiter: no registry of machines',
+      hint = 'Call arbiter.register_machines() first.';
+  end if;
+  update arbiter.machines set heartbeat_at = clock_timestamp() where machine_id = any (p_machine_ids);
+  get diagnostics v_count = row_count;
+  if v_count <> (select count(distinct i.id) from unnest(p_machine_ids) as i (id)) or p_machine_ids is null then
+    select i.id
+      into v_unknown
+      from unnest(p_machine_ids) as i (id)
+     where not exists (select from arbiter.machines m where m.machine_id = i.id)
+     limit 1;
+    raise exception using
+      errcode = 'no_data_found',
+      message = format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
+      hint = 'Check the id against the registry''s id column; no heartbeat of this call was written.';
+  end if;
+  return v_count;
+end
+$$;
+revoke execute on function arbiter.heartbeat(uuid[]) from public;
+comment on function arbiter.heartbeat(uuid[]) is
+  'Heartbeats of many machines in one statement; returns how many. Error P0002 when one is unknown or not visible to the caller: then none is written.';
+
+create or replace function arbiter.heartbeat(p_machine_id uuid)
+returns timestamptz
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter.heartbeat(array[p_machine_id]);
+  return (select m.heartbeat_at from arbiter.machines m where m.machine_id = p_machine_id);
+end
+$$;
+revoke execute on function arbiter.heartbeat(uuid) from public;
+comment on function arbiter.heartbeat(uuid) is
+  'Heartbeat of one machine; returns the instant that the database stamped. Error P0002 when it is unknown or not visible to the caller.';

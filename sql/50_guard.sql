@@ -1,0 +1,142 @@
+-- The guard of a protected table: what its generated triggers (60_protect.sql) call for each distinct
+-- (user, environment, machine) of a statement.
+
+-- enforce raises; observe records what enforce would have raised, and lets the write pass.
+create or replace function arbiter._refuse(
+  p_protection_id integer,
+  p_code text,
+  p_detail jsonb,
+  p_hint text default null)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_protection arbiter.protections;
+begin
+  select p.* into v_protection from arbiter.protections p where p.protection_id = p_protection_id;
+  if v_protection.mode = 'observe' then
+    insert into arbiter.observations (observed_at, protected_table, code, detail, xid)
+    values (clock_timestamp(), v_protection.protected_table, p_code, p_detail, pg_current_xact_id());
+  else
+    perform arbiter._raise(p_code, p_detail, p_hint);
+  end if;
+end
+$$;
+revoke execute on function arbiter._refuse(integer, text, jsonb, text) from public;
+comment on function arbiter._refuse(integer, text, jsonb, text) is
+  'Rejects a write to a protected table, or records the rejection where the table is observed.';
+
+-- What is wrong with the claim of a row, whoever holds the lease; null when nothing is. p_flaw is
+-- what the guard itself found: 'evidence' (arbiter_xid is not this transaction) or 'parent' (the row's
+-- path to a user leads nowhere).
+create or replace function arbiter._identity_flaw(
+  p_user_id uuid,
+  p_source text,
+  p_machine_id uuid,
+  p_flaw text,
+  p_unowned text)
+returns text
+language plpgsql
+stable
+security invoker
+as $$
+begin
+  return case
+    when p_flaw = 'evidence' then 'arbiter_xid is not the transaction that writes the row: leave it to its default.'
+    when p_flaw = 'parent' then 'The row does not lead to a user: the row that it names does not exist.'
+    when p_source is null then 'source is null: write local, or cloud with a machine.'
+    when p_source not in ('local', 'cloud') then 'source must be local or cloud.'
+    when p_source = 'local' and p_machine_id is not null then 'A local write has no machine: leave it null, or write cloud.'
+    when p_user_id is null and p_unowned = 'reject' then
+      'The row has no user; a table with such rows is protected with p_unowned => ''allow''.'
+    when p_user_id is null and p_machine_id is not null then 'A row without a user cannot have a machine.'
+    when p_user_id is null then null
+    when p_source = 'cloud' and p_machine_id is null then 'A cloud write names its machine.'
+    when p_source = 'cloud' and not exists (
+      select from arbiter.machines m where m.machine_id = p_machine_id and m.user_id = p_user_id)
+    then 'The registry has no such machine of this user.'
+  end;
+end
+$$;
+revoke execute on function arbiter._identity_flaw(uuid, text, uuid, text, text) from public;
+comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
+  'Why a row''s source, machine and user do not fit together, as a hint; null when they do.';
+
+create or replace function arbiter._admit(
+  p_protection_id integer,
+  p_user_id uuid,
+  p_source text,
+  p_machine_id uuid,
+  p_flaw text)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_protection arbiter.protections;
+  v_hint text;
+  v_decision record;
+  v_more jsonb := '{}';
+begin
+  -- The common case: this environment, and machine, holds the lease and no drain is under way. Found
+  -- means locked: it stays so until this transaction ends.
+  if p_flaw is null and p_source = 'local' and p_machine_id is null then
+    perform from arbiter.leases l
+      where l.user_id = p_user_id
+        and l.holder = 'local'
+        and l.draining_to is null
+        for key share skip locked;
+    if found then
+      return;
+    end if;
+  elsif p_flaw is null and p_source = 'cloud' then
+    perform from arbiter.leases l
+      where l.user_id = p_user_id
+        and l.holder = 'cloud'
+        and l.machine_id = p_machine_id
+        and l.draining_to is null
+        for key share skip locked;
+    if found then
+      perform from arbiter.machines m, arbiter.settings s
+        where m.machine_id = p_machine_id
+          and m.user_id = p_user_id
+          and s.singleton
+          and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp());
+      if found then
+        return;
+      end if;
+    end if;
+  end if;
+
+  select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
+  v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, v_protection.unowned);
+  if v_hint is not null then
+    perform arbiter._refuse(p_protection_id, 'wrong_identity',
+      arbiter._detail('wrong_identity', p_user_id, null, null,
+        jsonb_build_object('source', p_source, 'machine_id', p_machine_id)),
+      v_hint);
+    return;
+  end if;
+  if p_user_id is null then
+    return;
+  end if;
+
+  v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, v_protection.mode = 'enforce');
+  if (v_decision.verdict).code is not null then
+    if (v_decision.verdict).code = 'handover_draining' then
+      v_more := jsonb_build_object('blockers', arbiter._blockers(p_user_id));
+    elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
+      v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
+    end if;
+    perform arbiter._refuse(p_protection_id, (v_decision.verdict).code,
+      arbiter._detail((v_decision.verdict).code, p_user_id, v_decision.lease, (v_decision.verdict).retry_at, v_more),
+      v_hint);
+  end if;
+end
+$$;
+revoke execute on function arbiter._admit(integer, uuid, text, uuid, text) from public;
+comment on function arbiter._admit(integer, uuid, text, uuid, text) is
+  'Admits a write to a protected table, with the lease locked to the end of the transaction, or refuses it (WX001 to WX005, WX007).';

@@ -1,0 +1,472 @@
+-- protect() and unprotect(): columns, generated guards, triggers.
+
+-- An SQL expression for the user of a row, over scalar probes by key: a join would be planned by
+-- statistics that may be stale. p_probe 'user' yields the user's id; 'broken' yields true where a
+-- step of the path names a row that is not there (a deferred foreign key lets it come later, and with
+-- another owner).
+create or replace function arbiter._path_expression(
+  p_table regclass,
+  p_user_path text,
+  p_row text,
+  p_probe text)
+returns text
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_steps text[] := parse_ident(p_user_path);
+  v_table regclass := p_table;
+  v_parent record;
+  v_value text := format('%s.%I', p_row, v_steps[1]);
+  v_broken text := 'false';
+begin
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_parent := arbiter._foreign_key(v_table, v_steps[i]);
+    v_broken := format('(%s or (%s is not null and not exists (select from %s p where p.%I = %s)))',
+      v_broken, v_value, v_parent.parent, v_parent.parent_column, v_value);
+    v_value := format('(select p%s.%I from %s p%s where p%s.%I = %s)',
+      i, v_steps[i + 1], v_parent.parent, i, i, v_parent.parent_column, v_value);
+    v_table := v_parent.parent;
+  end loop;
+  return case p_probe when 'user' then v_value else v_broken end;
+end
+$$;
+revoke execute on function arbiter._path_expression(regclass, text, text, text) from public;
+comment on function arbiter._path_expression(regclass, text, text, text) is
+  'SQL for the user of a row (''user''), or for whether its path is broken (''broken'').';
+
+-- The table itself and everything below it: statement triggers fire only for the table that a
+-- statement names, so each partition needs its own.
+create or replace function arbiter._family(p_table regclass)
+returns setof regclass
+language sql
+stable
+security invoker
+begin atomic
+  with recursive family (member) as (
+    select p_table::oid
+    union
+    select i.inhrelid from pg_catalog.pg_inherits i join family f on i.inhparent = f.member
+  )
+  select f.member::regclass
+    from family f
+    join pg_catalog.pg_class c on c.oid = f.member and c.relkind in ('r', 'p')
+   order by f.member;
+end;
+revoke execute on function arbiter._family(regclass) from public;
+comment on function arbiter._family(regclass) is 'A table with its partitions and inheritance children.';
+
+-- Generates the guard of a table from its row in protections, and attaches it.
+create or replace function arbiter._build_guard(p_protection_id integer)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $build$
+declare
+  v_protection arbiter.protections;
+  v_table regclass;
+  v_guard name := '_guard_' || p_protection_id;
+  v_provenance name := '_provenance_' || p_protection_id;
+  v_updates boolean;
+  v_member regclass;
+  v_user_column name;
+  v_flaw text;
+  v_changes text;
+  v_changed text;
+  v_keep name[];
+begin
+  select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
+  v_table := v_protection.protected_table;
+  v_updates := 'update' = any (v_protection.verbs);
+  v_user_column := (parse_ident(v_protection.user_path))[1];
+
+  v_flaw := 'null::text';
+  if v_protection.unowned = 'allow' then
+    v_flaw := format($$case when %s then 'parent' end$$,
+      arbiter._path_expression(v_table, v_protection.user_path, 'n', 'broken'));
+  end if;
+  if v_protection.evidence then
+    v_flaw := format($$case when n.arbiter_xid is distinct from pg_current_xact_id() then 'evidence' else %s end$$, v_flaw);
+  end if;
+
+  -- Definer: it locks leases and reads the registry and the path to the user, which the client may not
+  -- be allowed to. With row security off a hidden row is an error, not a missing one.
+  execute format($sql$
+    create or replace function arbiter.%1$I()
+    returns trigger
+    language plpgsql
+    volatile
+    security definer
+    set search_path = pg_catalog, pg_temp
+    set row_security = off
+    set enable_seqscan = off
+    as $tg$
+    declare
+      v_write record;
+    begin
+      for v_write in
+        -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+        select distinct
+               %2$s as user_id,
+               n.source::text as source,
+               n.%3$I as machine_id,
+               %4$s as flaw
+          from arbiter_rows n
+         where %5$s
+         order by 1, 2, 3, 4
+      loop
+        perform arbiter._admit(%6$s, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+      end loop;
+      return null;
+    end
+    $tg$
+    $sql$,
+    v_guard,
+    arbiter._path_expression(v_table, v_protection.user_path, 'n', 'user'),
+    v_protection.machine_column,
+    v_flaw,
+    -- Rows whose machine has gone are judged by the provenance trigger, which sees the old row too.
+    case when v_updates
+      then format($$tg_op = 'INSERT' or n.source <> 'cloud' or n.%I is not null$$, v_protection.machine_column)
+      else 'true' end,
+    p_protection_id);
+  execute format('revoke execute on function arbiter.%I() from public', v_guard);
+  execute format('comment on function arbiter.%I() is %L', v_guard,
+    format('Arbitrates the writes of a statement to %s.', v_table));
+
+  -- A machine that is deleted leaves its rows behind without it (on delete set null): that is not a
+  -- write of anybody, and the only way to change the provenance of a row.
+  execute format($sql$
+    create or replace function arbiter.%1$I()
+    returns trigger
+    language plpgsql
+    volatile
+    security definer
+    set search_path = pg_catalog, pg_temp
+    set row_security = off
+    set enable_seqscan = off
+    as $tg$
+    declare
+      v_user_id uuid := %2$s;
+      v_machine_gone boolean := new.%4$I is null
+        and old.source = 'cloud'
+        and new.source = 'cloud'
+        and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
+    begin
+      if (%3$s) is distinct from v_user_id %5$s then
+        perform arbiter._refuse(%7$s, 'provenance_immutable',
+          arbiter._detail('provenance_immutable', v_user_id, null, null));
+      %6$s
+      end if;
+      return new;
+    end
+    $tg$
+    $sql$,
+    v_provenance,
+    arbiter._path_expression(v_table, v_protection.user_path, 'old', 'user'),
+    arbiter._path_expression(v_table, v_protection.user_path, 'new', 'user'),
+    v_protection.machine_column,
+    case when v_updates then '' else
+      format($$or new.source is distinct from old.source %s or (new.%2$I is distinct from old.%2$I and not v_machine_gone)$$,
+        case when v_protection.evidence then 'or new.arbiter_xid is distinct from old.arbiter_xid' else '' end,
+        v_protection.machine_column) end,
+    -- Depth 2: the foreign key's own trigger runs the update.
+    case when v_updates then
+      format($$
+      elsif new.source = 'cloud' and new.%1$I is null and not (v_machine_gone and pg_trigger_depth() > 1) then
+        perform arbiter._refuse(%2$s, 'wrong_identity',
+          arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
+          'A cloud write names its machine.');
+      $$, v_protection.machine_column, p_protection_id) else '' end,
+    p_protection_id);
+  execute format('revoke execute on function arbiter.%I() from public', v_provenance);
+  execute format('comment on function arbiter.%I() is %L', v_provenance,
+    format('Keeps who wrote a row of %s.', v_table));
+
+  v_changes := format('old.%1$I is distinct from new.%1$I', v_user_column);
+  if v_updates then
+    v_changed := v_changes || format($$ or (new.source = 'cloud' and new.%I is null)$$, v_protection.machine_column);
+  else
+    v_changed := v_changes
+      || format(' or old.source is distinct from new.source or old.%1$I is distinct from new.%1$I', v_protection.machine_column)
+      || case when v_protection.evidence then ' or old.arbiter_xid is distinct from new.arbiter_xid' else '' end;
+  end if;
+
+  for v_member in select arbiter._family(v_table) loop
+    v_keep := '{arbiter_guard_insert}';
+    perform arbiter._attach(v_member, 'arbiter_guard_insert',
+      format('after insert on {table} referencing new table as arbiter_rows for each statement execute function arbiter.%I()', v_guard),
+      'Arbitrates inserts.');
+    if v_updates then
+      v_keep := v_keep || '{arbiter_guard_update}'::name[];
+      perform arbiter._attach(v_member, 'arbiter_guard_update',
+        format('after update on {table} referencing new table as arbiter_rows for each statement execute function arbiter.%I()', v_guard),
+        'Arbitrates updates.');
+    end if;
+    -- Row triggers of a partitioned table reach its partitions, also later ones, by themselves.
+    if not (select c.relispartition from pg_catalog.pg_class c where c.oid = v_member) then
+      v_keep := v_keep || '{arbiter_provenance}'::name[];
+      perform arbiter._attach(v_member, 'arbiter_provenance',
+        format('after update on {table} for each row when (%s) execute function arbiter.%I()', v_changed, v_provenance),
+        'Keeps who wrote a row.');
+      if (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_member) then
+        -- A row that moves to another partition fires no trigger after the update.
+        v_keep := v_keep || '{arbiter_provenance_move}'::name[];
+        perform arbiter._attach(v_member, 'arbiter_provenance_move',
+          format('before update on {table} for each row when (%s) execute function arbiter.%I()', v_changed, v_provenance),
+          'Keeps who wrote a row that moves to another partition.');
+      end if;
+      if v_updates and v_protection.evidence then
+        v_keep := v_keep || '{arbiter_stamp}'::name[];
+        perform arbiter._attach(v_member, 'arbiter_stamp',
+          format($$before update on {table} for each row when (new.source <> 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$$,
+            v_protection.machine_column),
+          'Names the transaction that last wrote a row.');
+      end if;
+    end if;
+    perform arbiter._detach(v_member, v_keep);
+  end loop;
+end
+$build$;
+revoke execute on function arbiter._build_guard(integer) from public;
+comment on function arbiter._build_guard(integer) is
+  'Generates the functions and triggers of a protected table and its partitions from its row in protections.';
+
+create or replace function arbiter.tg_stamp_xid()
+returns trigger
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  new.arbiter_xid := pg_current_xact_id();
+  return new;
+end
+$$;
+revoke execute on function arbiter.tg_stamp_xid() from public;
+comment on function arbiter.tg_stamp_xid() is 'Sets arbiter_xid to the transaction that updates the row.';
+
+-- Adds a column unless it is there, and marks it as arbiter's; true when it was added.
+create or replace function arbiter._add_column(
+  p_table regclass,
+  p_column name,
+  p_types text[],
+  p_definition text,
+  p_meaning text)
+returns boolean
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if arbiter._has_column(p_table, p_column, p_types) then
+    return false;
+  end if;
+  execute format('alter table %s add column %I %s', p_table, p_column, p_definition);
+  execute format('comment on column %s.%I is %L', p_table, p_column, 'arbiter: ' || p_meaning);
+  return true;
+end
+$$;
+revoke execute on function arbiter._add_column(regclass, name, text[], text, text) from public;
+comment on function arbiter._add_column(regclass, name, text[], text, text) is
+  'Adds a column of arbiter to a table of the app unless it exists; true when it was added.';
+
+-- Definer: what it creates must belong to the owner of arbiter, whoever calls.
+create or replace function arbiter.protect(
+  p_table regclass,
+  p_user_path text default null,
+  p_verbs text[] default '{insert}',
+  p_machine_column name default 'machine_id',
+  p_mode text default 'enforce',
+  p_unowned text default 'reject',
+  p_evidence boolean default true)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_verbs text[];
+  v_path text;
+  v_registry arbiter.registry;
+  v_partitioned boolean;
+  v_protection_id integer;
+begin
+  select array_agg(distinct v.verb order by v.verb) into v_verbs from unnest(p_verbs) as v (verb);
+  if p_table is null or v_verbs is null or v_verbs not in ('{insert}', '{insert,update}')
+     or p_mode is null or p_mode not in ('enforce', 'observe')
+     or p_unowned is null or p_unowned not in ('reject', 'allow')
+     or p_machine_column is null or p_evidence is null
+  then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('arbiter: protect(%s) with p_verbs %s, p_mode %s, p_unowned %s, p_machine_column %s, p_evidence %s',
+        coalesce(p_table::text, 'null'), coalesce(p_verbs::text, 'null'), coalesce(p_mode, 'null'),
+        coalesce(p_unowned, 'null'), coalesce(p_machine_column, 'null'), coalesce(p_evidence::text, 'null')),
+      hint = 'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow; nothing is null.';
+  end if;
+  lock table arbiter.protections in share row exclusive mode;
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if p_table = v_registry.registry or p_table in (
+    select c.oid from pg_catalog.pg_class c where c.relnamespace = 'arbiter'::regnamespace)
+  then
+    raise exception using
+      errcode = 'wrong_object_type',
+      message = format('arbiter: %s cannot be protected', p_table),
+      hint = 'The registry and arbiter''s own tables are what arbiter judges by.';
+  end if;
+  v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
+  v_partitioned := (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = p_table);
+
+  -- A constant default and nullable columns: no rewrite, and existing rows become local.
+  perform arbiter._add_column(p_table, 'source', '{text,character varying}', $def$text not null default 'local'$def$,
+    'the environment that wrote the row, local (browser) or cloud (machine).');
+  if not arbiter._source_is_checked(p_table) and not exists (
+    select from pg_catalog.pg_constraint k where k.conrelid = p_table and k.conname = 'arbiter_source_check')
+  then
+    execute format($sql$alter table %s add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid$sql$,
+      p_table);
+  end if;
+  if arbiter._add_column(p_table, p_machine_column, '{uuid}', 'uuid', 'the machine that wrote the row when source is cloud.')
+     and v_registry.registry is not null
+     -- `not valid` is not to be had there before PostgreSQL 18; the guard checks the machine anyway.
+     and not v_partitioned
+  then
+    execute format(
+      'alter table %s add constraint arbiter_machine_id_fkey foreign key (%I) references %s (%I) on delete set null not valid',
+      p_table, p_machine_column, v_registry.registry, v_registry.id_column);
+  elsif exists (
+    select from pg_catalog.pg_constraint k
+     where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey' and k.confrelid <> v_registry.registry)
+  then
+    -- The registry was replaced. Old rows name machines of the old one, so the new one gets no key.
+    execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
+  end if;
+  if p_evidence then
+    perform arbiter._add_column(p_table, 'arbiter_xid', '{xid8}', 'xid8',
+      'the transaction that wrote the row; null on rows older than protection.');
+    execute format('alter table %s alter column arbiter_xid set default pg_current_xact_id()', p_table);
+  end if;
+
+  insert into arbiter.protections (protected_table, user_path, verbs, machine_column, mode, unowned, evidence)
+  values (p_table, v_path, v_verbs, p_machine_column, p_mode, p_unowned, p_evidence)
+  on conflict on constraint protections_protected_table_key do update
+    set user_path = excluded.user_path,
+        verbs = excluded.verbs,
+        machine_column = excluded.machine_column,
+        mode = excluded.mode,
+        unowned = excluded.unowned,
+        evidence = excluded.evidence
+  returning protection_id into v_protection_id;
+  perform arbiter._build_guard(v_protection_id);
+end
+$$;
+revoke execute on function arbiter.protect(regclass, text, text[], name, text, text, boolean) from public;
+comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
+  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found when obvious. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+
+create or replace function arbiter.unprotect(p_table regclass)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_protection arbiter.protections;
+  v_member regclass;
+begin
+  delete from arbiter.protections p where p.protected_table = p_table returning p.* into v_protection;
+  if not found then
+    raise exception using
+      errcode = 'undefined_object',
+      message = format('arbiter: table %s is not protected', coalesce(p_table::text, 'null')),
+      hint = 'See arbiter.protections for the tables that are.';
+  end if;
+  for v_member in select arbiter._family(p_table) loop
+    perform arbiter._detach(v_member);
+  end loop;
+  if v_protection.evidence then
+    execute format('alter table %s alter column arbiter_xid drop default', p_table);
+  end if;
+  execute format('drop function arbiter.%I(), arbiter.%I()',
+    '_guard_' || v_protection.protection_id, '_provenance_' || v_protection.protection_id);
+end
+$$;
+revoke execute on function arbiter.unprotect(regclass) from public;
+comment on function arbiter.unprotect(regclass) is
+  'Takes the guard off a table. Its columns and rows stay as they are. Error 42704 when it is not protected.';
+
+-- For uninstall: takes arbiter off every table of the app; one line for each thing that stays or goes.
+create or replace function arbiter._detach_all(p_drop_columns boolean)
+returns setof text
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+  v_table regclass;
+  v_column record;
+begin
+  for v_table in select p.protected_table from arbiter.protections p order by p.protection_id loop
+    perform arbiter.unprotect(v_table);
+  end loop;
+  for v_table in delete from arbiter.registry r returning r.registry loop
+    perform arbiter._detach(v_table);
+  end loop;
+  -- It would hold the registry's columns back.
+  drop view arbiter.machines;
+  for v_column in
+    select a.attrelid::regclass as table_name, a.attname as name
+      from pg_catalog.pg_attribute a
+      join pg_catalog.pg_class c on c.oid = a.attrelid and c.relkind in ('r', 'p') and not c.relispartition
+     where a.attnum > 0
+       and not a.attisdropped
+       and a.attinhcount = 0
+       and col_description(a.attrelid, a.attnum) like 'arbiter: %'
+     order by c.relnamespace::regnamespace::text, c.relname, a.attnum
+  loop
+    if p_drop_columns then
+      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
+      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
+    else
+      return next format('left column %I of %s', v_column.name, v_column.table_name);
+    end if;
+  end loop;
+end
+$$;
+revoke execute on function arbiter._detach_all(boolean) from public;
+comment on function arbiter._detach_all(boolean) is
+  'Takes arbiter off every table of the app, and with true drops the columns that it added. One line for each column left or dropped.';
+
+create or replace function arbiter._unvalidated()
+returns setof text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('alter table %s validate constraint %I', k.conrelid::regclass, k.conname)
+    from pg_catalog.pg_constraint k
+   where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
+     and not k.convalidated
+     and k.conparentid = 0
+     and k.coninhcount = 0
+   order by k.conrelid, k.conname;
+end;
+revoke execute on function arbiter._unvalidated() from public;
+comment on function arbiter._unvalidated() is
+  'Statements that validate the constraints that arbiter added; each scans its table without blocking writers and belongs into a transaction of its own.';

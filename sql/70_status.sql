@@ -1,0 +1,215 @@
+-- What clients ask and say: status, confirm_takeover, version.
+
+create or replace function arbiter.version()
+returns text
+language sql
+immutable
+security invoker
+return '0.1.0';
+comment on function arbiter.version() is 'The version of arbiter in this database.';
+
+-- The user who asks: the session's, as auth.uid() reads it. Only a trusted role may ask about another.
+create or replace function arbiter._caller(p_user_id uuid)
+returns uuid
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  -- Inside a definer function current_user is its owner; the setting is the role that the client took.
+  v_role name := coalesce(nullif(current_setting('role'), 'none'), session_user);
+  v_subject uuid := nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
+  v_user_id uuid := v_subject;
+begin
+  if p_user_id is distinct from v_subject and p_user_id is not null then
+    -- Whoever may act as the owner of arbiter, or is beyond row security anyway.
+    if not exists (
+      select from pg_catalog.pg_roles r
+       where r.rolname = v_role
+         and (r.rolsuper or r.rolbypassrls or pg_has_role(r.oid, current_user, 'usage')))
+    then
+      raise exception using
+        errcode = 'insufficient_privilege',
+        message = 'arbiter: only a trusted role may ask about another user',
+        hint = 'Leave p_user_id out: the user is the sub of request.jwt.claims.';
+    end if;
+    v_user_id := p_user_id;
+  end if;
+  if v_user_id is null then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = 'arbiter: no user',
+      hint = 'Pass p_user_id, or set request.jwt.claims with a sub.';
+  end if;
+  return v_user_id;
+end
+$$;
+revoke execute on function arbiter._caller(uuid) from public;
+comment on function arbiter._caller(uuid) is
+  'The user that a call is about. Error 42501 when that is another user and the role is not trusted, 22023 when there is none.';
+
+create or replace function arbiter._status(p_user_id uuid)
+returns arbiter.execution_status
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  v_settings arbiter.settings;
+  v_lease arbiter.leases;
+  v_holder uuid;
+  v_machine arbiter.machine;
+  v_local arbiter.verdict;
+  v_cloud arbiter.verdict;
+  v_status arbiter.execution_status;
+begin
+  select s.* into strict v_settings from arbiter.settings s where s.singleton;
+  select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
+  v_holder := coalesce(v_lease.draining_to, v_lease.machine_id);
+  -- While the browser holds: the machine that is on its way.
+  v_machine := arbiter._machine(p_user_id, coalesce(v_holder, (
+    select m.machine_id from arbiter.machines m
+     where m.user_id = p_user_id
+     order by m.heartbeat_at desc nulls last
+     limit 1)));
+  v_status.as_of := clock_timestamp();
+  v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_status.as_of);
+  if v_holder is null then
+    v_cloud.code := 'not_holder';
+  else
+    v_cloud := arbiter._verdict('cloud', v_holder, v_lease, v_machine, v_settings, v_status.as_of);
+  end if;
+
+  v_status.can_write_local := v_local.code is null;
+  v_status.environment := case
+    when v_local.code is null then 'local'
+    when v_cloud.code is null then 'cloud'
+    else 'none' end;
+  v_status.code := v_local.code;
+  v_status.message := case v_local.code
+    when 'cloud_active' then 'Cloud active'
+    when 'cooling_down' then 'Cooling down'
+    when 'takeover_unconfirmed' then 'Cloud failed'
+    else case when v_holder is null and v_machine.state = 'starting' then 'Cloud starting' else 'Browser mode' end end;
+  v_status.retry_at := v_local.retry_at;
+  v_status.machine_id := v_machine.machine_id;
+  v_status.machine_state := case when v_machine.machine_id is not null then v_machine.state end;
+  v_status.heartbeat_age := v_status.as_of - v_machine.heartbeat_at;
+  v_status.epoch := v_lease.epoch;
+  v_status.draining := v_lease.draining_to is not null;
+  v_status.poll_interval := v_settings.poll_interval;
+  return v_status;
+end
+$$;
+revoke execute on function arbiter._status(uuid) from public;
+comment on function arbiter._status(uuid) is 'The status of a user, whoever asks.';
+
+-- Definer: a browser may ask, but read neither leases nor machines.
+create or replace function arbiter.status(p_user_id uuid default null)
+returns arbiter.execution_status
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+begin
+  return arbiter._status(arbiter._caller(p_user_id));
+end
+$$;
+revoke execute on function arbiter.status(uuid) from public;
+comment on function arbiter.status(uuid) is
+  'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
+
+-- Definer: the user says yes, but may write neither lease nor registry.
+create or replace function arbiter.confirm_takeover(p_user_id uuid default null)
+returns arbiter.execution_status
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+declare
+  v_user_id uuid := arbiter._caller(p_user_id);
+  v_settings arbiter.settings;
+  v_attempt record;
+  v_lease arbiter.leases;
+  v_machine arbiter.machine;
+  v_verdict arbiter.verdict;
+  v_give_up_at timestamptz;
+  v_word text;
+begin
+  select s.* into strict v_settings from arbiter.settings s where s.singleton;
+  v_give_up_at := clock_timestamp() + v_settings.drain_timeout;
+  loop
+    -- Registry row first, as everywhere: its machine must not recover between the look and the yes.
+    perform from arbiter.machines m
+      where m.machine_id = (
+        select coalesce(l.draining_to, l.machine_id) from arbiter.leases l where l.user_id = v_user_id)
+        for no key update;
+    v_attempt := arbiter._lock_lease(v_user_id);
+    if v_attempt.locked then
+      v_lease := v_attempt.lease;
+    else
+      select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;
+    end if;
+    v_machine := arbiter._machine(v_user_id, coalesce(v_lease.draining_to, v_lease.machine_id));
+    v_verdict := arbiter._verdict('local', null, v_lease, v_machine, v_settings, clock_timestamp());
+
+    if v_verdict.code is null then
+      raise exception using
+        errcode = 'object_not_in_prerequisite_state',
+        message = 'arbiter: there is nothing to confirm',
+        detail = arbiter._detail('nothing_to_confirm', v_user_id, v_lease, null)::text,
+        hint = 'The browser may write already.';
+    end if;
+    if v_verdict.code <> 'takeover_unconfirmed' then
+      perform arbiter._raise(v_verdict.code,
+        arbiter._detail(v_verdict.code, v_user_id, v_lease, v_verdict.retry_at),
+        'There is nothing to confirm: the machine is not in error.');
+    end if;
+    if v_verdict.retry_at is not null then
+      perform arbiter._raise(v_verdict.code,
+        arbiter._detail(v_verdict.code, v_user_id, v_lease, v_verdict.retry_at),
+        'Too early: the machine may recover; confirm at retry_at.');
+    end if;
+    if v_attempt.locked
+       and arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
+    then
+      exit;
+    end if;
+    if v_attempt.wrote or clock_timestamp() >= v_give_up_at then
+      perform arbiter._raise('handover_draining',
+        arbiter._detail('handover_draining', v_user_id, v_lease, null,
+          jsonb_build_object('blockers', arbiter._blockers(v_user_id))));
+    end if;
+    perform pg_sleep(0.002);
+  end loop;
+
+  -- The error is dealt with. Which word says stopped is the registry's; some words may be allowed by
+  -- our map but not by the table's own check.
+  for v_word in
+    select s.key
+      from arbiter.registry r, jsonb_each_text(r.states) s
+     where s.value = 'stopped'
+     order by s.key <> 'stopped', s.key
+  loop
+    begin
+      execute format('update arbiter.machines set status = %L where machine_id = $1', v_word)
+        using v_machine.machine_id;
+      return arbiter._status(v_user_id);
+    exception
+      when check_violation or invalid_text_representation or foreign_key_violation then
+        null;
+    end;
+  end loop;
+  raise exception using
+    errcode = 'object_not_in_prerequisite_state',
+    message = 'arbiter: the registry takes none of the words that mean stopped',
+    hint = 'Call arbiter.register_machines() with p_states that has the table''s own words.';
+end
+$$;
+revoke execute on function arbiter.confirm_takeover(uuid) from public;
+comment on function arbiter.confirm_takeover(uuid) is
+  'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm). Returns the status.';

@@ -1,0 +1,19 @@
+-- Runs last: generates again what depends on the app's names, and on the first installation adopts
+-- the tables that the migrations have prepared.
+
+do $adopt$
+declare
+  v_adopt record;
+begin
+  perform arbiter._build_registry();
+  perform arbiter._build_guard(p.protection_id)
+     from (select * from arbiter.protections order by protection_id) as p;
+  v_adopt := arbiter._to_adopt();
+  if v_adopt.registry is not null then
+    perform arbiter.register_machines(v_adopt.registry);
+  end if;
+  if v_adopt.signals is not null then
+    perform arbiter.protect(v_adopt.signals);
+  end if;
+end
+$adopt$;
