@@ -1,6 +1,15 @@
 -- Triggers as inspectable objects: a trigger's comment ends with a hash of its definition, so that
 -- attaching twice changes nothing and takes no lock, and drift can be seen in the catalog.
 
+create or replace function arbiter._trigger_comment(p_definition text, p_meaning text)
+returns text
+language sql
+immutable
+security invoker
+return format('%s [%s]', p_meaning, md5(p_definition));
+revoke execute on function arbiter._trigger_comment(text, text) from public;
+comment on function arbiter._trigger_comment(text, text) is 'The comment of a trigger, with the hash of its definition.';
+
 create or replace function arbiter._attach(
   p_table regclass,
   p_trigger name,
@@ -12,7 +21,7 @@ volatile
 security invoker
 as $$
 declare
-  v_comment text := format('%s [%s]', p_meaning, md5(p_definition));
+  v_comment text := arbiter._trigger_comment(p_definition, p_meaning);
 begin
   if exists (
     select from pg_catalog.pg_trigger t
@@ -58,9 +67,44 @@ revoke execute on function arbiter._detach(regclass, name[]) from public;
 comment on function arbiter._detach(regclass, name[]) is
   'Drops the triggers of arbiter from a table, but for those to keep.';
 
-select arbiter._attach('arbiter.handovers', 'arbiter_append_only',
-  'before update or delete on {table} for each row execute function arbiter.tg_append_only()',
-  'The history of handovers is append-only.');
-select arbiter._attach('arbiter.handovers', 'arbiter_append_only_truncate',
-  'before truncate on {table} for each statement execute function arbiter.tg_append_only()',
-  'The history of handovers is append-only.');
+-- Functions that are generated carry a hash of themselves in the same way.
+create or replace function arbiter._seal(p_function regprocedure, p_meaning text)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+  execute format('revoke execute on function %s from public', p_function);
+  execute format('comment on function %s is %L', p_function,
+    format('%s [%s]', p_meaning, md5(pg_get_functiondef(p_function))));
+end
+$$;
+revoke execute on function arbiter._seal(regprocedure, text) from public;
+comment on function arbiter._seal(regprocedure, text) is
+  'Documents a generated function, with the hash of its definition, and takes it from public.';
+
+create or replace function arbiter._history_triggers()
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language sql
+stable
+security invoker
+begin atomic
+  values
+    ('arbiter.handovers'::regclass, 'arbiter_append_only'::name,
+      'before update or delete on {table} for each row execute function arbiter.tg_append_only()',
+      'The history of handovers is append-only.'),
+    ('arbiter.handovers', 'arbiter_append_only_truncate',
+      'before truncate on {table} for each statement execute function arbiter.tg_append_only()',
+      'The history of handovers is append-only.');
+end;
+revoke execute on function arbiter._history_triggers() from public;
+comment on function arbiter._history_triggers() is
+  'The triggers that the history must have. definition has {table} in the place of the table.';
+
+do $history$
+begin
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._history_triggers() t;
+end
+$history$;

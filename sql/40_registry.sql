@@ -145,6 +145,49 @@ revoke execute on function arbiter._note_absent_machines() from public;
 comment on function arbiter._note_absent_machines() is
   'Ends the claims of machines that are not in the registry, like a stop.';
 
+create or replace function arbiter._registry_triggers()
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language sql
+stable
+security invoker
+begin atomic
+  select r.registry, t.trigger_name, t.definition, t.meaning
+    from arbiter.registry r
+    cross join lateral (values
+      ('arbiter_stamp_insert',
+       format('before insert on {table} for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
+         r.heartbeat_column),
+       'A heartbeat is stamped with the database''s clock.'),
+      ('arbiter_stamp_update',
+       format('before update of %I on {table} for each row execute function arbiter.tg_registry_stamp()',
+         r.heartbeat_column),
+       'A heartbeat is any update that names the column; it is stamped with the database''s clock.'),
+      ('arbiter_note',
+       'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
+       'Notes machines that come and go.'),
+      ('arbiter_note_update',
+       format('after update on {table} for each row '
+         'when (old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I or old.%3$I is distinct from new.%3$I) '
+         'execute function arbiter.tg_registry_note()',
+         r.id_column, r.user_column, r.status_column),
+       'Notes when a machine changes its state or its owner.'),
+      ('arbiter_note_truncate',
+       'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
+       'Notes that all machines are gone.'),
+      ('arbiter_activate_insert',
+       'after insert on {table} referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()',
+       'A healthy machine gets the lease.'),
+      ('arbiter_activate_update',
+       'after update on {table} referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()',
+       'A healthy machine gets the lease.')
+    ) as t (trigger_name, definition, meaning);
+end;
+revoke execute on function arbiter._registry_triggers() from public;
+comment on function arbiter._registry_triggers() is
+  'The triggers that the registry must have. definition has {table} in the place of the table.';
+
 -- Generates what depends on the registry's names: _state(), the view machines, the trigger functions.
 create or replace function arbiter._build_registry()
 returns void
@@ -294,38 +337,12 @@ begin
     $sql$,
     v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column);
 
-  revoke execute on function
-    arbiter.tg_registry_stamp(), arbiter.tg_registry_note(), arbiter.tg_registry_activate() from public;
-  comment on function arbiter.tg_registry_stamp() is 'Stamps a heartbeat with the database''s clock.';
-  comment on function arbiter.tg_registry_note() is 'Notes when a machine leaves running, enters error, or goes.';
-  comment on function arbiter.tg_registry_activate() is 'Gives the lease to a machine that a write has left healthy.';
+  perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
+  perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');
+  perform arbiter._seal('arbiter.tg_registry_activate()', 'Gives the lease to a machine that a write has left healthy.');
 
-  perform arbiter._attach(v_registry.registry, 'arbiter_stamp_insert',
-    format('before insert on {table} for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
-      v_registry.heartbeat_column),
-    'A heartbeat is stamped with the database''s clock.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_stamp_update',
-    format('before update of %I on {table} for each row execute function arbiter.tg_registry_stamp()',
-      v_registry.heartbeat_column),
-    'A heartbeat is any update that names the column; it is stamped with the database''s clock.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_note',
-    'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
-    'Notes machines that come and go.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_note_update',
-    format('after update on {table} for each row
-       when (old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I or old.%3$I is distinct from new.%3$I)
-       execute function arbiter.tg_registry_note()',
-      v_registry.id_column, v_registry.user_column, v_registry.status_column),
-    'Notes when a machine changes its state or its owner.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_note_truncate',
-    'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
-    'Notes that all machines are gone.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_activate_insert',
-    'after insert on {table} referencing new table as arbiter_rows for each statement execute function arbiter.tg_registry_activate()',
-    'A healthy machine gets the lease.');
-  perform arbiter._attach(v_registry.registry, 'arbiter_activate_update',
-    'after update on {table} referencing new table as arbiter_rows for each statement execute function arbiter.tg_registry_activate()',
-    'A healthy machine gets the lease.');
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._registry_triggers() t;
 
   -- Machines that were here before the triggers: not running is noted as of now, the cautious
   -- reading; healthy ones get the lease.
@@ -356,6 +373,28 @@ $build$;
 revoke execute on function arbiter._build_registry() from public;
 comment on function arbiter._build_registry() is
   'Generates the view, functions and triggers of the registered table, and takes its machines as they are.';
+
+create or replace function arbiter._heartbeat_indexes(p_registry regclass, p_heartbeat_column name)
+returns setof regclass
+language sql
+stable
+security invoker
+begin atomic
+  select i.indexrelid::regclass
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_heartbeat_column
+   where i.indrelid = p_registry
+     and exists (
+       select from pg_catalog.pg_depend d
+        where d.classid = 'pg_class'::regclass
+          and d.objid = i.indexrelid
+          and d.refobjid = i.indrelid
+          and d.refobjsubid = a.attnum)
+   order by i.indexrelid;
+end;
+revoke execute on function arbiter._heartbeat_indexes(regclass, name) from public;
+comment on function arbiter._heartbeat_indexes(regclass, name) is
+  'Indexes that read the heartbeat column, in their keys or their predicate: with one, no heartbeat is a HOT update.';
 
 -- Definer: what it creates must belong to the owner of arbiter, whoever calls.
 create or replace function arbiter.register_machines(
@@ -447,13 +486,9 @@ begin
         states = excluded.states;
   perform arbiter._build_registry();
 
-  select string_agg(i.indexrelid::regclass::text, ', ')
+  select string_agg(i.name::text, ', ')
     into v_index
-    from pg_catalog.pg_index i
-    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_heartbeat_column
-   where i.indrelid = p_registry
-     and (a.attnum = any (i.indkey::smallint[])
-       or pg_get_expr(i.indpred, i.indrelid) ~ ('\m' || p_heartbeat_column || '\M'));
+    from arbiter._heartbeat_indexes(p_registry, p_heartbeat_column) as i (name);
   if v_index is not null then
     raise notice using
       message = format('arbiter: no heartbeat can be a HOT update while an index reads %I: %s', p_heartbeat_column, v_index),

@@ -58,6 +58,70 @@ end;
 revoke execute on function arbiter._family(regclass) from public;
 comment on function arbiter._family(regclass) is 'A table with its partitions and inheritance children.';
 
+create or replace function arbiter._guard_triggers(p_protection arbiter.protections)
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  v_guard text := format('execute function arbiter.%I()', '_guard_' || p_protection.protection_id);
+  v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
+  v_updates boolean := 'update' = any (p_protection.verbs);
+  v_changed text := format('old.%1$I is distinct from new.%1$I', (parse_ident(p_protection.user_path))[1]);
+  v_member record;
+begin
+  if v_updates then
+    v_changed := v_changed || format($w$ or (new.source = 'cloud' and new.%I is null)$w$, p_protection.machine_column);
+  else
+    v_changed := v_changed
+      || format(' or old.source is distinct from new.source or old.%1$I is distinct from new.%1$I', p_protection.machine_column)
+      || case when p_protection.evidence then ' or old.arbiter_xid is distinct from new.arbiter_xid' else '' end;
+  end if;
+  for v_member in
+    select c.oid::regclass as name, c.relkind, c.relispartition
+      from arbiter._family(p_protection.protected_table) as f (member)
+      join pg_catalog.pg_class c on c.oid = f.member
+  loop
+    table_name := v_member.name;
+    trigger_name := 'arbiter_guard_insert';
+    definition := 'after insert on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+    meaning := 'Arbitrates inserts.';
+    return next;
+    if v_updates then
+      trigger_name := 'arbiter_guard_update';
+      definition := 'after update on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+      meaning := 'Arbitrates updates.';
+      return next;
+    end if;
+    -- Row triggers of a partitioned table reach its partitions, also later ones, by themselves.
+    continue when v_member.relispartition;
+    trigger_name := 'arbiter_provenance';
+    definition := format('after update on {table} for each row when (%s) %s', v_changed, v_provenance);
+    meaning := 'Keeps who wrote a row.';
+    return next;
+    if v_member.relkind = 'p' then
+      -- A row that moves to another partition fires no trigger after the update.
+      trigger_name := 'arbiter_provenance_move';
+      definition := format('before update on {table} for each row when (%s) %s', v_changed, v_provenance);
+      meaning := 'Keeps who wrote a row that moves to another partition.';
+      return next;
+    end if;
+    if v_updates and p_protection.evidence then
+      trigger_name := 'arbiter_stamp';
+      definition := format('before update on {table} for each row ' ||
+        $w$when (new.source <> 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$w$,
+        p_protection.machine_column);
+      meaning := 'Names the transaction that last wrote a row.';
+      return next;
+    end if;
+  end loop;
+end
+$$;
+revoke execute on function arbiter._guard_triggers(arbiter.protections) from public;
+comment on function arbiter._guard_triggers(arbiter.protections) is
+  'The triggers that a protected table and its partitions must have. definition has {table} in the place of the table.';
+
 -- Generates the guard of a table from its row in protections, and attaches it.
 create or replace function arbiter._build_guard(p_protection_id integer)
 returns void
@@ -72,17 +136,11 @@ declare
   v_guard name := '_guard_' || p_protection_id;
   v_provenance name := '_provenance_' || p_protection_id;
   v_updates boolean;
-  v_member regclass;
-  v_user_column name;
   v_flaw text;
-  v_changes text;
-  v_changed text;
-  v_keep name[];
 begin
   select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
   v_table := v_protection.protected_table;
   v_updates := 'update' = any (v_protection.verbs);
-  v_user_column := (parse_ident(v_protection.user_path))[1];
 
   v_flaw := 'null::text';
   if v_protection.unowned = 'allow' then
@@ -134,8 +192,7 @@ begin
       then format($$tg_op = 'INSERT' or n.source <> 'cloud' or n.%I is not null$$, v_protection.machine_column)
       else 'true' end,
     p_protection_id);
-  execute format('revoke execute on function arbiter.%I() from public', v_guard);
-  execute format('comment on function arbiter.%I() is %L', v_guard,
+  perform arbiter._seal(format('arbiter.%I()', v_guard)::regprocedure,
     format('Arbitrates the writes of a statement to %s.', v_table));
 
   -- A machine that is deleted leaves its rows behind without it (on delete set null): that is not a
@@ -183,53 +240,15 @@ begin
           'A cloud write names its machine.');
       $$, v_protection.machine_column, p_protection_id) else '' end,
     p_protection_id);
-  execute format('revoke execute on function arbiter.%I() from public', v_provenance);
-  execute format('comment on function arbiter.%I() is %L', v_provenance,
+  perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 
-  v_changes := format('old.%1$I is distinct from new.%1$I', v_user_column);
-  if v_updates then
-    v_changed := v_changes || format($$ or (new.source = 'cloud' and new.%I is null)$$, v_protection.machine_column);
-  else
-    v_changed := v_changes
-      || format(' or old.source is distinct from new.source or old.%1$I is distinct from new.%1$I', v_protection.machine_column)
-      || case when v_protection.evidence then ' or old.arbiter_xid is distinct from new.arbiter_xid' else '' end;
-  end if;
-
-  for v_member in select arbiter._family(v_table) loop
-    v_keep := '{arbiter_guard_insert}';
-    perform arbiter._attach(v_member, 'arbiter_guard_insert',
-      format('after insert on {table} referencing new table as arbiter_rows for each statement execute function arbiter.%I()', v_guard),
-      'Arbitrates inserts.');
-    if v_updates then
-      v_keep := v_keep || '{arbiter_guard_update}'::name[];
-      perform arbiter._attach(v_member, 'arbiter_guard_update',
-        format('after update on {table} referencing new table as arbiter_rows for each statement execute function arbiter.%I()', v_guard),
-        'Arbitrates updates.');
-    end if;
-    -- Row triggers of a partitioned table reach its partitions, also later ones, by themselves.
-    if not (select c.relispartition from pg_catalog.pg_class c where c.oid = v_member) then
-      v_keep := v_keep || '{arbiter_provenance}'::name[];
-      perform arbiter._attach(v_member, 'arbiter_provenance',
-        format('after update on {table} for each row when (%s) execute function arbiter.%I()', v_changed, v_provenance),
-        'Keeps who wrote a row.');
-      if (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_member) then
-        -- A row that moves to another partition fires no trigger after the update.
-        v_keep := v_keep || '{arbiter_provenance_move}'::name[];
-        perform arbiter._attach(v_member, 'arbiter_provenance_move',
-          format('before update on {table} for each row when (%s) execute function arbiter.%I()', v_changed, v_provenance),
-          'Keeps who wrote a row that moves to another partition.');
-      end if;
-      if v_updates and v_protection.evidence then
-        v_keep := v_keep || '{arbiter_stamp}'::name[];
-        perform arbiter._attach(v_member, 'arbiter_stamp',
-          format($$before update on {table} for each row when (new.source <> 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$$,
-            v_protection.machine_column),
-          'Names the transaction that last wrote a row.');
-      end if;
-    end if;
-    perform arbiter._detach(v_member, v_keep);
-  end loop;
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._guard_triggers(v_protection) t;
+  -- What another choice of verbs had needed.
+  perform arbiter._detach(f.member, array(
+      select t.trigger_name from arbiter._guard_triggers(v_protection) t where t.table_name = f.member))
+     from arbiter._family(v_table) as f (member);
 end
 $build$;
 revoke execute on function arbiter._build_guard(integer) from public;

@@ -1,0 +1,194 @@
+-- doctor(): what is attached, compared with what should be; each finding with the statement that mends it.
+
+-- The statements that a finding names: the registration or protection as it was asked for.
+create or replace function arbiter._register_statement(p_registry arbiter.registry)
+returns text
+language sql
+stable
+security invoker
+begin atomic
+  select format('select arbiter.register_machines(%L, %L, %L, %L, %L, %L)',
+    (p_registry).registry, (p_registry).id_column, (p_registry).user_column,
+    (p_registry).status_column, (p_registry).heartbeat_column, (p_registry).states);
+end;
+revoke execute on function arbiter._register_statement(arbiter.registry) from public;
+comment on function arbiter._register_statement(arbiter.registry) is 'The call that registers the registry again.';
+
+create or replace function arbiter._protect_statement(p_protection arbiter.protections)
+returns text
+language sql
+stable
+security invoker
+begin atomic
+  select format('select arbiter.protect(%L, %L, %L, %L, %L, %L, %L)',
+    (p_protection).protected_table, (p_protection).user_path, (p_protection).verbs,
+    (p_protection).machine_column, (p_protection).mode, (p_protection).unowned, (p_protection).evidence);
+end;
+revoke execute on function arbiter._protect_statement(arbiter.protections) from public;
+comment on function arbiter._protect_statement(arbiter.protections) is 'The call that protects the table again.';
+
+-- A trigger that should be there: ok, missing, disabled (not `enable always`), outdated (another
+-- definition), foreign (calls a function that is not arbiter's).
+create or replace function arbiter._check_trigger(
+  p_table regclass,
+  p_trigger name,
+  p_definition text,
+  p_meaning text,
+  p_mend text)
+returns table (object text, state text, problem text, remedy text)
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  v_trigger record;
+begin
+  object := format('trigger %I on %s', p_trigger, p_table);
+  remedy := p_mend;
+  select t.tgenabled, obj_description(t.oid, 'pg_trigger') as comment,
+         p.pronamespace = 'arbiter'::regnamespace as ours
+    into v_trigger
+    from pg_catalog.pg_trigger t
+    join pg_catalog.pg_proc p on p.oid = t.tgfoid
+   where t.tgrelid = p_table and t.tgname = p_trigger;
+  if not found then
+    state := 'missing';
+    problem := 'Writes to this table are not arbitrated as they should be.';
+  elsif not v_trigger.ours then
+    state := 'foreign';
+    problem := 'A trigger of this name calls a function that is not arbiter''s.';
+  elsif v_trigger.tgenabled <> 'A' then
+    state := 'disabled';
+    problem := 'It does not fire always.';
+    remedy := format('alter table %s enable always trigger %I', p_table, p_trigger);
+  elsif v_trigger.comment is distinct from arbiter._trigger_comment(p_definition, p_meaning) then
+    state := 'outdated';
+    problem := 'It was made from another definition.';
+  else
+    state := 'ok';
+    remedy := null;
+  end if;
+  return next;
+end
+$$;
+revoke execute on function arbiter._check_trigger(regclass, name, text, text, text) from public;
+comment on function arbiter._check_trigger(regclass, name, text, text, text) is 'Checks one trigger that must be there.';
+
+create or replace function arbiter.doctor()
+returns table (object text, state text, problem text, remedy text)
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_registry arbiter.registry;
+  v_protection arbiter.protections;
+  v_function record;
+begin
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if not found then
+    return query values ('registry', 'missing', 'No table of machines is registered: nothing can be cloud.',
+      'select arbiter.register_machines(''public.cloud_machines'')');
+  elsif not exists (select from pg_catalog.pg_class c where c.oid = v_registry.registry) then
+    return query values ('registry', 'missing', 'The registered table of machines does not exist any more: writes of machines fail.',
+      'select arbiter.register_machines(''<the new table>'')');
+  else
+    object := format('registry %s', v_registry.registry);
+    begin
+      perform arbiter._need_registry(v_registry.registry, v_registry.id_column, v_registry.user_column,
+        v_registry.status_column, v_registry.heartbeat_column);
+      perform arbiter._need_column(v_registry.registry, v_registry.heartbeat_column, '{timestamp with time zone}');
+      state := 'ok';
+      problem := null;
+      remedy := null;
+    exception
+      when others then
+        state := 'outdated';
+        problem := sqlerrm;
+        remedy := 'Call arbiter.register_machines() with the names that the table has now.';
+    end;
+    return next;
+    return query
+      select c.* from arbiter._registry_triggers() t
+       cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
+         arbiter._register_statement(v_registry)) c;
+    return query
+      select format('index %s', i.indexrelid::regclass), 'foreign',
+             format('While it reads %I no heartbeat is a HOT update.', v_registry.heartbeat_column),
+             format('drop index concurrently %s', i.indexrelid::regclass)
+        from arbiter._heartbeat_indexes(v_registry.registry, v_registry.heartbeat_column) as i (indexrelid);
+  end if;
+
+  for v_protection in select p.* from arbiter.protections p order by p.protection_id loop
+    object := format('protection of %s', v_protection.protected_table);
+    remedy := arbiter._protect_statement(v_protection);
+    begin
+      perform arbiter._need_protectable(v_protection.protected_table, v_protection.user_path, v_protection.machine_column);
+      perform arbiter._need_column(v_protection.protected_table, 'source', '{text,character varying}');
+      perform arbiter._need_column(v_protection.protected_table, v_protection.machine_column, '{uuid}');
+      if v_protection.evidence then
+        perform arbiter._need_column(v_protection.protected_table, 'arbiter_xid', '{xid8}');
+      end if;
+      select p.prosrc into v_function
+        from pg_catalog.pg_proc p
+       where p.pronamespace = 'arbiter'::regnamespace
+         and p.proname = '_guard_' || v_protection.protection_id;
+      if not found then
+        state := 'missing';
+        problem := 'The function of its guard is gone: every write fails.';
+      elsif strpos(v_function.prosrc,
+        arbiter._path_expression(v_protection.protected_table, v_protection.user_path, 'n', 'user')) = 0
+      then
+        state := 'outdated';
+        problem := 'The path from a row to its user leads elsewhere now.';
+      else
+        state := 'ok';
+        problem := null;
+        remedy := null;
+      end if;
+    exception
+      when others then
+        state := 'outdated';
+        problem := sqlerrm;
+        remedy := 'Call arbiter.protect() with the names that the table has now.';
+    end;
+    return next;
+    return query
+      select c.* from arbiter._guard_triggers(v_protection) t
+       cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
+         arbiter._protect_statement(v_protection)) c;
+    -- on delete set null looks for the machine's rows.
+    return query
+      select format('index on %s (%I)', v_protection.protected_table, v_protection.machine_column), 'missing',
+             'Deleting a machine reads the whole table.',
+             format('create index concurrently on %s (%2$I) where %2$I is not null',
+               v_protection.protected_table, v_protection.machine_column)
+        from pg_catalog.pg_constraint k
+        join pg_catalog.pg_attribute a
+          on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and a.attname = v_protection.machine_column
+       where k.conrelid = v_protection.protected_table
+         and k.contype = 'f'
+         and not exists (
+           select from pg_catalog.pg_index i where i.indrelid = k.conrelid and i.indkey[0] = a.attnum);
+  end loop;
+
+  return query
+    select format('generated function arbiter.%I', p.proname), 'outdated',
+           'Its body is not the one that arbiter generated.', 'Run: arbiter-db install'
+      from pg_catalog.pg_proc p
+     where p.pronamespace = 'arbiter'::regnamespace
+       and obj_description(p.oid, 'pg_proc') ~ '\[[0-9a-f]{32}\]$'
+       and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
+  return query
+    select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
+      from arbiter._unvalidated() as u (statement);
+  return query
+    select c.* from arbiter._history_triggers() t
+     cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
+       'Run: arbiter-db install') c;
+end
+$$;
+revoke execute on function arbiter.doctor() from public;
+comment on function arbiter.doctor() is
+  'One row for each thing that must be in place. state: ok, missing, disabled, outdated or foreign; remedy: the statement that mends it. For the owner of arbiter.';
