@@ -42,7 +42,7 @@ declare
 begin
   if p_source = 'cloud' then
     -- Whatever its status: signals in flight may complete while the machine stops.
-    if v_holder is distinct from p_machine_id or not v_fresh then
+    if p_machine_id is null or v_holder is distinct from p_machine_id or not v_fresh then
       v_verdict.code := 'not_holder';
     end if;
     return v_verdict;
@@ -53,12 +53,6 @@ begin
   end if;
 
   case p_machine.state
-    when 'running' then
-      if v_fresh then
-        v_verdict.code := 'cloud_active';
-      else
-        v_verdict.takeover := 'heartbeat_lapsed';
-      end if;
     when 'stopping' then
       if v_fresh or p_at < v_grace_ends_at then
         v_verdict.code := 'cooling_down';
@@ -76,12 +70,18 @@ begin
       else
         v_verdict.takeover := 'error_elapsed';
       end if;
-    else -- stopped, starting again, or deleted
+    when 'stopped', 'starting', 'deleted' then
       if p_at < v_grace_ends_at then
         v_verdict.code := 'cooling_down';
         v_verdict.retry_at := v_grace_ends_at;
       else
         v_verdict.takeover := 'machine_stopped';
+      end if;
+    else -- running, and whatever else: unknown means possibly alive
+      if v_fresh then
+        v_verdict.code := 'cloud_active';
+      else
+        v_verdict.takeover := 'heartbeat_lapsed';
       end if;
   end case;
   return v_verdict;

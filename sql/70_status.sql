@@ -74,11 +74,7 @@ begin
      limit 1)));
   v_status.as_of := clock_timestamp();
   v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_status.as_of);
-  if v_holder is null then
-    v_cloud.code := 'not_holder';
-  else
-    v_cloud := arbiter._verdict('cloud', v_holder, v_lease, v_machine, v_settings, v_status.as_of);
-  end if;
+  v_cloud := arbiter._verdict('cloud', v_holder, v_lease, v_machine, v_settings, v_status.as_of);
 
   v_status.can_write_local := v_local.code is null;
   v_status.environment := case
