@@ -13,7 +13,14 @@
 
 set local lock_timeout = '5s';
 
-create schema if not exists arbiter;
+-- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
+do $schema$
+begin
+  if to_regnamespace('arbiter') is null then
+    create schema arbiter;
+  end if;
+end
+$schema$;
 
 comment on schema arbiter is
   'Per user, browser xor cloud: decided in the transaction of each write.';

@@ -4,7 +4,14 @@
 
 set local lock_timeout = '5s';
 
-create schema if not exists arbiter;
+-- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
+do $schema$
+begin
+  if to_regnamespace('arbiter') is null then
+    create schema arbiter;
+  end if;
+end
+$schema$;
 
 -- Whether the column exists; an error when it exists with another type.
 create or replace function arbiter._has_column(p_table regclass, p_column name, p_types text[])

@@ -1,0 +1,58 @@
+# Needs make and Python 3.11 or newer, nothing else: servers and tools are installed into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint dist clean
+
+help:
+	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
+	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18 and 16; ARGS goes to pytest'
+	@echo 'make test PG=17        run them on that version, downloading the server when it is missing'
+	@echo 'make lint              ruff and mypy'
+	@echo 'make dist              build the wheel and the source archive into dist/'
+	@echo 'make clean             remove what the others made'
+
+demo: $(VENV)/demo.stamp
+	@$(BIN)/arbiter-db demo $(ARGS)
+
+# The server of an explicitly wanted version is downloaded when it is not there; nothing else is.
+test: $(VENV)/test.stamp
+ifdef PG
+	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@PG=$(PG) $(BIN)/python -m pytest $(ARGS)
+else
+	@PG=18 $(BIN)/python -m pytest $(ARGS)
+	@PG=16 $(BIN)/python -m pytest $(ARGS)
+endif
+
+lint: $(VENV)/test.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict
+
+dist: $(VENV)/test.stamp
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than pyproject.toml as long as what it installed is up to date. The package
+# itself is installed editable, so that changed files need no new installation.
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/demo.stamp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

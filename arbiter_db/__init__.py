@@ -1,0 +1,71 @@
+"""Per user, browser xor cloud: PostgreSQL decides, in the transaction of each write.
+
+All rules live in the database (schema `arbiter`); this package installs it and is a thin, typed
+client. Only `install`, `uninstall` and the command line take a connection string, everything else
+takes your own `psycopg.Connection` and neither opens, commits nor closes it.
+"""
+
+__version__ = "0.1.0"
+
+from .api import (
+    Handover,
+    Status,
+    confirm_takeover,
+    handovers,
+    heartbeat,
+    protect,
+    register_machines,
+    status,
+    unprotect,
+    version,
+)
+from .errors import (
+    AppendOnly,
+    ArbiterError,
+    CloudActive,
+    CoolingDown,
+    HandoverDraining,
+    InstallError,
+    NotHolder,
+    OutdatedSchema,
+    ProvenanceImmutable,
+    TakeoverUnconfirmed,
+    WrongIdentity,
+    from_psycopg,
+    translated,
+)
+from .install import check_version, install, sql_text, uninstall, validate
+from .machine import Machine
+
+__all__ = [
+    "AppendOnly",
+    "ArbiterError",
+    "CloudActive",
+    "CoolingDown",
+    "Handover",
+    "HandoverDraining",
+    "InstallError",
+    "Machine",
+    "NotHolder",
+    "OutdatedSchema",
+    "ProvenanceImmutable",
+    "Status",
+    "TakeoverUnconfirmed",
+    "WrongIdentity",
+    "__version__",
+    "check_version",
+    "confirm_takeover",
+    "from_psycopg",
+    "handovers",
+    "heartbeat",
+    "install",
+    "protect",
+    "register_machines",
+    "sql_text",
+    "status",
+    "translated",
+    "uninstall",
+    "unprotect",
+    "validate",
+    "version",
+]

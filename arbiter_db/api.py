@@ -1,0 +1,225 @@
+"""The SQL API as Python functions, for a connection of the caller's.
+
+No function opens, commits or closes the connection, and none depends on its row factory. A refusal
+by arbiter is raised as its class from `arbiter_db.errors`, everything else as psycopg's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeVar, overload
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import RowFactory, class_row, scalar_row
+from psycopg.types.json import Jsonb
+
+from .errors import translated
+from .queries import QUERIES
+
+__all__ = [
+    "Handover",
+    "Status",
+    "confirm_takeover",
+    "handovers",
+    "heartbeat",
+    "protect",
+    "register_machines",
+    "status",
+    "unprotect",
+    "version",
+]
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a write in the instant `as_of` would get (`arbiter.status`).
+
+    All instants are aware datetimes by the database's clock.
+    """
+
+    environment: str
+    """Who may write: `local`, `cloud`, or `none` while neither may."""
+    can_write_local: bool
+    """Whether a local write would be admitted."""
+    code: str | None
+    """Why not: the code of the rejection, such as `cloud_active`."""
+    message: str
+    """The text for a badge, such as `Cloud active`."""
+    retry_at: datetime | None
+    """When a local write may be admitted, where that is known."""
+    machine_id: UUID | None
+    """The machine concerned, if there is one."""
+    machine_state: str | None
+    """Its state: `starting`, `running`, `stopping`, `stopped`, `error`, or `deleted`."""
+    heartbeat_age: timedelta | None
+    """How long ago its last heartbeat was."""
+    epoch: int | None
+    """The lease's epoch, the fencing token; None before the first write."""
+    draining: bool
+    """Whether a handover waits for writes in flight."""
+    as_of: datetime
+    """The instant that this is about."""
+    poll_interval: timedelta
+    """How often to ask, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A change of a lease's holder (`arbiter.handovers`); epoch 1 is the lease's creation."""
+
+    user_id: UUID
+    """The user whose lease changed hands."""
+    epoch: int
+    """The epoch that it began."""
+    from_holder: str | None
+    """The holder before, `local` or `cloud`; None for the first epoch."""
+    from_machine_id: UUID | None
+    """Its machine, when it was `cloud`."""
+    to_holder: str
+    """The holder from then on, `local` or `cloud`."""
+    to_machine_id: UUID | None
+    """Its machine, when it is `cloud`."""
+    reason: str
+    """Why, such as `activated` or `heartbeat_lapsed`."""
+    handed_over_at: datetime
+    """When, by the database's clock."""
+    xid: int
+    """The transaction (`xid8`) that made it."""
+    snapshot: str
+    """Its `pg_current_snapshot()`, as text."""
+    exact: bool
+    """Whether the snapshot is as old as the handover; False at REPEATABLE READ or above."""
+
+
+def status(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
+    """Who may write for a user: the session's own, or any for a trusted role."""
+    return _one(conn, class_row(Status), "status", user_id=user_id)
+
+
+def confirm_takeover(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
+    """The user's yes to a takeover after a machine error; returns the status it leads to.
+
+    Raises the `ArbiterError` that a local write would get when there is nothing to confirm or it is
+    too soon. Counts when the caller commits.
+    """
+    return _one(conn, class_row(Status), "confirm_takeover", user_id=user_id)
+
+
+@overload
+def heartbeat(  # type: ignore[overload-overlap]  # a str is an iterable of str
+    conn: psycopg.Connection[Any], machine_id: UUID | str
+) -> datetime: ...
+@overload
+def heartbeat(conn: psycopg.Connection[Any], machine_id: Iterable[UUID | str]) -> int: ...
+def heartbeat(
+    conn: psycopg.Connection[Any], machine_id: UUID | str | Iterable[UUID | str]
+) -> datetime | int:
+    """Send the heartbeat of one machine, or of many in one statement.
+
+    Returns the instant that the database stored for one, and the number of machines for many. An
+    unknown machine is an error. Counts when the caller commits, so commit at once.
+    """
+    if isinstance(machine_id, (UUID, str)):
+        stamped: datetime = _one(conn, scalar_row, "heartbeat", machine_id=machine_id)
+        return stamped
+    ids = [str(each) for each in machine_id]
+    beaten: int = _one(conn, scalar_row, "heartbeats", machine_ids=ids)
+    return beaten
+
+
+def handovers(
+    conn: psycopg.Connection[Any], user_id: UUID | str | None = None, *, limit: int | None = None
+) -> list[Handover]:
+    """The handover history of one user or of all, newest last; with `limit` only the newest."""
+    return _all(conn, class_row(Handover), "handovers", user_id=user_id, limit=limit)
+
+
+def protect(
+    conn: psycopg.Connection[Any],
+    table: str,
+    *,
+    user_path: str | None = None,
+    verbs: Iterable[str] = ("insert",),
+    machine_column: str = "machine_id",
+    mode: str = "enforce",
+    unowned: str = "reject",
+    evidence: bool = True,
+) -> None:
+    """Put a table under arbitration, or change how it is (`arbiter.protect`).
+
+    `table` is a name as SQL writes it (`public.signals`). `user_path` is a column or a path over
+    foreign keys (`trader_id.user_id`), found by itself when there is one obvious answer.
+    Constraints are added `not valid`: after the commit, `validate` or the next install checks
+    the rows that exist.
+    """
+    _one(
+        conn,
+        scalar_row,
+        "protect",
+        table=table,
+        user_path=user_path,
+        verbs=list(verbs),
+        machine_column=machine_column,
+        mode=mode,
+        unowned=unowned,
+        evidence=evidence,
+    )
+
+
+def unprotect(conn: psycopg.Connection[Any], table: str) -> None:
+    """End the arbitration of a table; its columns and rows stay (`arbiter.unprotect`)."""
+    _one(conn, scalar_row, "unprotect", table=table)
+
+
+def register_machines(
+    conn: psycopg.Connection[Any],
+    registry: str,
+    *,
+    id_column: str = "id",
+    user_column: str = "user_id",
+    status_column: str = "status",
+    heartbeat_column: str = "last_health_check",
+    states: Mapping[str, str] | None = None,
+) -> None:
+    """Make a table the registry of machines, in place of any other (`arbiter.register_machines`).
+
+    `states` maps the table's status words to `starting`, `running`, `stopping`, `stopped` and
+    `error`; None keeps the usual words.
+    """
+    _one(
+        conn,
+        scalar_row,
+        "register_machines",
+        registry=registry,
+        id_column=id_column,
+        user_column=user_column,
+        status_column=status_column,
+        heartbeat_column=heartbeat_column,
+        states=None if states is None else Jsonb(dict(states)),
+    )
+
+
+def version(conn: psycopg.Connection[Any]) -> str:
+    """The version of arbiter that the database has (`arbiter.version`)."""
+    installed: str = _one(conn, scalar_row, "version")
+    return installed
+
+
+def _one(
+    conn: psycopg.Connection[Any], row_factory: RowFactory[_Row], query: str, **params: object
+) -> _Row:
+    (row,) = _all(conn, row_factory, query, **params)
+    return row
+
+
+def _all(
+    conn: psycopg.Connection[Any], row_factory: RowFactory[_Row], query: str, **params: object
+) -> list[_Row]:
+    # psycopg's own cursor, whatever class the connection would make: the queries are for that one.
+    with translated(), psycopg.Cursor(conn, row_factory=row_factory) as cur:
+        return cur.execute(QUERIES[query], params).fetchall()

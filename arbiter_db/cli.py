@@ -1,0 +1,395 @@
+"""The command line: the package's functions, for people and for scripts.
+
+Exit codes: 0 fine, 1 not fine (one line on stderr says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import click
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from . import __version__, api
+from .errors import ArbiterError, InstallError
+from .install import check_version, install, sql_text, uninstall, validate
+
+__all__ = ["main"]
+
+_COLOURS = {"local": "green", "cloud": "cyan", "none": "yellow"}
+
+
+class _Failure(click.ClickException):
+    """Exit code 1, with one line on stderr and another one for the hint."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(_one_line(message).removeprefix("arbiter: "))
+        self.hint = hint
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"arbiter-db: {self.message}", file=file, err=True)
+        if self.hint:
+            click.echo(f"hint: {_one_line(self.hint)}", file=file, err=True)
+
+
+class _Commands(click.Group):
+    """Turns what the database says into one line, for every command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ArbiterError, InstallError, psycopg.Error) as exc:
+            raise _failure(exc) from exc
+
+
+def _failure(exc: ArbiterError | InstallError | psycopg.Error) -> _Failure:
+    if isinstance(exc, InstallError):
+        return _Failure(str(exc), exc.hint)
+    if isinstance(exc, ArbiterError):
+        retry = f", retry at {exc.retry_at.astimezone():%H:%M:%S}" if exc.retry_at else ""
+        return _Failure(f"{exc} ({exc.sqlstate} {exc.code}{retry})", exc.hint)
+    message = exc.diag.message_primary
+    if message is None and isinstance(exc, psycopg.OperationalError):
+        return _Failure(f"cannot reach the database: {exc}")
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        hint = "Connect as a role that has the right (--dsn, PGUSER)."
+        return _Failure(f"missing rights: {message}", exc.diag.message_hint or hint)
+    return _Failure(message or str(exc), exc.diag.message_hint)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _checked_dsn(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        conninfo_to_dict(value)
+    except psycopg.ProgrammingError as exc:
+        raise click.BadParameter(_one_line(str(exc))) from exc
+    return value
+
+
+def _json_object(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError as exc:
+        raise click.BadParameter(f"not JSON: {exc}") from exc
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("not a JSON object")
+    return parsed
+
+
+_dsn = click.option(
+    "--dsn",
+    default="",
+    metavar="DSN",
+    callback=_checked_dsn,
+    help="A URI or key=value pairs. The rest comes from PGHOST, PGUSER, PGPASSWORD and so on.",
+)
+_user = click.argument("user", type=click.UUID, required=False)
+_as_json = click.option("--json", "as_json", is_flag=True, help="JSON; intervals in seconds.")
+
+
+@contextmanager
+def _connected(dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to a database that has arbiter in this package's version."""
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        check_version(conn)
+        yield conn
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="arbiter-db")
+def main() -> None:
+    """Per user, browser xor cloud: PostgreSQL decides, in the transaction of each write."""
+
+
+@main.command("install")
+@_dsn
+def install_command(dsn: str) -> None:
+    """Install arbiter, or upgrade it.
+
+    Also mends an install that was cut short. Connect as the owner of the tables to be protected.
+    """
+    install(dsn, on_step=click.echo)
+    click.echo(f"arbiter {__version__} is installed")
+
+
+@main.command("uninstall")
+@_dsn
+@click.option("--drop-columns", is_flag=True, help="Also drop the columns that arbiter added.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def uninstall_command(dsn: str, drop_columns: bool, yes: bool) -> None:
+    """Remove arbiter, say what stays."""
+    if not yes:
+        columns = " and the columns that arbiter added to your tables" if drop_columns else ""
+        click.confirm(f"Drop the handover history{columns}?", abort=True)
+    for line in uninstall(dsn, drop_columns=drop_columns):
+        click.echo(line)
+    click.echo("arbiter is not installed any more")
+
+
+@main.command("sql")
+def sql_command() -> None:
+    """Print what install runs, as a script for psql."""
+    click.echo(sql_text(), nl=False)
+
+
+@main.command("status")
+@_user
+@_dsn
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C, as often as the database says.")
+@_as_json
+def status_command(user: UUID | None, dsn: str, watch: bool, as_json: bool) -> None:
+    """Say who may write.
+
+    For USER (a uuid), or for the session's own user.
+    """
+    with _connected(dsn) as conn:
+        if not watch:
+            _show(api.status(conn, user), as_json)
+            return
+        try:
+            _watch(conn, user, as_json)
+        except KeyboardInterrupt:
+            return
+
+
+@main.command("handovers")
+@_user
+@_dsn
+@click.option("--limit", type=click.IntRange(min=1), help="Only the newest ones.")
+@_as_json
+def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: bool) -> None:
+    """List the handovers, newest last.
+
+    Those of USER (a uuid), or of all users.
+    """
+    with _connected(dsn) as conn:
+        rows = api.handovers(conn, user, limit=limit)
+    if as_json:
+        click.echo(_to_json([asdict(row) for row in rows]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("when", "user", "epoch", "from", "to", "reason", "exact"):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            _instant(row.handed_over_at),
+            str(row.user_id),
+            str(row.epoch),
+            _holder(row.from_holder, row.from_machine_id),
+            _holder(row.to_holder, row.to_machine_id),
+            row.reason,
+            "yes" if row.exact else "no",
+        )
+    _console().print(table)
+
+
+@main.command("protect")
+@click.argument("table")
+@_dsn
+@click.option("--user-path", help="A column, or a path such as trader_id.user_id.")
+@click.option("--verbs", default="insert", show_default=True, help="insert, or insert,update.")
+@click.option("--machine-column", default="machine_id", show_default=True)
+@click.option("--mode", default="enforce", show_default=True, help="enforce or observe.")
+@click.option("--unowned", default="reject", show_default=True, help="reject or allow.")
+@click.option("--no-evidence", is_flag=True, help="Leave the column arbiter_xid out.")
+def protect_command(
+    table: str,
+    dsn: str,
+    user_path: str | None,
+    verbs: str,
+    machine_column: str,
+    mode: str,
+    unowned: str,
+    no_evidence: bool,
+) -> None:
+    """Put TABLE under arbitration, or change how it is."""
+    with _connected(dsn) as conn:
+        api.protect(
+            conn,
+            table,
+            user_path=user_path,
+            verbs=[verb.strip() for verb in verbs.split(",")],
+            machine_column=machine_column,
+            mode=mode,
+            unowned=unowned,
+            evidence=not no_evidence,
+        )
+        click.echo(f"{table} is protected")
+        validate(conn, on_step=click.echo)
+
+
+@main.command("unprotect")
+@click.argument("table")
+@_dsn
+def unprotect_command(table: str, dsn: str) -> None:
+    """End the arbitration of TABLE.
+
+    Its columns and rows stay.
+    """
+    with _connected(dsn) as conn:
+        api.unprotect(conn, table)
+    click.echo(f"{table} is not protected any more")
+
+
+@main.command("register-machines")
+@click.argument("table")
+@_dsn
+@click.option("--id-column", default="id", show_default=True)
+@click.option("--user-column", default="user_id", show_default=True)
+@click.option("--status-column", default="status", show_default=True)
+@click.option("--heartbeat-column", default="last_health_check", show_default=True)
+@click.option(
+    "--states",
+    metavar="JSON",
+    callback=_json_object,
+    help='Status words to states, such as {"up": "running"}; states are starting, running, '
+    "stopping, stopped, error.",
+)
+def register_machines_command(
+    table: str,
+    dsn: str,
+    id_column: str,
+    user_column: str,
+    status_column: str,
+    heartbeat_column: str,
+    states: dict[str, str] | None,
+) -> None:
+    """Make TABLE the registry of machines."""
+    with _connected(dsn) as conn:
+        api.register_machines(
+            conn,
+            table,
+            id_column=id_column,
+            user_column=user_column,
+            status_column=status_column,
+            heartbeat_column=heartbeat_column,
+            states=states,
+        )
+    click.echo(f"{table} is the registry of machines")
+
+
+@main.command("demo")
+@click.option("--real-time", is_flag=True, help="Keep the default periods; takes minutes.")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    default=10_000,
+    show_default=True,
+    help="Signals that exist before the install.",
+)
+@click.option("--major", type=int, default=18, show_default=True, help="PostgreSQL's version.")
+def demo_command(real_time: bool, rows: int, major: int) -> None:
+    """Play the whole story on a server of its own."""
+    from .demo import run
+    from .embedded import EmbeddedServerError
+
+    try:
+        sys.exit(run(real_time=real_time, rows=rows, major=major))
+    except EmbeddedServerError as exc:
+        raise _Failure(str(exc)) from exc
+
+
+def _watch(conn: psycopg.Connection[Any], user: UUID | None, as_json: bool) -> None:
+    console = _console()
+    if as_json or not console.is_terminal:
+        while True:
+            status = api.status(conn, user)
+            click.echo(_to_json(asdict(status)) if as_json else _badge(status).plain)
+            time.sleep(status.poll_interval.total_seconds())
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            status = api.status(conn, user)
+            live.update(_panel(status), refresh=True)
+            time.sleep(status.poll_interval.total_seconds())
+
+
+def _show(status: api.Status, as_json: bool) -> None:
+    if as_json:
+        click.echo(_to_json(asdict(status)))
+    else:
+        _console().print(_panel(status))
+
+
+def _badge(status: api.Status) -> Text:
+    """The status in one line."""
+    parts = [f"environment {status.environment}"]
+    if status.machine_id:
+        parts.append(f"machine {status.machine_id} {status.machine_state}")
+    if status.heartbeat_age is not None:
+        parts.append(f"heartbeat {_seconds(status.heartbeat_age)} ago")
+    if status.retry_at:
+        parts.append(f"retry at {_instant(status.retry_at)}")
+    colour = _COLOURS.get(status.environment, "")
+    return Text.assemble((status.message, f"bold {colour}"), ": ", ", ".join(parts))
+
+
+def _panel(status: api.Status) -> Group:
+    """The badge's text and everything else, one line each."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in asdict(status).items():
+        if name != "message":
+            grid.add_row(Text(name.replace("_", " "), style="dim"), _text(value))
+    colour = _COLOURS.get(status.environment, "")
+    return Group(Text(status.message, style=f"bold {colour}"), grid)
+
+
+def _console() -> Console:
+    # What is piped is not wrapped: there is no width to fit into.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+
+
+def _holder(holder: str | None, machine_id: UUID | None) -> str:
+    return " ".join(str(part) for part in (holder, machine_id) if part) or "-"
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case datetime():
+            return _instant(value)
+        case timedelta():
+            return _seconds(value)
+        case _:
+            return str(value)
+
+
+def _instant(value: datetime) -> str:
+    return value.astimezone().isoformat(sep=" ", timespec="milliseconds")
+
+
+def _seconds(value: timedelta) -> str:
+    return f"{value.total_seconds():.1f} s"
+
+
+def _to_json(value: object) -> str:
+    def encode(item: object) -> object:
+        match item:
+            case timedelta():
+                return item.total_seconds()
+            case datetime():
+                return item.isoformat()
+            case _:
+                return str(item)
+
+    return json.dumps(value, default=encode)

