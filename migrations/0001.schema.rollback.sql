@@ -1,5 +1,8 @@
 -- Drops the schema's tables and types with the handover history. The schema itself stays: the migration
 -- tool keeps its own tables in it.
+
+set local lock_timeout = '5s';
+
 drop table if exists
   arbiter.observations, arbiter.protections, arbiter.handovers, arbiter.leases,
   arbiter.machine_notes, arbiter.registry, arbiter.settings

@@ -2,14 +2,39 @@
 -- by generated triggers. Generated, because table, columns and status words are the app's; each body
 -- is as short as it can be and calls what is written here.
 
+-- The registry under fixed names. Rebuilt only when it would change: replacing a view waits for every
+-- transaction that has read it.
+create or replace function arbiter._make_machines_view(p_query text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  drop view if exists arbiter.machines;
+  execute 'create view arbiter.machines with (security_invoker = true) as ' || p_query;
+  -- The view runs with the rights of its reader, so these open nothing that the registry does not.
+  grant select, update (heartbeat_at) on arbiter.machines to public;
+  execute format('comment on view arbiter.machines is %L', format(
+    'The registry under fixed names, with its status mapped to a machine state. [%s]', md5(p_query)));
+  comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
+  comment on column arbiter.machines.user_id is 'Its owner.';
+  comment on column arbiter.machines.status is 'The app''s status word.';
+  comment on column arbiter.machines.state is 'The machine state: starting, running, stopping, stopped or error.';
+  comment on column arbiter.machines.heartbeat_at is 'The last heartbeat, stamped with the database''s clock.';
+end
+$$;
+revoke execute on function arbiter._make_machines_view(text) from public;
+comment on function arbiter._make_machines_view(text) is 'Makes the view arbiter.machines anew from a query.';
+
 -- Until a registry is registered there are no machines.
 do $no_registry$
 begin
   if to_regclass('arbiter.machines') is null then
-    create view arbiter.machines as
-      select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state,
-             null::timestamptz as heartbeat_at
-       where false;
+    perform arbiter._make_machines_view(
+      'select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state, '
+      'null::timestamptz as heartbeat_at where false');
   end if;
 end
 $no_registry$;
@@ -222,15 +247,9 @@ begin
   comment on function arbiter._state(text) is
     'The machine state of a status word of the registry; an unmapped word counts as running: unknown means possibly alive.';
 
-  -- Rebuilt only when it would change: replacing a view waits for every transaction that has read it.
-  v_view := format($sql$
-    select r.%1$I as machine_id,
-           r.%2$I as user_id,
-           r.%3$I as status,
-           arbiter._state(r.%3$I::text) as state,
-           r.%4$I as heartbeat_at
-      from %5$s r
-    $sql$,
+  v_view := format(
+    'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, arbiter._state(r.%3$I::text) as state, '
+    'r.%4$I as heartbeat_at from %5$s r',
     v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
     v_registry.registry);
   if coalesce(obj_description('arbiter.machines'::regclass, 'pg_class'), '') not like '%[' || md5(v_view) || ']'
@@ -240,17 +259,7 @@ begin
          join pg_catalog.pg_depend d on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid
         where w.ev_class = 'arbiter.machines'::regclass and d.refobjid = v_registry.registry)
   then
-    drop view arbiter.machines;
-    execute 'create view arbiter.machines with (security_invoker = true) as' || v_view;
-    execute format('comment on view arbiter.machines is %L',
-      'The registry under fixed names, with its status mapped to a machine state. [' || md5(v_view) || ']');
-    -- The view runs with the rights of its reader, so these open nothing that the registry does not.
-    grant select, update (heartbeat_at) on arbiter.machines to public;
-    comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
-    comment on column arbiter.machines.user_id is 'Its owner.';
-    comment on column arbiter.machines.status is 'The app''s status word.';
-    comment on column arbiter.machines.state is 'The machine state: starting, running, stopping, stopped or error.';
-    comment on column arbiter.machines.heartbeat_at is 'The last heartbeat, stamped with the database''s clock.';
+    perform arbiter._make_machines_view(v_view);
   end if;
 
   execute format($sql$

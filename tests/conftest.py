@@ -1,0 +1,261 @@
+"""The server the tests run on, and a fresh database for each test.
+
+The server is an embedded one of the major version in the environment variable PG (default 18).
+A database is cloned from a template, which is built when the first test asks for it:
+
+``bare_db``     an empty database
+``trading_db``  the demo's trading schema, created by ``app_owner``
+``db``          the same with arbiter installed by ``app_owner``, who is no superuser
+
+The roles are Supabase's: ``app_owner`` owns databases and tables; ``authenticator`` logs in and
+becomes ``anon``, ``authenticated`` or ``service_role``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from pytest_postgresql.janitor import DatabaseJanitor
+from sessions import Session, watch_with
+
+import arbiter_db
+from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
+
+# The tests must not depend on how the shell that runs them reaches some other server.
+for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:
+    del os.environ[_name]
+
+OWNER = "app_owner"
+LOGIN = "authenticator"
+
+ROLES = """
+create role app_owner login nosuperuser nocreaterole;
+create role anon nologin;
+create role authenticated nologin;
+create role service_role nologin bypassrls;
+create role authenticator login noinherit;
+grant anon, authenticated, service_role to authenticator;
+"""
+
+_SERVER = pytest.StashKey[EmbeddedServer]()
+
+
+def _server(config: pytest.Config) -> EmbeddedServer:
+    """The session's server, started when it is asked for the first time."""
+    if _SERVER not in config.stash:
+        wanted = os.environ.get("PG") or "18"
+        if not wanted.isdigit():
+            raise pytest.UsageError(f"PG is not a major version of PostgreSQL: {wanted}")
+        try:
+            server = EmbeddedServer(int(wanted))
+            server.start()
+        except EmbeddedServerError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.stash[_SERVER] = server
+        watch_with(server.conninfo())
+        with psycopg.connect(server.conninfo(), autocommit=True) as conn:
+            conn.execute(ROLES)
+    return config.stash[_SERVER]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Name the server that is tested, in its own words."""
+    if config.option.collectonly:
+        return []
+    server = _server(config)
+    with psycopg.connect(server.conninfo()) as conn:
+        row = conn.execute("select version()").fetchone()
+    assert row is not None
+    return [f"server: {row[0]}", f"server's files: {server.bindir}, data: {server.data_directory}"]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the server."""
+    if _SERVER in config.stash:
+        watch_with(None)
+        config.stash[_SERVER].close()
+
+
+class Janitor(DatabaseJanitor):
+    """Creates a database that ``app_owner`` owns; drops it whoever is still connected."""
+
+    def init(self) -> None:
+        """Create the database. Copying its files takes a third of the default's time."""
+        with self.cursor() as cur:
+            cur.execute(
+                sql.SQL(
+                    "create database {} owner {} template {} is_template {} strategy file_copy"
+                ).format(
+                    sql.Identifier(self.dbname),
+                    sql.Identifier(OWNER),
+                    sql.Identifier(self.template_dbname or "template1"),
+                    sql.Literal(self.as_template),
+                )
+            )
+
+    def drop(self) -> None:
+        """Drop the database, ending the sessions in it."""
+        name = sql.Identifier(self.dbname)
+        with self.cursor() as cur:
+            if self.is_template():
+                cur.execute(sql.SQL("alter database {} is_template false").format(name))
+            cur.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+
+
+class Database:
+    """A database of one test. What it opened is closed when the test ends, however it ends."""
+
+    def __init__(self, server: EmbeddedServer, name: str) -> None:
+        self.server = server
+        self.name = name
+        self._opened = ExitStack()
+        self._session_numbers = count(1)
+
+    def conninfo(self, user: str = OWNER) -> str:
+        """A connection string for that user."""
+        return self.server.conninfo(dbname=self.name, user=user)
+
+    def connect(
+        self,
+        user: str | None = None,
+        role: str | None = None,
+        autocommit: bool = True,
+        *,
+        claims: dict[str, Any] | None = None,
+        **kw: Any,
+    ) -> psycopg.Connection[Any]:
+        """Open a connection.
+
+        ``role`` is set for the session, as PostgREST does it for a request. Without ``user`` a
+        connection with a role logs in as ``authenticator``, one without as ``app_owner``.
+        ``claims`` become the session's ``request.jwt.claims``. ``kw`` goes to psycopg.connect.
+        """
+        user = user or (LOGIN if role else OWNER)
+        conn = psycopg.connect(self.conninfo(user), autocommit=True, **kw)
+        self._opened.callback(conn.close)
+        if role is not None:
+            conn.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
+        if claims is not None:
+            conn.execute(
+                "select set_config('request.jwt.claims', %s, false)", (json.dumps(claims),)
+            )
+        conn.autocommit = autocommit
+        return conn
+
+    def session(
+        self, user: str | None = None, role: str | None = None, *, name: str = "", **kw: Any
+    ) -> Session:
+        """Open a connection that runs its statements in a thread (see ``sessions``)."""
+        name = name or f"session {next(self._session_numbers)}"
+        session = Session(self.connect(user, role, application_name=name, **kw), name)
+        self._opened.callback(session.close)
+        return session
+
+    def close(self) -> None:
+        """Close all connections that were opened here."""
+        self._opened.close()
+
+
+class Templates:
+    """The template databases, each built when it is asked for the first time."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+        self._stack = ExitStack()
+        self._built: set[str] = set()
+        self._numbers = count(1)
+        self._build: dict[str, tuple[str | None, Callable[[str], None]]] = {
+            "bare": (None, lambda conninfo: None),
+            "trading": ("bare", _create_trading),
+            "installed": ("trading", lambda conninfo: arbiter_db.install(conninfo)),
+        }
+
+    def close(self) -> None:
+        """Drop the templates."""
+        self._stack.close()
+
+    @contextmanager
+    def clone(self, kind: str) -> Iterator[Database]:
+        """A fresh database made from the template ``kind``, dropped at the end."""
+        name = f"test_{kind}_{next(self._numbers)}"
+        with ExitStack() as stack:
+            self._create(stack, name, self._template(kind), is_template=False)
+            database = Database(self._server, name)
+            stack.callback(database.close)
+            yield database
+
+    def _template(self, kind: str) -> str:
+        name = f"template_{kind}"
+        if kind not in self._built:
+            parent, build = self._build[kind]
+            source = self._template(parent) if parent else None
+            with ExitStack() as stack:  # a template that cannot be built is dropped again
+                self._create(stack, name, source, is_template=True)
+                build(self._server.conninfo(dbname=name, user=OWNER))
+                self._stack.push(stack.pop_all())
+            self._built.add(kind)
+        return name
+
+    def _create(
+        self, stack: ExitStack, name: str, template: str | None, *, is_template: bool
+    ) -> None:
+        janitor = Janitor(
+            user="postgres",
+            host=self._server.host,
+            port=self._server.port,
+            dbname=name,
+            template_dbname=template,
+            as_template=is_template,
+        )
+        stack.callback(janitor.drop)
+        janitor.init()
+
+
+def _create_trading(conninfo: str) -> None:
+    script = Path(arbiter_db.__file__).parent / "demo" / "trading.sql"
+    with psycopg.connect(conninfo, autocommit=True) as conn:
+        conn.execute(script.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> EmbeddedServer:
+    """The server that all tests share; who stops it must start it again."""
+    return _server(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def templates(server: EmbeddedServer) -> Iterator[Templates]:
+    """The template databases."""
+    templates = Templates(server)
+    yield templates
+    templates.close()
+
+
+@pytest.fixture
+def bare_db(templates: Templates) -> Iterator[Database]:
+    """An empty database that ``app_owner`` owns."""
+    with templates.clone("bare") as database:
+        yield database
+
+
+@pytest.fixture
+def trading_db(templates: Templates) -> Iterator[Database]:
+    """A database with the demo's trading schema, without arbiter."""
+    with templates.clone("trading") as database:
+        yield database
+
+
+@pytest.fixture
+def db(templates: Templates) -> Iterator[Database]:
+    """A database with the demo's trading schema and arbiter installed by ``app_owner``."""
+    with templates.clone("installed") as database:
+        yield database

@@ -1,0 +1,395 @@
+"""The verdict as a table of cases: every row of DESIGN section 4, on both sides of each boundary.
+
+The function is pure: lease, machine, settings and the instant are its arguments, so each boundary
+is hit to the microsecond.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from story import one, value
+
+if TYPE_CHECKING:
+    from conftest import Templates
+
+AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+US = timedelta(microseconds=1)
+S = timedelta(seconds=1)
+TIMEOUT = 30 * S
+GRACE = 30 * S
+DELAY = 120 * S
+
+USER = UUID(int=0xADA)
+MACHINE = UUID(int=0xC1)
+OTHER = UUID(int=0xC2)
+
+#: The leases by which MACHINE counts as the holder: it holds, or the lease drains to it.
+MACHINE_HOLDS = {
+    "holds": {"holder": "cloud", "machine_id": MACHINE},
+    "drain from local": {"holder": "local", "draining_to": MACHINE},
+    "drain from another machine": {"holder": "cloud", "machine_id": OTHER, "draining_to": MACHINE},
+}
+
+SETTINGS: dict[str, Any] = {
+    "singleton": True,
+    "heartbeat_timeout": TIMEOUT,
+    "stop_grace": GRACE,
+    "error_takeover_delay": DELAY,
+    "error_takeover_confirm": True,
+    "drain_timeout": 2 * S,
+    "heartbeat_interval": 10 * S,
+    "poll_interval": 5 * S,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, by how long ago things happened to it; None: never, as far as anybody knows."""
+
+    state: str | None
+    heartbeat: timedelta | None = None
+    left: timedelta | None = None
+    error: timedelta | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "machine_id": MACHINE,
+            "user_id": USER,
+            "state": self.state,
+            "heartbeat_at": _ago(self.heartbeat),
+            "left_running_at": _ago(self.left),
+            "entered_error_at": _ago(self.error),
+        }
+
+
+def _ago(ago: timedelta | None) -> datetime | None:
+    return None if ago is None else AT - ago
+
+
+@pytest.fixture(scope="module")
+def conn(templates: Templates) -> Iterator[psycopg.Connection[Any]]:
+    with templates.clone("installed") as database:
+        yield database.connect()
+
+
+def verdict(
+    conn: psycopg.Connection[Any],
+    source: str | None,
+    machine_id: UUID | None,
+    lease: dict[str, Any] | None,
+    machine: Machine | None,
+    settings: dict[str, Any] | None = None,
+) -> tuple[str | None, str | None, timedelta | None]:
+    """Code, takeover, and how long after the instant retry_at is."""
+    row = one(
+        conn,
+        """
+        select v.code, v.takeover, v.retry_at
+          from arbiter._verdict(%s, %s,
+            jsonb_populate_record(null::arbiter.leases, %s::jsonb),
+            jsonb_populate_record(null::arbiter.machine, %s::jsonb),
+            jsonb_populate_record(null::arbiter.settings, %s::jsonb), %s) as v
+        """,
+        source,
+        machine_id,
+        _record(lease and {"user_id": USER, "epoch": 7, "held_since": AT - 99 * DELAY, **lease}),
+        _record(machine and machine.as_record()),
+        _record({**SETTINGS, **(settings or {})}),
+        AT,
+    )
+    return row.code, row.takeover, row.retry_at and row.retry_at - AT
+
+
+def _record(record: dict[str, Any] | None) -> str:
+    """The record as JSON; an absent one is a record of nulls, which is what the callers pass."""
+    return json.dumps(record or {}, default=str)
+
+
+# A local write -----------------------------------------------------------------------------------
+
+ADMIT = (None, None, None)
+ACTIVE = ("cloud_active", None, None)
+UNCONFIRMED = ("takeover_unconfirmed", None, None)
+
+
+def cooling(retry_in: timedelta) -> tuple[str, None, timedelta]:
+    return ("cooling_down", None, retry_in)
+
+
+def too_early(retry_in: timedelta) -> tuple[str, None, timedelta]:
+    return ("takeover_unconfirmed", None, retry_in)
+
+
+def takeover(reason: str) -> tuple[None, str, None]:
+    return (None, reason, None)
+
+
+RUNNING = [
+    (Machine("running", heartbeat=-US), ACTIVE),
+    (Machine("running", heartbeat=0 * S), ACTIVE),
+    (Machine("running", heartbeat=TIMEOUT - US), ACTIVE),
+    (Machine("running", heartbeat=TIMEOUT), takeover("heartbeat_lapsed")),
+    (Machine("running", heartbeat=TIMEOUT + US), takeover("heartbeat_lapsed")),
+    (Machine("running"), takeover("heartbeat_lapsed")),
+    # What it noted in an earlier life does not count while it runs.
+    (Machine("running", heartbeat=TIMEOUT - US, left=99 * S, error=999 * S), ACTIVE),
+    (Machine("running", heartbeat=TIMEOUT, left=0 * S, error=0 * S), takeover("heartbeat_lapsed")),
+]
+
+STOPPING = [
+    # Fresh: refused however long ago it left running; retry_at is when both have passed.
+    (Machine("stopping", heartbeat=0 * S, left=5 * S), cooling(TIMEOUT)),
+    (Machine("stopping", heartbeat=TIMEOUT - US, left=99 * S), cooling(US)),
+    (Machine("stopping", heartbeat=TIMEOUT - US, left=0 * S), cooling(GRACE)),
+    (Machine("stopping", heartbeat=10 * S, left=10 * S), cooling(20 * S)),
+    # Stale: refused while it left running less than stop_grace ago.
+    (Machine("stopping", heartbeat=TIMEOUT, left=GRACE - US), cooling(US)),
+    (Machine("stopping", heartbeat=TIMEOUT, left=GRACE), takeover("stop_stalled")),
+    (Machine("stopping", heartbeat=TIMEOUT + US, left=GRACE + US), takeover("stop_stalled")),
+    (Machine("stopping", heartbeat=None, left=GRACE - US), cooling(US)),
+    (Machine("stopping", heartbeat=None, left=GRACE), takeover("stop_stalled")),
+    # Never noted: this very moment.
+    (Machine("stopping", heartbeat=99 * S, left=None), cooling(GRACE)),
+    (Machine("stopping", heartbeat=None, left=None), cooling(GRACE)),
+]
+
+GONE = [
+    (Machine(state, heartbeat=heartbeat, left=left), expected)
+    for state in ("stopped", "starting", "deleted")
+    for heartbeat, left, expected in [
+        (TIMEOUT, 0 * S, cooling(GRACE)),
+        (TIMEOUT, GRACE - US, cooling(US)),
+        (TIMEOUT, GRACE, takeover("machine_stopped")),
+        (TIMEOUT, GRACE + US, takeover("machine_stopped")),
+        # It is not running, so its heartbeats do not count, and a missing one neither.
+        (0 * S, GRACE - US, cooling(US)),
+        (0 * S, GRACE, takeover("machine_stopped")),
+        (None, GRACE - US, cooling(US)),
+        (None, GRACE, takeover("machine_stopped")),
+        (99 * S, None, cooling(GRACE)),
+    ]
+]
+
+ERROR = [
+    (Machine("error", heartbeat=heartbeat, left=left, error=error), expected)
+    for heartbeat, left in [(0 * S, 0 * S), (999 * S, 999 * S), (None, None)]
+    for error, expected in [
+        (0 * S, too_early(DELAY)),
+        (DELAY - US, too_early(US)),
+        (DELAY, UNCONFIRMED),
+        (DELAY + US, UNCONFIRMED),
+        (999 * S, UNCONFIRMED),
+        (None, too_early(DELAY)),
+    ]
+]
+
+# A state that nobody has mapped counts as running: unknown means possibly alive.
+UNKNOWN = [
+    (Machine(state, heartbeat=heartbeat, left=999 * S), expected)
+    for state in (None, "hibernating")
+    for heartbeat, expected in [
+        (TIMEOUT - US, ACTIVE),
+        (TIMEOUT, takeover("heartbeat_lapsed")),
+    ]
+]
+
+
+@pytest.mark.parametrize("lease", MACHINE_HOLDS.values(), ids=MACHINE_HOLDS)
+@pytest.mark.parametrize(("machine", "expected"), RUNNING + STOPPING + GONE + ERROR + UNKNOWN)
+def test_local_write_while_the_cloud_holds(
+    conn: psycopg.Connection[Any],
+    lease: dict[str, Any],
+    machine: Machine,
+    expected: tuple[Any, Any, Any],
+) -> None:
+    assert verdict(conn, "local", None, lease, machine) == expected
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        None,
+        Machine("running", heartbeat=0 * S),
+        Machine("error", heartbeat=0 * S, left=0 * S, error=0 * S),
+        Machine("stopped", left=0 * S),
+    ],
+)
+@pytest.mark.parametrize("lease", [None, {"holder": "local"}], ids=["no lease", "local"])
+def test_local_write_while_no_machine_holds(
+    conn: psycopg.Connection[Any], lease: dict[str, Any] | None, machine: Machine | None
+) -> None:
+    assert verdict(conn, "local", None, lease, machine) == ADMIT
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DELAY - US, too_early(US)),
+        (DELAY, takeover("error_elapsed")),
+        (DELAY + US, takeover("error_elapsed")),
+        (None, too_early(DELAY)),
+    ],
+)
+@pytest.mark.parametrize("lease", MACHINE_HOLDS.values(), ids=MACHINE_HOLDS)
+def test_local_write_after_an_error_that_needs_no_confirmation(
+    conn: psycopg.Connection[Any],
+    lease: dict[str, Any],
+    error: timedelta | None,
+    expected: tuple[Any, Any, Any],
+) -> None:
+    machine = Machine("error", heartbeat=0 * S, left=error, error=error)
+    settings = {"error_takeover_confirm": False}
+    assert verdict(conn, "local", None, lease, machine, settings) == expected
+
+
+# A cloud write -----------------------------------------------------------------------------------
+
+NOT_HOLDER = ("not_holder", None, None)
+STATES = ["starting", "running", "stopping", "stopped", "error", "deleted", None]
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "expected"),
+    [
+        (-US, ADMIT),
+        (0 * S, ADMIT),
+        (TIMEOUT - US, ADMIT),
+        (TIMEOUT, NOT_HOLDER),
+        (TIMEOUT + US, NOT_HOLDER),
+        (None, NOT_HOLDER),
+    ],
+)
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("lease", MACHINE_HOLDS.values(), ids=MACHINE_HOLDS)
+def test_cloud_write_of_the_holder(
+    conn: psycopg.Connection[Any],
+    lease: dict[str, Any],
+    state: str | None,
+    heartbeat: timedelta | None,
+    expected: tuple[Any, Any, Any],
+) -> None:
+    """Whatever its status: signals in flight may complete during a stop."""
+    machine = Machine(state, heartbeat=heartbeat, left=999 * S, error=999 * S)
+    assert verdict(conn, "cloud", MACHINE, lease, machine) == expected
+
+
+@pytest.mark.parametrize(
+    ("writer", "lease"),
+    [
+        (MACHINE, None),
+        (MACHINE, {"holder": "local"}),
+        (MACHINE, {"holder": "cloud", "machine_id": OTHER}),
+        (MACHINE, {"holder": "local", "draining_to": OTHER}),
+        (MACHINE, {"holder": "cloud", "machine_id": MACHINE, "draining_to": OTHER}),
+        # Nobody is not the machine of a lease that has none.
+        (None, None),
+        (None, {"holder": "local"}),
+        (None, {"holder": "cloud", "machine_id": MACHINE}),
+    ],
+)
+def test_cloud_write_of_anybody_else(
+    conn: psycopg.Connection[Any], writer: UUID | None, lease: dict[str, Any] | None
+) -> None:
+    """However healthy the machine is that the verdict is given."""
+    healthy = Machine("running", heartbeat=0 * S)
+    assert verdict(conn, "cloud", writer, lease, healthy) == NOT_HOLDER
+
+
+# The settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "expected"),
+    [
+        ({"heartbeat_timeout": S}, Machine("running", heartbeat=S - US), ACTIVE),
+        ({"heartbeat_timeout": S}, Machine("running", heartbeat=S), takeover("heartbeat_lapsed")),
+        ({"heartbeat_timeout": S}, Machine("stopping", heartbeat=S, left=0 * S), cooling(GRACE)),
+        ({"heartbeat_timeout": 60 * S}, Machine("stopping", 0 * S, left=0 * S), cooling(60 * S)),
+        ({"stop_grace": S}, Machine("stopping", heartbeat=TIMEOUT, left=S - US), cooling(US)),
+        ({"stop_grace": S}, Machine("stopping", TIMEOUT, left=S), takeover("stop_stalled")),
+        ({"stop_grace": S}, Machine("stopped", left=S - US), cooling(US)),
+        ({"stop_grace": S}, Machine("stopped", left=S), takeover("machine_stopped")),
+        ({"error_takeover_delay": S}, Machine("error", error=S - US), too_early(US)),
+        ({"error_takeover_delay": S}, Machine("error", error=S), UNCONFIRMED),
+    ],
+)
+def test_each_period_is_the_settings_own(
+    conn: psycopg.Connection[Any],
+    settings: dict[str, Any],
+    machine: Machine,
+    expected: tuple[Any, Any, Any],
+) -> None:
+    assert verdict(conn, "local", None, MACHINE_HOLDS["holds"], machine, settings) == expected
+
+
+def test_timeout_of_a_cloud_write_is_the_settings_own(conn: psycopg.Connection[Any]) -> None:
+    found = {
+        ago: verdict(
+            conn,
+            "cloud",
+            MACHINE,
+            MACHINE_HOLDS["holds"],
+            Machine("running", heartbeat=ago),
+            {"heartbeat_timeout": S},
+        )
+        for ago in (S - US, S)
+    }
+    assert found == {S - US: ADMIT, S: NOT_HOLDER}
+
+
+# Words and purity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [
+        *[(word, "starting") for word in ("provisioning", "starting")],
+        *[(word, "running") for word in ("running", "active", "started")],
+        *[(word, "stopping") for word in ("stopping", "deprovisioning")],
+        *[(word, "stopped") for word in ("stopped", "deleted", "suspended")],
+        *[(word, "error") for word in ("error", "failed")],
+        *[(word, "running") for word in ("hibernating", "Stopped", " stopped", "", None)],
+    ],
+)
+def test_word_of_the_registry_means_a_state(
+    conn: psycopg.Connection[Any], word: str | None, state: str
+) -> None:
+    """An unmapped word counts as running."""
+    assert value(conn, "select arbiter._state(%s)", word) == state
+
+
+def test_verdict_is_pure(conn: psycopg.Connection[Any]) -> None:
+    """Declared so, and it says the same when no table has a row."""
+    declared = "select array_agg(distinct provolatile::text) from pg_proc where oid = any (%s)"
+    functions = ["arbiter._verdict", "arbiter._is_fresh"]
+    oids = [value(conn, "select %s::regproc::oid", function) for function in functions]
+    assert value(conn, declared, oids) == ["i"]
+
+    machine = Machine("stopping", heartbeat=TIMEOUT, left=GRACE - US)
+    with conn.transaction(force_rollback=True):
+        conn.execute("alter table arbiter.settings rename to settings_of_before")
+        conn.execute("alter table arbiter.machine_notes rename to machine_notes_of_before")
+        conn.execute("alter view arbiter.machines rename to machines_of_before")
+        found = one(
+            conn,
+            """
+            select v.code, v.retry_at
+              from arbiter._verdict('local', null,
+                jsonb_populate_record(null::arbiter.leases, %s::jsonb),
+                jsonb_populate_record(null::arbiter.machine, %s::jsonb),
+                jsonb_populate_record(null::arbiter.settings_of_before, %s::jsonb), %s) as v
+            """,
+            _record(MACHINE_HOLDS["holds"]),
+            _record(machine.as_record()),
+            _record(SETTINGS),
+            AT,
+        )
+        assert found == ("cooling_down", AT + US)
