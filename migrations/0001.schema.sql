@@ -176,7 +176,9 @@ create table if not exists arbiter.leases (
   constraint leases_epoch_check check (epoch > 0),
   constraint leases_holder_check check (holder in ('local', 'cloud')),
   constraint leases_machine_check check ((holder = 'cloud') = (machine_id is not null)),
-  constraint leases_draining_check check ((draining_to is null) = (draining_since is null)),
+  -- A drain leads to a machine, or away from one.
+  constraint leases_draining_check check (
+    case when draining_since is null then draining_to is null else draining_to is not null or holder = 'cloud' end),
   -- A lease does not drain to the machine that holds it.
   constraint leases_draining_elsewhere_check check (draining_to <> machine_id)
 );
@@ -188,8 +190,9 @@ comment on column arbiter.leases.epoch is 'The fencing token: grows by one with 
 comment on column arbiter.leases.holder is 'local (browser) or cloud (machine).';
 comment on column arbiter.leases.machine_id is 'The machine that holds, when the holder is cloud.';
 comment on column arbiter.leases.draining_to is
-  'The machine that gets the lease once the writes in flight have ended; the old holder is refused already.';
-comment on column arbiter.leases.draining_since is 'When the drain was marked. Database clock.';
+  'The machine that gets the lease once the writes in flight have ended; null while it drains to local.';
+comment on column arbiter.leases.draining_since is
+  'When a drain was marked: from then on the old holder is refused. Null when no drain is under way. Database clock.';
 comment on column arbiter.leases.held_since is 'When this epoch began. Database clock.';
 
 create table if not exists arbiter.handovers (

@@ -22,9 +22,10 @@ security invoker
 as $$
 declare
   v_type text;
+  v_generated "char";
 begin
-  select format_type(a.atttypid, null)
-    into v_type
+  select format_type(a.atttypid, null), a.attgenerated
+    into v_type, v_generated
     from pg_catalog.pg_attribute a
    where a.attrelid = p_table
      and a.attname = p_column
@@ -40,12 +41,19 @@ begin
         p_column, p_table, v_type, array_to_string(p_types, ' or ')),
       hint = 'Rename that column, or name another one in the call; nothing was changed.';
   end if;
+  -- Triggers see null in its place.
+  if v_generated = 'v' then
+    raise exception using
+      errcode = 'feature_not_supported',
+      message = format('arbiter: column %I of table %s is a virtual generated column', p_column, p_table),
+      hint = 'Make it stored, or name another one in the call; nothing was changed.';
+  end if;
   return true;
 end
 $$;
 revoke execute on function arbiter._has_column(regclass, name, text[]) from public;
 comment on function arbiter._has_column(regclass, name, text[]) is
-  'Whether the column exists. Error 42804 when it exists with another type.';
+  'Whether the column exists. Error 42804 when it exists with another type, 0A000 when it is virtual.';
 
 -- The same, but the column must be there.
 create or replace function arbiter._need_column(p_table regclass, p_column name, p_types text[])
@@ -318,7 +326,7 @@ begin
   v_steps := parse_ident(v_path);
   for i in 1 .. cardinality(v_steps) - 1 loop
     v_step := v_steps[i];
-    v_next := arbiter._foreign_key(v_table, v_step);
+    select f.* into v_next from arbiter._foreign_key(v_table, v_step) f;
     if v_next.parent is null then
       raise exception using
         errcode = 'invalid_parameter_value',

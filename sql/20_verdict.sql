@@ -16,8 +16,8 @@ revoke execute on function arbiter._is_fresh(timestamptz, interval, timestamptz)
 comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
   'Whether the last heartbeat is younger than the timeout at an instant; false without a heartbeat.';
 
--- p_machine is the machine that the lease drains to, or else the machine that holds it. A cloud
--- writer must be that machine.
+-- p_machine is the machine that the lease is for (_claimant). At any instant at most one environment
+-- is admitted: once a browser may take over, the machine may not write any more, whatever it believes.
 create or replace function arbiter._verdict(
   p_source text,
   p_machine_id uuid,
@@ -31,60 +31,57 @@ immutable
 security invoker
 as $$
 declare
-  v_holder uuid := coalesce(p_lease.draining_to, p_lease.machine_id);
+  v_claimant uuid := arbiter._claimant(p_lease);
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
   -- An instant that was never noted counts as this very moment: unknown means possibly alive.
-  v_left_at timestamptz := coalesce(p_machine.left_running_at, p_at);
-  v_error_at timestamptz := coalesce(p_machine.entered_error_at, p_at);
-  v_grace_ends_at timestamptz := v_left_at + p_settings.stop_grace;
-  v_delay_ends_at timestamptz := v_error_at + p_settings.error_takeover_delay;
-  v_verdict arbiter.verdict;
+  v_grace_ends_at timestamptz := coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace;
+  v_delay_ends_at timestamptz := coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay;
+  v_local arbiter.verdict;
+  v_cloud arbiter.verdict;
 begin
-  if p_source = 'cloud' then
-    -- Whatever its status: signals in flight may complete while the machine stops.
-    if p_machine_id is null or v_holder is distinct from p_machine_id or not v_fresh then
-      v_verdict.code := 'not_holder';
-    end if;
-    return v_verdict;
+  if v_claimant is not null then
+    case p_machine.state
+      when 'stopping' then
+        if v_fresh or p_at < v_grace_ends_at then
+          v_local.code := 'cooling_down';
+          v_local.retry_at := greatest(
+            v_grace_ends_at, p_machine.heartbeat_at + p_settings.heartbeat_timeout);
+        else
+          v_local.takeover := 'stop_stalled';
+        end if;
+      when 'error' then
+        if p_at < v_delay_ends_at then
+          v_local.code := 'takeover_unconfirmed';
+          v_local.retry_at := v_delay_ends_at;
+        elsif p_settings.error_takeover_confirm then
+          v_local.code := 'takeover_unconfirmed';
+        else
+          v_local.takeover := 'error_elapsed';
+        end if;
+      when 'stopped', 'starting', 'deleted' then
+        if p_at < v_grace_ends_at then
+          v_local.code := 'cooling_down';
+          v_local.retry_at := v_grace_ends_at;
+        else
+          v_local.takeover := 'machine_stopped';
+        end if;
+      else -- running, and whatever else: unknown means possibly alive
+        if v_fresh then
+          v_local.code := 'cloud_active';
+        else
+          v_local.takeover := 'heartbeat_lapsed';
+        end if;
+    end case;
   end if;
 
-  if v_holder is null then
-    return v_verdict;
+  if p_source = 'local' then
+    return v_local;
   end if;
-
-  case p_machine.state
-    when 'stopping' then
-      if v_fresh or p_at < v_grace_ends_at then
-        v_verdict.code := 'cooling_down';
-        v_verdict.retry_at := greatest(
-          v_grace_ends_at, p_machine.heartbeat_at + p_settings.heartbeat_timeout);
-      else
-        v_verdict.takeover := 'stop_stalled';
-      end if;
-    when 'error' then
-      if p_at < v_delay_ends_at then
-        v_verdict.code := 'takeover_unconfirmed';
-        v_verdict.retry_at := v_delay_ends_at;
-      elsif p_settings.error_takeover_confirm then
-        v_verdict.code := 'takeover_unconfirmed';
-      else
-        v_verdict.takeover := 'error_elapsed';
-      end if;
-    when 'stopped', 'starting', 'deleted' then
-      if p_at < v_grace_ends_at then
-        v_verdict.code := 'cooling_down';
-        v_verdict.retry_at := v_grace_ends_at;
-      else
-        v_verdict.takeover := 'machine_stopped';
-      end if;
-    else -- running, and whatever else: unknown means possibly alive
-      if v_fresh then
-        v_verdict.code := 'cloud_active';
-      else
-        v_verdict.takeover := 'heartbeat_lapsed';
-      end if;
-  end case;
-  return v_verdict;
+  -- Until a takeover is possible whatever the status: signals in flight may complete during a stop.
+  if v_claimant is null or v_claimant is distinct from p_machine_id or not v_fresh or v_local.takeover is not null then
+    v_cloud.code := 'not_holder';
+  end if;
+  return v_cloud;
 end
 $$;
 revoke execute on function

@@ -10,7 +10,8 @@
 -- check and write one act. A handover takes the row `for update`, which waits for every such
 -- writer, and changes a key column, so that a writer with an older snapshot fails instead of being
 -- admitted by what it sees. The mark of a drain changes no key column and so neither waits for
--- writers nor holds them up.
+-- writers nor holds them up. A user's yes after an error (confirm_takeover, 70_status.sql) marks a drain to
+-- local in the same way.
 --
 -- Nobody queues on the row: `skip locked` and a look again. A queue would be served one holder at a
 -- time, each with a fresh lock_timeout, and new writers would overtake it. So every wait ends at
@@ -72,14 +73,20 @@ language sql
 volatile
 security invoker
 begin atomic
-  select coalesce(jsonb_agg(distinct t.pid), '[]')
-    from arbiter.leases l
-    cross join lateral arbiter._lockers(l.xmax) as locker (xid)
-    join pg_catalog.pg_locks t
-      on t.locktype = 'transactionid' and t.transactionid = locker.xid and t.granted
-    join pg_catalog.pg_locks r
-      on r.pid = t.pid and r.locktype = 'relation' and r.relation = 'arbiter.leases'::regclass
-   where l.user_id = p_user_id;
+  select coalesce(jsonb_agg(distinct r.pid), '[]')
+    from pg_catalog.pg_locks r
+    left join arbiter.leases l on l.user_id = p_user_id
+   where r.locktype = 'relation'
+     and r.relation = 'arbiter.leases'::regclass
+     and r.granted
+     and case
+       -- A lease that cannot be seen yet: whoever is writing leases.
+       when l.user_id is null then r.mode = 'RowExclusiveLock' and r.pid <> pg_backend_pid()
+       else exists (
+         select from pg_catalog.pg_locks t
+           join arbiter._lockers(l.xmax) as locker (xid) on locker.xid = t.transactionid
+          where t.pid = r.pid and t.locktype = 'transactionid' and t.granted)
+       end;
 end;
 revoke execute on function arbiter._blockers(uuid) from public;
 comment on function arbiter._blockers(uuid) is
@@ -160,13 +167,14 @@ revoke execute on function arbiter._lock_lease(uuid) from public;
 comment on function arbiter._lock_lease(uuid) is
   'Tries to lock a lease for a handover. locked: got it; lease is the row as it now stands. wrote: this transaction has written in its epoch.';
 
--- The lease begins with the first write of a user or with the user's first machine. Of two first
--- writers one creates it; the other waits for that one's transaction, as for any unique key.
+-- The lease begins with the first write of a user or with the user's first machine. Of two that come at
+-- once one creates it; the other does not wait for that one's transaction but says so and looks again.
 create or replace function arbiter._create_lease(p_user_id uuid, p_reason text)
 returns boolean
 language plpgsql
 volatile
 security invoker
+set lock_timeout = '1ms'
 as $$
 begin
   insert into arbiter.leases (user_id, epoch, holder, held_since)
@@ -179,11 +187,60 @@ begin
   values (p_user_id, 1, 'local', p_reason, clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(),
     current_setting('transaction_isolation') = 'read committed');
   return true;
+exception
+  when lock_not_available then
+    return null;
 end
 $$;
 revoke execute on function arbiter._create_lease(uuid, text) from public;
 comment on function arbiter._create_lease(uuid, text) is
-  'Creates the lease of a user, local, epoch 1; false when there is one already.';
+  'Creates the lease of a user, local, epoch 1. False when there is one already, null while another transaction is creating it.';
+
+-- The lock of a writer whose environment, and machine, holds the lease while no drain is under way.
+-- Found means locked, to the end of the transaction: that is the check and the write in one act.
+create or replace function arbiter._share_lease(p_user_id uuid, p_source text, p_machine_id uuid)
+returns boolean
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+  perform from arbiter.leases l
+    where l.user_id = p_user_id
+      and l.holder = p_source
+      and l.machine_id is not distinct from p_machine_id
+      and l.draining_since is null
+      for key share skip locked;
+  return found;
+end
+$$;
+revoke execute on function arbiter._share_lease(uuid, text, uuid) from public;
+comment on function arbiter._share_lease(uuid, text, uuid) is
+  'Locks the lease for a write if this environment, and machine, holds it. Never waits at read committed.';
+
+-- Above read committed the snapshot may show a version of the row that was replaced since. The lock
+-- then follows the row to its newest version, and waits there for a handover under way, whatever
+-- `skip locked` says. The bound is drain_timeout; the setting ends with the function.
+create or replace function arbiter._share_lease_bounded(p_user_id uuid, p_source text, p_machine_id uuid)
+returns boolean
+language plpgsql
+volatile
+security invoker
+set lock_timeout = '2s'
+as $$
+begin
+  perform set_config('lock_timeout', ceil(extract(epoch from s.drain_timeout) * 1000)::text, true)
+     from arbiter.settings s
+    where s.singleton;
+  return arbiter._share_lease(p_user_id, p_source, p_machine_id);
+exception
+  when lock_not_available then
+    return null;
+end
+$$;
+revoke execute on function arbiter._share_lease_bounded(uuid, text, uuid) from public;
+comment on function arbiter._share_lease_bounded(uuid, text, uuid) is
+  'The same at repeatable read and above: null when a handover under way has kept it waiting for drain_timeout.';
 
 -- Needs the row locked by _lock_lease. False, and nothing done, when this transaction has itself
 -- written in the epoch that would end. A drain that ends without a change of holder is no handover.
@@ -203,7 +260,7 @@ begin
     update arbiter.leases
        set draining_to = null, draining_since = null
      where user_id = p_lease.user_id
-       and draining_to is not null;
+       and draining_since is not null;
     return true;
   end if;
   if p_wrote then
@@ -245,11 +302,18 @@ as $$
 declare
   v_seen boolean := true;
 begin
-  if p_machine.state <> 'deleted' and current_setting('transaction_isolation') <> 'read committed' then
+  if current_setting('transaction_isolation') <> 'read committed' then
     begin
-      perform from arbiter.machines m
-        where m.machine_id = p_machine.machine_id
-          for no key update skip locked;
+      if p_machine.state = 'deleted' then
+        -- No row to ask; its note is written when it comes back.
+        perform from arbiter.machine_notes n
+          where n.user_id = p_machine.user_id and n.machine_id = p_machine.machine_id
+            for no key update skip locked;
+      else
+        perform from arbiter.machines m
+          where m.machine_id = p_machine.machine_id
+            for no key update skip locked;
+      end if;
       v_seen := found;
       raise exception using errcode = 'WX000', message = 'undo the lock';
     exception
@@ -283,52 +347,50 @@ declare
   v_settings arbiter.settings;
   v_machine arbiter.machine;
   v_attempt record;
+  v_created boolean;
+  v_shared boolean;
   v_give_up_at timestamptz;
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   loop
     select l.* into lease from arbiter.leases l where l.user_id = p_user_id;
-    if not found then
-      if p_source = 'cloud' then
-        verdict.code := 'not_holder';
-        return;
-      end if;
-      if arbiter._create_lease(p_user_id, 'first_write') then
-        return;
-      end if;
-      -- Somebody else just did; decide by that one.
-      select l.* into lease from arbiter.leases l where l.user_id = p_user_id;
-    end if;
-
-    v_machine := arbiter._machine(p_user_id, coalesce(lease.draining_to, lease.machine_id));
+    v_machine := arbiter._machine(p_user_id, arbiter._claimant(lease));
     verdict := arbiter._verdict(p_source, p_machine_id, lease, v_machine, v_settings, clock_timestamp());
     if verdict.code is not null then
       return;
     end if;
 
-    if verdict.takeover is null and lease.draining_to is null then
-      perform from arbiter.leases l
-        where l.user_id = p_user_id
-          and l.holder = p_source
-          and l.machine_id is not distinct from p_machine_id
-          and l.draining_to is null
-          for key share skip locked;
-      if found then
+    if lease.user_id is null then
+      v_created := arbiter._create_lease(p_user_id, 'first_write');
+      if v_created then
         return;
       end if;
+      -- False: somebody else just did; decide by that one.
+      continue when not v_created;
+    elsif verdict.takeover is null and lease.draining_since is null then
+      if current_setting('transaction_isolation') = 'read committed' then
+        v_shared := arbiter._share_lease(p_user_id, p_source, p_machine_id);
+      else
+        v_shared := arbiter._share_lease_bounded(p_user_id, p_source, p_machine_id);
+      end if;
+      if v_shared then
+        return;
+      end if;
+      -- Null: it has waited long enough.
+      v_give_up_at := case when v_shared is null then clock_timestamp() else v_give_up_at end;
     else
       v_attempt := arbiter._lock_lease(p_user_id);
       if v_attempt.locked then
         -- Again, by what nobody can change any more.
         lease := v_attempt.lease;
-        v_machine := arbiter._machine(p_user_id, coalesce(lease.draining_to, lease.machine_id));
+        v_machine := arbiter._machine(p_user_id, arbiter._claimant(lease));
         verdict := arbiter._verdict(p_source, p_machine_id, lease, v_machine, v_settings, clock_timestamp());
         if verdict.code is not null then
           return;
         end if;
         if verdict.takeover is null or arbiter._sees_now(v_machine) then
-          if not arbiter._hand_over(
-            lease, v_attempt.wrote, p_source, p_machine_id, coalesce(verdict.takeover, 'activated'))
+          if not arbiter._hand_over(lease, v_attempt.wrote, p_source, p_machine_id,
+            coalesce(verdict.takeover, case p_source when 'cloud' then 'activated' else 'confirmed' end))
           then
             verdict := ('handover_draining', null, null);
           end if;

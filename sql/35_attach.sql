@@ -10,6 +10,25 @@ return format('%s [%s]', p_meaning, md5(p_definition));
 revoke execute on function arbiter._trigger_comment(text, text) from public;
 comment on function arbiter._trigger_comment(text, text) is 'The comment of a trigger, with the hash of its definition.';
 
+-- A row trigger of a partitioned table lives on in each partition, where it can be disabled alone.
+create or replace function arbiter._is_disabled_below(p_table regclass, p_trigger name)
+returns boolean
+language sql
+stable
+security invoker
+begin atomic
+  with recursive family (trigger_id) as (
+    select t.oid from pg_catalog.pg_trigger t where t.tgrelid = p_table and t.tgname = p_trigger
+    union all
+    select t.oid from pg_catalog.pg_trigger t join family f on t.tgparentid = f.trigger_id
+  )
+  select exists (
+    select from family f join pg_catalog.pg_trigger t on t.oid = f.trigger_id where t.tgenabled <> 'A');
+end;
+revoke execute on function arbiter._is_disabled_below(regclass, name) from public;
+comment on function arbiter._is_disabled_below(regclass, name) is
+  'Whether a trigger, or its like in a partition, does not fire always.';
+
 create or replace function arbiter._attach(
   p_table regclass,
   p_trigger name,
@@ -29,6 +48,7 @@ begin
        and t.tgname = p_trigger
        and t.tgenabled = 'A'
        and obj_description(t.oid, 'pg_trigger') = v_comment)
+     and not arbiter._is_disabled_below(p_table, p_trigger)
   then
     return;
   end if;

@@ -68,12 +68,14 @@ begin
   if p_new_user_id is null or p_new_state is not distinct from v_old_state then
     return;
   end if;
+  -- Left running now, or whenever it did before; an instant from an earlier life does not count.
   insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at, entered_error_at)
   values (p_new_user_id, p_new_machine_id,
     case when p_new_state <> 'running' then clock_timestamp() end,
     case when p_new_state = 'error' then clock_timestamp() end)
   on conflict on constraint machine_notes_pkey do update
     set left_running_at = case
+          when v_old_state = 'running' then excluded.left_running_at
           when p_new_state <> 'running' then coalesce(n.left_running_at, excluded.left_running_at) end,
         entered_error_at = excluded.entered_error_at;
   if not v_same then
@@ -99,15 +101,14 @@ declare
   v_settings arbiter.settings;
   v_lease arbiter.leases;
   v_incumbent uuid;
-  v_machine arbiter.machine;
   v_attempt record;
-  v_at timestamptz;
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
-  perform arbiter._create_lease(p_user_id, 'registered')
-    where not exists (select from arbiter.leases l where l.user_id = p_user_id);
-
   select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
+  if not found and arbiter._create_lease(p_user_id, 'registered') is null then
+    return;
+  end if;
+
   if v_lease.draining_to = p_machine_id then
     v_attempt := arbiter._lock_lease(p_user_id);
     if v_attempt.locked and (v_attempt.lease).draining_to = p_machine_id then
@@ -125,20 +126,17 @@ begin
   if not found then
     return;
   end if;
-  v_incumbent := coalesce(v_lease.draining_to, v_lease.machine_id);
+  v_incumbent := arbiter._claimant(v_lease);
   if v_incumbent = p_machine_id then
     return;
   end if;
-  if v_incumbent is not null then
-    -- Another machine is entitled while it may write and a browser may not.
-    v_machine := arbiter._machine(p_user_id, v_incumbent);
-    v_at := clock_timestamp();
-    if (arbiter._verdict('cloud', v_incumbent, v_lease, v_machine, v_settings, v_at)).code is null
-       and (arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_at)).code is not null
-    then
-      return;
-    end if;
+  -- Another machine keeps the lease while it may write.
+  if v_incumbent is not null and (
+    arbiter._verdict('cloud', v_incumbent, v_lease, arbiter._machine(p_user_id, v_incumbent), v_settings, clock_timestamp())
+  ).code is null then
+    return;
   end if;
+  -- Back to the machine that still holds, the drain just ends: an earlier yes to a takeover is void.
   update arbiter.leases l
      set draining_to = nullif(p_machine_id, l.machine_id),
          draining_since = case when l.machine_id is distinct from p_machine_id then clock_timestamp() end
@@ -213,6 +211,31 @@ revoke execute on function arbiter._registry_triggers() from public;
 comment on function arbiter._registry_triggers() is
   'The triggers that the registry must have. definition has {table} in the place of the table.';
 
+-- A table that was dropped takes its triggers along, and leaves its name here.
+create or replace function arbiter._forget_dropped()
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_protection_id integer;
+begin
+  delete from arbiter.registry r
+   where not exists (select from pg_catalog.pg_class c where c.oid = r.registry);
+  for v_protection_id in
+    delete from arbiter.protections p
+     where not exists (select from pg_catalog.pg_class c where c.oid = p.protected_table)
+    returning p.protection_id
+  loop
+    execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
+      '_guard_' || v_protection_id, '_guard_row_' || v_protection_id, '_provenance_' || v_protection_id);
+  end loop;
+end
+$$;
+revoke execute on function arbiter._forget_dropped() from public;
+comment on function arbiter._forget_dropped() is 'Forgets the registry and protected tables that do not exist any more.';
+
 -- Generates what depends on the registry's names: _state(), the view machines, the trigger functions.
 create or replace function arbiter._build_registry()
 returns void
@@ -227,8 +250,9 @@ declare
   v_view text;
   v_now timestamptz;
 begin
-  select r.* into v_registry from arbiter.registry r;
+  select r.* into v_registry from arbiter.registry r where r.singleton;
   if not found then
+    perform arbiter._note_absent_machines();
     return;
   end if;
 
@@ -252,12 +276,12 @@ begin
     'r.%4$I as heartbeat_at from %5$s r',
     v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
     v_registry.registry);
-  if coalesce(obj_description('arbiter.machines'::regclass, 'pg_class'), '') not like '%[' || md5(v_view) || ']'
+  if coalesce(obj_description(to_regclass('arbiter.machines'), 'pg_class'), '') not like '%[' || md5(v_view) || ']'
      or not exists (
        -- The table may have been dropped and made again under the same name.
        select from pg_catalog.pg_rewrite w
          join pg_catalog.pg_depend d on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid
-        where w.ev_class = 'arbiter.machines'::regclass and d.refobjid = v_registry.registry)
+        where w.ev_class = to_regclass('arbiter.machines') and d.refobjid = v_registry.registry)
   then
     perform arbiter._make_machines_view(v_view);
   end if;
@@ -335,7 +359,7 @@ begin
            and arbiter._state(n.%3$I::text) = 'running'
            and arbiter._is_fresh(n.%4$I, v_timeout, clock_timestamp())
            and n.%1$I is distinct from (
-             select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_to is null)
+             select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null)
          order by n.%2$I, n.%1$I
       loop
         perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
@@ -353,9 +377,29 @@ begin
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._registry_triggers() t;
 
-  -- Machines that were here before the triggers: not running is noted as of now, the cautious
-  -- reading; healthy ones get the lease.
+  -- Machines that were here before the triggers: all users get their leases, not running is noted as
+  -- of now, the cautious reading, and healthy machines get the lease.
+  with created as (
+    insert into arbiter.leases (user_id, epoch, holder, held_since)
+    select distinct m.user_id, 1, 'local', clock_timestamp()
+      from arbiter.machines m
+     where m.user_id is not null
+       and not exists (select from arbiter.leases l where l.user_id = m.user_id)
+    on conflict on constraint leases_pkey do nothing
+    returning user_id
+  )
+  insert into arbiter.handovers (user_id, epoch, to_holder, reason, handed_over_at, xid, snapshot, exact)
+  select c.user_id, 1, 'local', 'registered', clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(),
+         current_setting('transaction_isolation') = 'read committed'
+    from created c;
   perform arbiter._note_absent_machines();
+  update arbiter.machine_notes n
+     set left_running_at = null, entered_error_at = null
+    from arbiter.machines m
+   where m.user_id = n.user_id
+     and m.machine_id = n.machine_id
+     and m.state = 'running'
+     and (n.left_running_at is not null or n.entered_error_at is not null);
   insert into arbiter.machine_notes (user_id, machine_id, left_running_at, entered_error_at)
   select m.user_id, m.machine_id, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
     from arbiter.machines m
@@ -375,7 +419,7 @@ begin
           and r.state = 'running'
           and arbiter._is_fresh(r.heartbeat_at, s.heartbeat_timeout, v_now)
           and r.machine_id is distinct from (
-            select l.machine_id from arbiter.leases l where l.user_id = r.user_id and l.draining_to is null)
+            select l.machine_id from arbiter.leases l where l.user_id = r.user_id and l.draining_since is null)
         order by r.user_id, r.machine_id) as m;
 end
 $build$;
@@ -430,7 +474,7 @@ declare
     "error": "error", "failed": "error"}');
   v_known constant text[] := '{starting,running,stopping,stopped,error}';
   v_stranger text;
-  v_old regclass;
+  v_old arbiter.registry;
   v_index text;
 begin
   if p_registry is null then
@@ -469,16 +513,17 @@ begin
   lock table arbiter.registry in share row exclusive mode;
   execute format('lock table %s in share row exclusive mode', p_registry);
 
-  select r.registry into v_old from arbiter.registry r;
-  if v_old is distinct from p_registry and exists (select from pg_catalog.pg_class c where c.oid = v_old) then
-    perform arbiter._detach(v_old);
+  perform arbiter._forget_dropped();
+  select r.* into v_old from arbiter.registry r where r.singleton;
+  if v_old.registry <> p_registry then
+    perform arbiter._detach(v_old.registry);
   end if;
   if not arbiter._has_column(p_registry, p_heartbeat_column, '{timestamp with time zone}') then
     execute format('alter table %s add column %I timestamptz', p_registry, p_heartbeat_column);
     execute format('comment on column %s.%I is %L', p_registry, p_heartbeat_column,
       'arbiter: the last heartbeat, stamped with the database''s clock whatever the client sent.');
   end if;
-  if v_old is distinct from p_registry then
+  if (v_old.registry, v_old.heartbeat_column) is distinct from (p_registry, p_heartbeat_column) then
     -- Written by some client's clock until now: what lies in the future cannot be a heartbeat.
     execute format('update %s set %2$I = clock_timestamp() where %2$I > clock_timestamp()',
       p_registry, p_heartbeat_column);
@@ -529,7 +574,8 @@ begin
   end if;
   update arbiter.machines set heartbeat_at = clock_timestamp() where machine_id = any (p_machine_ids);
   get diagnostics v_count = row_count;
-  if v_count <> (select count(distinct i.id) from unnest(p_machine_ids) as i (id)) or p_machine_ids is null then
+  -- A null among them counts as unknown, too.
+  if p_machine_ids is null or v_count <> (select count(distinct coalesce(i.id::text, '')) from unnest(p_machine_ids) as i (id)) then
     select i.id
       into v_unknown
       from unnest(p_machine_ids) as i (id)

@@ -81,33 +81,23 @@ declare
   v_decision record;
   v_more jsonb := '{}';
 begin
-  -- The common case: this environment, and machine, holds the lease and no drain is under way. Found
-  -- means locked: it stays so until this transaction ends.
-  if p_flaw is null and p_source = 'local' and p_machine_id is null then
-    perform from arbiter.leases l
-      where l.user_id = p_user_id
-        and l.holder = 'local'
-        and l.draining_to is null
-        for key share skip locked;
-    if found then
+  -- The common case: this environment, and machine, holds the lease and no drain is under way.
+  if p_flaw is null
+     and (p_source = 'local') = (p_machine_id is null)
+     and current_setting('transaction_isolation') = 'read committed'
+     and arbiter._share_lease(p_user_id, p_source, p_machine_id)
+  then
+    if p_source = 'local' then
       return;
     end if;
-  elsif p_flaw is null and p_source = 'cloud' then
-    perform from arbiter.leases l
-      where l.user_id = p_user_id
-        and l.holder = 'cloud'
-        and l.machine_id = p_machine_id
-        and l.draining_to is null
-        for key share skip locked;
+    perform from arbiter.machines m, arbiter.settings s
+      where m.machine_id = p_machine_id
+        and m.user_id = p_user_id
+        and m.state = 'running'
+        and s.singleton
+        and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp());
     if found then
-      perform from arbiter.machines m, arbiter.settings s
-        where m.machine_id = p_machine_id
-          and m.user_id = p_user_id
-          and s.singleton
-          and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp());
-      if found then
-        return;
-      end if;
+      return;
     end if;
   end if;
 
@@ -128,6 +118,9 @@ begin
   if (v_decision.verdict).code is not null then
     if (v_decision.verdict).code = 'handover_draining' then
       v_more := jsonb_build_object('blockers', arbiter._blockers(p_user_id));
+      if v_more -> 'blockers' @> to_jsonb(pg_backend_pid()) then
+        v_hint := 'This transaction itself keeps the lease from being handed over: commit it first.';
+      end if;
     elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
       v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
     end if;

@@ -23,7 +23,13 @@ declare
   v_broken text := 'false';
 begin
   for i in 1 .. cardinality(v_steps) - 1 loop
-    v_parent := arbiter._foreign_key(v_table, v_steps[i]);
+    select f.* into v_parent from arbiter._foreign_key(v_table, v_steps[i]) f;
+    if v_parent.parent is null then
+      raise exception using
+        errcode = 'invalid_parameter_value',
+        message = format('arbiter: column %I of table %s is not a foreign key of one column', v_steps[i], v_table),
+        hint = format('Protect or unprotect table %s: its path %s leads nowhere.', p_table, p_user_path);
+    end if;
     v_broken := format('(%s or (%s is not null and not exists (select from %s p where p.%I = %s)))',
       v_broken, v_value, v_parent.parent, v_parent.parent_column, v_value);
     v_value := format('(select p%s.%I from %s p%s where p%s.%I = %s)',
@@ -66,9 +72,11 @@ security invoker
 as $$
 declare
   v_guard text := format('execute function arbiter.%I()', '_guard_' || p_protection.protection_id);
+  v_guard_row text := format('execute function arbiter.%I()', '_guard_row_' || p_protection.protection_id);
   v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
   v_updates boolean := 'update' = any (p_protection.verbs);
   v_changed text := format('old.%1$I is distinct from new.%1$I', (parse_ident(p_protection.user_path))[1]);
+  v_family oid[] := array(select f.member::oid from arbiter._family(p_protection.protected_table) as f (member));
   v_member record;
 begin
   if v_updates then
@@ -80,7 +88,7 @@ begin
   end if;
   for v_member in
     select c.oid::regclass as name, c.relkind, c.relispartition
-      from arbiter._family(p_protection.protected_table) as f (member)
+      from unnest(v_family) as f (member)
       join pg_catalog.pg_class c on c.oid = f.member
   loop
     table_name := v_member.name;
@@ -100,19 +108,29 @@ begin
     definition := format('after update on {table} for each row when (%s) %s', v_changed, v_provenance);
     meaning := 'Keeps who wrote a row.';
     return next;
-    if v_member.relkind = 'p' then
-      -- A row that moves to another partition fires no trigger after the update.
-      trigger_name := 'arbiter_provenance_move';
+    if v_updates or v_member.relkind = 'p' then
+      -- Before, too: a row that moves to another partition fires no trigger after the update, and
+      -- what a foreign key does to a row is only seen before other triggers have changed more of it.
+      trigger_name := 'arbiter_provenance_before';
       definition := format('before update on {table} for each row when (%s) %s', v_changed, v_provenance);
-      meaning := 'Keeps who wrote a row that moves to another partition.';
       return next;
     end if;
     if v_updates and p_protection.evidence then
       trigger_name := 'arbiter_stamp';
       definition := format('before update on {table} for each row ' ||
-        $w$when (new.source <> 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$w$,
+        $w$when (new.source is distinct from 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$w$,
         p_protection.machine_column);
       meaning := 'Names the transaction that last wrote a row.';
+      return next;
+    end if;
+    if v_member.relkind = 'p' then
+      trigger_name := 'arbiter_guard_row';
+      -- A row that MERGE moves is in no transition table; it arrives as an insert.
+      definition := case when v_updates
+        then 'after insert or update on {table} for each row ' || v_guard_row
+        else format('after insert on {table} for each row when (new.tableoid <> all (%L::oid[])) %s', v_family, v_guard_row)
+        end;
+      meaning := 'Arbitrates what no statement trigger sees: partitions that have come since, rows that move.';
       return next;
     end if;
   end loop;
@@ -133,7 +151,7 @@ as $build$
 declare
   v_protection arbiter.protections;
   v_table regclass;
-  v_guard name := '_guard_' || p_protection_id;
+  v_guard record;
   v_provenance name := '_provenance_' || p_protection_id;
   v_updates boolean;
   v_flaw text;
@@ -152,48 +170,58 @@ begin
   end if;
 
   -- Definer: it locks leases and reads the registry and the path to the user, which the client may not
-  -- be allowed to. With row security off a hidden row is an error, not a missing one.
-  execute format($sql$
-    create or replace function arbiter.%1$I()
-    returns trigger
-    language plpgsql
-    volatile
-    security definer
-    set search_path = pg_catalog, pg_temp
-    set row_security = off
-    set enable_seqscan = off
-    as $tg$
-    declare
-      v_write record;
-    begin
-      for v_write in
-        -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
-        select distinct
-               %2$s as user_id,
-               n.source::text as source,
-               n.%3$I as machine_id,
-               %4$s as flaw
-          from arbiter_rows n
-         where %5$s
-         order by 1, 2, 3, 4
-      loop
-        perform arbiter._admit(%6$s, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
-      end loop;
-      return null;
-    end
-    $tg$
-    $sql$,
-    v_guard,
-    arbiter._path_expression(v_table, v_protection.user_path, 'n', 'user'),
-    v_protection.machine_column,
-    v_flaw,
-    -- Rows whose machine has gone are judged by the provenance trigger, which sees the old row too.
-    case when v_updates
-      then format($$tg_op = 'INSERT' or n.source <> 'cloud' or n.%I is not null$$, v_protection.machine_column)
-      else 'true' end,
-    p_protection_id);
-  perform arbiter._seal(format('arbiter.%I()', v_guard)::regprocedure,
-    format('Arbitrates the writes of a statement to %s.', v_table));
+  -- be allowed to. With row security off a hidden row is an error, not a missing one. One function
+  -- for the rows of a statement, one for a row of a partition that came later.
+  for v_guard in
+    select g.name, g.rows
+      from (values
+        ('_guard_' || p_protection_id, 'arbiter_rows'),
+        ('_guard_row_' || p_protection_id, '(select new.*)')) as g (name, rows)
+  loop
+    execute format($sql$
+      create or replace function arbiter.%1$I()
+      returns trigger
+      language plpgsql
+      volatile
+      security definer
+      set search_path = pg_catalog, pg_temp
+      set row_security = off
+      set enable_seqscan = off
+      as $tg$
+      #variable_conflict use_variable
+      declare
+        v_write record;
+      begin
+        for v_write in
+          -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+          select distinct
+                 %2$s as user_id,
+                 n.source::text as source,
+                 n.%3$I as machine_id,
+                 %4$s as flaw
+            from %5$s as n
+           where %6$s
+           order by 1, 2, 3, 4
+        loop
+          perform arbiter._admit(%7$s, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+        end loop;
+        return null;
+      end
+      $tg$
+      $sql$,
+      v_guard.name,
+      arbiter._path_expression(v_table, v_protection.user_path, 'n', 'user'),
+      v_protection.machine_column,
+      v_flaw,
+      v_guard.rows,
+      -- Rows whose machine has gone are judged by the provenance trigger, which sees the old row too.
+      case when v_updates
+        then format($$tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%I is not null$$, v_protection.machine_column)
+        else 'true' end,
+      p_protection_id);
+    perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
+      format('Arbitrates writes to %s.', v_table));
+  end loop;
 
   -- A machine that is deleted leaves its rows behind without it (on delete set null): that is not a
   -- write of anybody, and the only way to change the provenance of a row.
@@ -209,9 +237,10 @@ begin
     as $tg$
     declare
       v_user_id uuid := %2$s;
-      v_machine_gone boolean := new.%4$I is null
-        and old.source = 'cloud'
+      v_machine_gone boolean := old.source = 'cloud'
         and new.source = 'cloud'
+        and old.%4$I is not null
+        and new.%4$I is null
         and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
     begin
       if (%3$s) is distinct from v_user_id %5$s then
@@ -231,10 +260,12 @@ begin
       format($$or new.source is distinct from old.source %s or (new.%2$I is distinct from old.%2$I and not v_machine_gone)$$,
         case when v_protection.evidence then 'or new.arbiter_xid is distinct from old.arbiter_xid' else '' end,
         v_protection.machine_column) end,
-    -- Depth 2: the foreign key's own trigger runs the update.
+    -- The foreign key changes nothing else; whoever does writes, and says who he is.
     case when v_updates then
       format($$
-      elsif new.source = 'cloud' and new.%1$I is null and not (v_machine_gone and pg_trigger_depth() > 1) then
+      elsif new.source = 'cloud' and new.%1$I is null
+        and not (v_machine_gone and (tg_when = 'AFTER' or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L))
+      then
         perform arbiter._refuse(%2$s, 'wrong_identity',
           arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
           'A cloud write names its machine.');
@@ -245,7 +276,7 @@ begin
 
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._guard_triggers(v_protection) t;
-  -- What another choice of verbs had needed.
+  -- What other verbs had needed.
   perform arbiter._detach(f.member, array(
       select t.trigger_name from arbiter._guard_triggers(v_protection) t where t.table_name = f.member))
      from arbiter._family(v_table) as f (member);
@@ -296,6 +327,27 @@ revoke execute on function arbiter._add_column(regclass, name, text[], text, tex
 comment on function arbiter._add_column(regclass, name, text[], text, text) is
   'Adds a column of arbiter to a table of the app unless it exists; true when it was added.';
 
+-- Without a guard nothing reads the column, and its default would give every insert a transaction id
+-- for nothing.
+create or replace function arbiter._drop_xid_default(p_table regclass)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (
+    select from pg_catalog.pg_attribute a
+     where a.attrelid = p_table and a.attname = 'arbiter_xid' and a.atthasdef)
+  then
+    execute format('alter table %s alter column arbiter_xid drop default', p_table);
+  end if;
+end
+$$;
+revoke execute on function arbiter._drop_xid_default(regclass) from public;
+comment on function arbiter._drop_xid_default(regclass) is 'Drops the default of arbiter_xid, if there is one.';
+
 -- Definer: what it creates must belong to the owner of arbiter, whoever calls.
 create or replace function arbiter.protect(
   p_table regclass,
@@ -317,6 +369,7 @@ declare
   v_verbs text[];
   v_path text;
   v_registry arbiter.registry;
+  v_relative regclass;
   v_partitioned boolean;
   v_protection_id integer;
 begin
@@ -334,6 +387,7 @@ begin
       hint = 'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow; nothing is null.';
   end if;
   lock table arbiter.protections in share row exclusive mode;
+  perform arbiter._forget_dropped();
   select r.* into v_registry from arbiter.registry r where r.singleton;
   if p_table = v_registry.registry or p_table in (
     select c.oid from pg_catalog.pg_class c where c.relnamespace = 'arbiter'::regnamespace)
@@ -342,6 +396,17 @@ begin
       errcode = 'wrong_object_type',
       message = format('arbiter: %s cannot be protected', p_table),
       hint = 'The registry and arbiter''s own tables are what arbiter judges by.';
+  end if;
+  select p.protected_table
+    into v_relative
+    from arbiter.protections p
+   where p.protected_table <> p_table
+     and (p.protected_table in (select arbiter._family(p_table)) or p_table in (select arbiter._family(p.protected_table)));
+  if v_relative is not null then
+    raise exception using
+      errcode = 'wrong_object_type',
+      message = format('arbiter: %s cannot be protected beside %s, which inherits from it or the other way round', p_table, v_relative),
+      hint = format('Unprotect %s first: one guard is enough for both.', v_relative);
   end if;
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
   v_partitioned := (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = p_table);
@@ -374,6 +439,8 @@ begin
     perform arbiter._add_column(p_table, 'arbiter_xid', '{xid8}', 'xid8',
       'the transaction that wrote the row; null on rows older than protection.');
     execute format('alter table %s alter column arbiter_xid set default pg_current_xact_id()', p_table);
+  else
+    perform arbiter._drop_xid_default(p_table);
   end if;
 
   insert into arbiter.protections (protected_table, user_path, verbs, machine_column, mode, unowned, evidence)
@@ -404,7 +471,6 @@ set lock_timeout = '5s'
 as $$
 declare
   v_protection arbiter.protections;
-  v_member regclass;
 begin
   delete from arbiter.protections p where p.protected_table = p_table returning p.* into v_protection;
   if not found then
@@ -413,14 +479,19 @@ begin
       message = format('arbiter: table %s is not protected', coalesce(p_table::text, 'null')),
       hint = 'See arbiter.protections for the tables that are.';
   end if;
-  for v_member in select arbiter._family(p_table) loop
-    perform arbiter._detach(v_member);
-  end loop;
-  if v_protection.evidence then
-    execute format('alter table %s alter column arbiter_xid drop default', p_table);
-  end if;
-  execute format('drop function arbiter.%I(), arbiter.%I()',
-    '_guard_' || v_protection.protection_id, '_provenance_' || v_protection.protection_id);
+  -- Also from partitions that were detached since.
+  perform arbiter._detach(t.tgrelid)
+     from (
+       select distinct t.tgrelid::regclass
+         from pg_catalog.pg_trigger t
+         join pg_catalog.pg_proc p on p.oid = t.tgfoid
+        where p.pronamespace = 'arbiter'::regnamespace
+          and p.proname in ('_guard_' || v_protection.protection_id, '_provenance_' || v_protection.protection_id)
+          and t.tgparentid = 0) as t;
+  perform arbiter._drop_xid_default(p_table);
+  execute format('drop function arbiter.%I(), arbiter.%I(), arbiter.%I()',
+    '_guard_' || v_protection.protection_id, '_guard_row_' || v_protection.protection_id,
+    '_provenance_' || v_protection.protection_id);
 end
 $$;
 revoke execute on function arbiter.unprotect(regclass) from public;
@@ -440,6 +511,7 @@ declare
   v_table regclass;
   v_column record;
 begin
+  perform arbiter._forget_dropped();
   for v_table in select p.protected_table from arbiter.protections p order by p.protection_id loop
     perform arbiter.unprotect(v_table);
   end loop;
@@ -447,7 +519,7 @@ begin
     perform arbiter._detach(v_table);
   end loop;
   -- It would hold the registry's columns back.
-  drop view arbiter.machines;
+  drop view if exists arbiter.machines;
   for v_column in
     select a.attrelid::regclass as table_name, a.attname as name
       from pg_catalog.pg_attribute a

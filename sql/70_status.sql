@@ -57,7 +57,7 @@ as $$
 declare
   v_settings arbiter.settings;
   v_lease arbiter.leases;
-  v_holder uuid;
+  v_claimant uuid;
   v_machine arbiter.machine;
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
@@ -65,16 +65,16 @@ declare
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
-  v_holder := coalesce(v_lease.draining_to, v_lease.machine_id);
+  v_claimant := arbiter._claimant(v_lease);
   -- While the browser holds: the machine that is on its way.
-  v_machine := arbiter._machine(p_user_id, coalesce(v_holder, (
+  v_machine := arbiter._machine(p_user_id, coalesce(v_claimant, (
     select m.machine_id from arbiter.machines m
      where m.user_id = p_user_id
      order by m.heartbeat_at desc nulls last
      limit 1)));
   v_status.as_of := clock_timestamp();
   v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_status.as_of);
-  v_cloud := arbiter._verdict('cloud', v_holder, v_lease, v_machine, v_settings, v_status.as_of);
+  v_cloud := arbiter._verdict('cloud', v_claimant, v_lease, v_machine, v_settings, v_status.as_of);
 
   v_status.can_write_local := v_local.code is null;
   v_status.environment := case
@@ -86,13 +86,13 @@ begin
     when 'cloud_active' then 'Cloud active'
     when 'cooling_down' then 'Cooling down'
     when 'takeover_unconfirmed' then 'Cloud failed'
-    else case when v_holder is null and v_machine.state = 'starting' then 'Cloud starting' else 'Browser mode' end end;
+    else case when v_claimant is null and v_machine.state = 'starting' then 'Cloud starting' else 'Browser mode' end end;
   v_status.retry_at := v_local.retry_at;
   v_status.machine_id := v_machine.machine_id;
   v_status.machine_state := case when v_machine.machine_id is not null then v_machine.state end;
   v_status.heartbeat_age := v_status.as_of - v_machine.heartbeat_at;
   v_status.epoch := v_lease.epoch;
-  v_status.draining := v_lease.draining_to is not null;
+  v_status.draining := v_lease.draining_since is not null;
   v_status.poll_interval := v_settings.poll_interval;
   return v_status;
 end
@@ -117,6 +117,41 @@ revoke execute on function arbiter.status(uuid) from public;
 comment on function arbiter.status(uuid) is
   'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
 
+-- The machine whose error the user may confirm now; the rejection of a local write otherwise.
+create or replace function arbiter._need_confirmable(p_user_id uuid, p_lease arbiter.leases)
+returns arbiter.machine
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_settings arbiter.settings;
+  v_machine arbiter.machine := arbiter._machine(p_user_id, arbiter._claimant(p_lease));
+  v_verdict arbiter.verdict;
+begin
+  select s.* into strict v_settings from arbiter.settings s where s.singleton;
+  v_verdict := arbiter._verdict('local', null, p_lease, v_machine, v_settings, clock_timestamp());
+  if v_verdict.code is null then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = 'arbiter: there is nothing to confirm',
+      detail = arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null)::text,
+      hint = 'The browser may write already.';
+  end if;
+  if v_verdict.code <> 'takeover_unconfirmed' or v_verdict.retry_at is not null then
+    perform arbiter._raise(v_verdict.code,
+      arbiter._detail(v_verdict.code, p_user_id, p_lease, v_verdict.retry_at),
+      case when v_verdict.code = 'takeover_unconfirmed'
+        then 'Too early: the machine may recover; confirm at retry_at.'
+        else 'There is nothing to confirm: the machine is not in error.' end);
+  end if;
+  return v_machine;
+end
+$$;
+revoke execute on function arbiter._need_confirmable(uuid, arbiter.leases) from public;
+comment on function arbiter._need_confirmable(uuid, arbiter.leases) is
+  'The machine whose takeover can be confirmed. Errors WX001, WX002, WX003 when it is too early or not in error, 55000 when there is nothing to confirm.';
+
 -- Definer: the user says yes, but may write neither lease nor registry.
 create or replace function arbiter.confirm_takeover(p_user_id uuid default null)
 returns arbiter.execution_status
@@ -128,60 +163,46 @@ set row_security = off
 as $$
 declare
   v_user_id uuid := arbiter._caller(p_user_id);
-  v_settings arbiter.settings;
-  v_attempt record;
+  v_give_up_at timestamptz;
   v_lease arbiter.leases;
   v_machine arbiter.machine;
-  v_verdict arbiter.verdict;
-  v_give_up_at timestamptz;
+  v_attempt record;
   v_word text;
 begin
-  select s.* into strict v_settings from arbiter.settings s where s.singleton;
-  v_give_up_at := clock_timestamp() + v_settings.drain_timeout;
+  select clock_timestamp() + s.drain_timeout into strict v_give_up_at from arbiter.settings s where s.singleton;
   loop
+    select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;
+    v_machine := arbiter._need_confirmable(v_user_id, v_lease);
     -- Registry row first, as everywhere: its machine must not recover between the look and the yes.
-    perform from arbiter.machines m
-      where m.machine_id = (
-        select coalesce(l.draining_to, l.machine_id) from arbiter.leases l where l.user_id = v_user_id)
-        for no key update;
-    v_attempt := arbiter._lock_lease(v_user_id);
-    if v_attempt.locked then
-      v_lease := v_attempt.lease;
-    else
-      select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;
+    perform from arbiter.machines m where m.machine_id = v_machine.machine_id for no key update skip locked;
+    if found then
+      v_attempt := arbiter._lock_lease(v_user_id);
+      if v_attempt.locked then
+        v_lease := v_attempt.lease;
+        exit;
+      end if;
+      -- Writes are in flight. No waiting for them: a mark will do, and that needs no more than this.
+      select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id for no key update skip locked;
+      exit when found;
     end if;
-    v_machine := arbiter._machine(v_user_id, coalesce(v_lease.draining_to, v_lease.machine_id));
-    v_verdict := arbiter._verdict('local', null, v_lease, v_machine, v_settings, clock_timestamp());
-
-    if v_verdict.code is null then
-      raise exception using
-        errcode = 'object_not_in_prerequisite_state',
-        message = 'arbiter: there is nothing to confirm',
-        detail = arbiter._detail('nothing_to_confirm', v_user_id, v_lease, null)::text,
-        hint = 'The browser may write already.';
-    end if;
-    if v_verdict.code <> 'takeover_unconfirmed' then
-      perform arbiter._raise(v_verdict.code,
-        arbiter._detail(v_verdict.code, v_user_id, v_lease, v_verdict.retry_at),
-        'There is nothing to confirm: the machine is not in error.');
-    end if;
-    if v_verdict.retry_at is not null then
-      perform arbiter._raise(v_verdict.code,
-        arbiter._detail(v_verdict.code, v_user_id, v_lease, v_verdict.retry_at),
-        'Too early: the machine may recover; confirm at retry_at.');
-    end if;
-    if v_attempt.locked
-       and arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
-    then
-      exit;
-    end if;
-    if v_attempt.wrote or clock_timestamp() >= v_give_up_at then
+    if clock_timestamp() >= v_give_up_at then
       perform arbiter._raise('handover_draining',
         arbiter._detail('handover_draining', v_user_id, v_lease, null,
           jsonb_build_object('blockers', arbiter._blockers(v_user_id))));
     end if;
     perform pg_sleep(0.002);
   end loop;
+
+  v_machine := arbiter._need_confirmable(v_user_id, v_lease);
+  if not v_attempt.locked
+     or not arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
+  then
+    -- From the commit on the machine is refused, and the next local write ends the drain.
+    update arbiter.leases l
+       set draining_to = null,
+           draining_since = case when l.holder = 'cloud' then clock_timestamp() end
+     where l.user_id = v_user_id;
+  end if;
 
   -- The error is dealt with. Which word says stopped is the registry's; some words may be allowed by
   -- our map but not by the table's own check.
@@ -208,4 +229,4 @@ end
 $$;
 revoke execute on function arbiter.confirm_takeover(uuid) from public;
 comment on function arbiter.confirm_takeover(uuid) is
-  'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm). Returns the status.';
+  'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. While writes of the machine are in flight, the next local write completes the handover. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm). Returns the status.';

@@ -45,7 +45,7 @@ declare
 begin
   object := format('trigger %I on %s', p_trigger, p_table);
   remedy := p_mend;
-  select t.tgenabled, obj_description(t.oid, 'pg_trigger') as comment,
+  select obj_description(t.oid, 'pg_trigger') as comment,
          p.pronamespace = 'arbiter'::regnamespace as ours
     into v_trigger
     from pg_catalog.pg_trigger t
@@ -57,7 +57,7 @@ begin
   elsif not v_trigger.ours then
     state := 'foreign';
     problem := 'A trigger of this name calls a function that is not arbiter''s.';
-  elsif v_trigger.tgenabled <> 'A' then
+  elsif arbiter._is_disabled_below(p_table, p_trigger) then
     state := 'disabled';
     problem := 'It does not fire always.';
     remedy := format('alter table %s enable always trigger %I', p_table, p_trigger);

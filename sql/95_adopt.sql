@@ -5,6 +5,7 @@ do $adopt$
 declare
   v_adopt record;
 begin
+  perform arbiter._forget_dropped();
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
      from (select * from arbiter.protections order by protection_id) as p;

@@ -47,7 +47,7 @@ def difference(before: str, after: str) -> str:
 
 
 def assert_same(before: str, after: str) -> None:
-    """Fail with the lines in which two dumps differ."""
+    """Fail with the first lines in which two dumps differ."""
     __tracebackhide__ = True
-    if lines := difference(before, after):
-        pytest.fail(f"the databases differ:\n{lines}", pytrace=True)
+    if lines := difference(before, after).splitlines():
+        pytest.fail("the databases differ:\n" + "\n".join(lines[:60]))

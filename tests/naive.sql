@@ -6,9 +6,11 @@
 --   policy     a restrictive RLS policy asks; whoever bypasses row security is never asked
 --   row        a row trigger asks before an insert; an update, or a replica's session, passes by
 --   statement  a statement trigger asks after an insert, on the named table; partitions pass by
+--   join       the same over a join with the owner's table, which is planned by its statistics
+--   immutable  a row trigger refuses to change source after the fact; a row that moves passes by
 --   foreign    row's question, and that the machine exists; whose machine it is nobody asks
 --
--- They all ask naive.may_write(), which takes the transaction's start for the time.
+-- But for join and immutable, they ask naive.may_write(), which takes the transaction's start for the time.
 
 create schema naive;
 grant usage on schema naive to public;
@@ -97,6 +99,30 @@ begin
 end
 $$;
 
+create function naive.tg_join()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform t.user_id from naive_rows n join public.traders t on t.id = n.trader_id;
+  return null;
+end
+$$;
+
+create function naive.tg_immutable()
+returns trigger
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+  raise exception using errcode = 'WX006', message = 'naive: no';
+end
+$$;
+
 create function naive.guard(p_kind text, p_table regclass)
 returns void
 language plpgsql
@@ -113,6 +139,15 @@ begin
       execute format(
         'create trigger naive_guard before insert on %s
            for each row execute function naive.tg_row()', p_table);
+    when 'join' then
+      execute format(
+        'create trigger naive_guard after insert on %s referencing new table as naive_rows
+           for each statement execute function naive.tg_join()', p_table);
+    when 'immutable' then
+      execute format(
+        'create trigger naive_guard after update on %s
+           for each row when (old.source is distinct from new.source)
+           execute function naive.tg_immutable()', p_table);
     when 'foreign' then
       execute format(
         'create trigger naive_guard before insert on %s

@@ -45,6 +45,7 @@ __all__ = [
     "refusal",
     "rows",
     "set_status",
+    "sign_in",
     "status",
     "value",
 ]
@@ -74,8 +75,15 @@ class User:
 
 def browser(db: Database, user: User) -> Conn:
     """A connection of the user's browser: role authenticated, with the user's claims."""
+    conn = db.connect(role="authenticated")
+    sign_in(conn, user)
+    return conn
+
+
+def sign_in(conn: Conn, user: User) -> None:
+    """From now on the connection is that user's, as the API says after checking a token."""
     claims = {"sub": str(user.id), "role": "authenticated"}
-    return db.connect(role="authenticated", claims=claims)
+    conn.execute("select set_config('request.jwt.claims', %s, false)", (json.dumps(claims),))
 
 
 def backend(db: Database) -> Conn:

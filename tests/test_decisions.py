@@ -8,7 +8,7 @@ What ``arbiter.status`` said right before each write must be what that write the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,13 @@ from story import (
     refusal,
     rows,
     set_status,
+    sign_in,
     status,
     value,
 )
 
 if TYPE_CHECKING:
-    from conftest import Database
+    from conftest import Database, Templates
 
 S = timedelta(seconds=1)
 TIMEOUT = SETTINGS["heartbeat_timeout"]
@@ -200,15 +201,26 @@ ADMITTED = [c for c in CASES if c.reason]
 HOLDS, DRAINS = "holds", "drains"
 
 
-class Stage:
-    """One user with browser and machine. ``how``: the machine holds, or the lease drains to it."""
+class Theatre:
+    """A database with a connection for each role; every test brings a user of its own."""
 
     def __init__(self, db: Database) -> None:
         self.db = db
         self.owner = db.connect()
-        self.user = add_user(self.owner)
-        self.browser = browser(db, self.user)
+        self.browser = db.connect(role="authenticated")
         self.backend = backend(db)
+
+
+class Stage:
+    """One user with browser and machine. ``how``: the machine holds, or the lease drains to it."""
+
+    def __init__(self, theatre: Theatre) -> None:
+        self.db = theatre.db
+        self.owner = theatre.owner
+        self.browser = theatre.browser
+        self.backend = theatre.backend
+        self.user = add_user(self.owner)
+        sign_in(self.browser, self.user)
 
     def play(self, case: Case, how: str) -> UUID:
         """Bring a machine of the user to where the case begins."""
@@ -251,25 +263,53 @@ class Stage:
 
     def everything(self) -> Any:
         """Whatever a refused write or call must leave as it was, each row with its version."""
-        return [
-            rows(
-                self.owner,
-                f"select t.*, t.xmin::text, t.ctid::text from {table} t order by t::text",
-            )
-            for table in (
-                "arbiter.leases",
-                "arbiter.handovers",
-                "arbiter.machine_notes",
-                "public.cloud_machines",
-                "public.signals",
-                "public.webhook_queue",
-            )
-        ]
+        params = {"user": self.user.id, "trader": str(self.user.trader)}
+        return self.owner.execute(EVERYTHING, params).fetchall()
+
+
+EVERYTHING = """
+select t.xmin::text, t.ctid::text, t::text from arbiter.leases t where user_id = %(user)s
+union all
+select t.xmin::text, t.ctid::text, t::text from arbiter.handovers t where user_id = %(user)s
+union all
+select t.xmin::text, t.ctid::text, t::text from arbiter.machine_notes t where user_id = %(user)s
+union all
+select t.xmin::text, t.ctid::text, t::text from public.cloud_machines t where user_id = %(user)s
+union all
+select t.xmin::text, t.ctid::text, t::text from public.signals t where trader_id = %(trader)s::uuid
+union all
+select t.xmin::text, t.ctid::text, t::text from public.webhook_queue t
+ where body ->> 'trader_id' = %(trader)s::text
+order by 1, 2, 3
+"""
+
+
+@pytest.fixture(scope="module")
+def theatre(templates: Templates) -> Iterator[Theatre]:
+    with templates.clone("installed") as database:
+        yield Theatre(database)
+
+
+@pytest.fixture(scope="module")
+def crowded_theatre(templates: Templates) -> Iterator[Theatre]:
+    with templates.clone("installed") as database:
+        found = Theatre(database)
+        found.owner.execute(
+            "alter table public.cloud_machines drop constraint cloud_machines_user_id_key"
+        )
+        yield found
 
 
 @pytest.fixture
-def stage(db: Database) -> Stage:
-    return Stage(db)
+def stage(theatre: Theatre) -> Iterator[Stage]:
+    yield Stage(theatre)
+    theatre.owner.execute("update arbiter.settings set error_takeover_confirm = default")
+
+
+@pytest.fixture
+def crowded(crowded_theatre: Theatre) -> Stage:
+    """Some apps let a user have more than one machine."""
+    return Stage(crowded_theatre)
 
 
 def ids(cases: list[Case]) -> list[str]:
@@ -332,7 +372,8 @@ def test_local_write_is_refused(stage: Stage, case: Case, how: str) -> None:
 def test_local_write_takes_over(stage: Stage, case: Case) -> None:
     machine = stage.play(case, HOLDS)
     said = status(stage.browser)
-    assert said == said | {
+    assert said == {
+        **said,
         "environment": "local",
         "can_write_local": True,
         "code": None,
@@ -454,24 +495,47 @@ def test_status_says_how_old_the_heartbeat_is(stage: Stage) -> None:
 # A cloud write -----------------------------------------------------------------------------------
 
 CLOUD_CASES = [c for c in CASES if c.state != "deleted" and c.settings is None]
+STALE = [c for c in CLOUD_CASES if c.heartbeat is not None and c.heartbeat >= TIMEOUT]
+FRESH = [c for c in CLOUD_CASES if c not in STALE and not c.reason]
+FRESH_BUT_LATE = [c for c in CLOUD_CASES if c not in STALE and c.reason]
 
 
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
-@pytest.mark.parametrize("case", CLOUD_CASES, ids=ids(CLOUD_CASES))
-def test_cloud_write(stage: Stage, case: Case, how: str) -> None:
-    """Whatever the machine's status: its heartbeat must be fresh. A drain ends with the write."""
+@pytest.mark.parametrize("case", STALE, ids=ids(STALE))
+def test_cloud_write_of_a_stale_machine(stage: Stage, case: Case, how: str) -> None:
     machine = stage.play(case, how)
-    epoch = 2 if how == HOLDS else 1
-    assert case.heartbeat is not None
-    if case.heartbeat >= TIMEOUT:
-        assert status(stage.browser)["environment"] != "cloud"
-        assert_refused(
-            stage,
-            lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
-            "not_holder",
-            {"holder": "cloud", "machine_id": str(machine), "epoch": epoch, "retry_at": None},
-        )
-        return
+    assert status(stage.browser)["environment"] != "cloud"
+    assert_refused(
+        stage,
+        lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
+        "not_holder",
+        {
+            "holder": "cloud",
+            "machine_id": str(machine),
+            "epoch": 2 if how == HOLDS else 1,
+            "retry_at": None,
+        },
+    )
+
+
+@pytest.mark.parametrize("how", [HOLDS, DRAINS])
+@pytest.mark.parametrize("case", FRESH, ids=ids(FRESH))
+def test_cloud_write_of_a_fresh_machine(stage: Stage, case: Case, how: str) -> None:
+    """Whatever its status. A drain ends with the write."""
+    machine = stage.play(case, how)
+    assert status(stage.browser)["environment"] == "cloud"
+    assert_cloud_writes(stage, machine, how)
+
+
+@pytest.mark.parametrize("how", [HOLDS, DRAINS])
+@pytest.mark.parametrize("case", FRESH_BUT_LATE, ids=ids(FRESH_BUT_LATE))
+def test_cloud_write_before_a_takeover_that_is_possible(stage: Stage, case: Case, how: str) -> None:
+    """A browser may take over now, but has not: the machine holds, and who writes first decides."""
+    machine = stage.play(case, how)
+    assert_cloud_writes(stage, machine, how)
+
+
+def assert_cloud_writes(stage: Stage, machine: UUID, how: str) -> None:
     signal = add_signal(stage.backend, stage.user.trader, "cloud", machine)
     now = lease(stage.owner, stage.user)
     assert (now.epoch, now.holder, now.machine_id, now.draining_to) == (2, "cloud", machine, None)
@@ -516,7 +580,7 @@ def test_cloud_write_by_a_machine_that_never_was_healthy(stage: Stage, word: str
 
 def test_cloud_write_without_a_lease(stage: Stage) -> None:
     machine = add_machine(stage.backend, stage.user, "running")
-    stage.owner.execute("delete from arbiter.leases")
+    stage.owner.execute("delete from arbiter.leases where user_id = %s", (stage.user.id,))
     assert_refused(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
@@ -525,29 +589,26 @@ def test_cloud_write_without_a_lease(stage: Stage) -> None:
     )
 
 
-def test_cloud_write_while_another_machine_holds(stage: Stage) -> None:
-    allow_many_machines(stage)
-    holder = activate(stage.backend, stage.user)
-    other = add_machine(stage.backend, stage.user, "running")
+def test_cloud_write_while_another_machine_holds(crowded: Stage) -> None:
+    holder = activate(crowded.backend, crowded.user)
+    other = add_machine(crowded.backend, crowded.user, "running")
     for _ in range(3):
-        beat(stage.backend, other)
+        beat(crowded.backend, other)
     assert_refused(
-        stage,
-        lambda: add_signal(stage.backend, stage.user.trader, "cloud", other),
+        crowded,
+        lambda: add_signal(crowded.backend, crowded.user.trader, "cloud", other),
         "not_holder",
         {"holder": "cloud", "machine_id": str(holder), "epoch": 2, "retry_at": None},
     )
-    add_signal(stage.backend, stage.user.trader, "cloud", holder)
+    add_signal(crowded.backend, crowded.user.trader, "cloud", holder)
 
 
 # Activation --------------------------------------------------------------------------------------
 
 
-def allow_many_machines(stage: Stage) -> None:
-    """Some apps let a user have more than one machine."""
-    stage.owner.execute(
-        "alter table public.cloud_machines drop constraint cloud_machines_user_id_key"
-    )
+def write_registry(stage: Stage, assignment: str) -> None:
+    statement = f"update public.cloud_machines set {assignment} where user_id = %s"
+    assert stage.backend.execute(statement.encode(), (stage.user.id,)).rowcount == 1
 
 
 @pytest.mark.parametrize(
@@ -563,14 +624,14 @@ def test_any_healthy_write_activates(stage: Stage, first: str, healthy_write: st
     """The first healthy write marks the drain, the next registry write ends it."""
     machine = add_machine(stage.backend, stage.user, first)
     began = clock(stage.owner)
-    stage.backend.execute(f"update public.cloud_machines set {healthy_write}".encode())
+    write_registry(stage, healthy_write)
     now = lease(stage.owner, stage.user)
     assert (now.epoch, now.holder, now.machine_id, now.draining_to) == (1, "local", None, machine)
     assert began <= now.draining_since <= clock(stage.owner)
     assert status(stage.browser)["draining"] is True
 
     # Not a heartbeat; but it leaves the machine healthy.
-    stage.backend.execute("update public.cloud_machines set region = 'ams'")
+    write_registry(stage, "region = 'ams'")
     now = lease(stage.owner, stage.user)
     assert (now.epoch, now.holder, now.machine_id, now.draining_to) == (2, "cloud", machine, None)
     last = handovers(stage.owner, stage.user)[-1]
@@ -592,7 +653,9 @@ def test_a_row_inserted_healthy_activates(stage: Stage) -> None:
         (stage.user.id,),
     )
     now = lease(stage.owner, stage.user)
-    machine = value(stage.owner, "select id from public.cloud_machines")
+    machine = value(
+        stage.owner, "select id from public.cloud_machines where user_id = %s", stage.user.id
+    )
     assert (now.holder, now.draining_to) == ("local", machine)
 
 
@@ -616,7 +679,7 @@ def test_running_without_a_fresh_heartbeat_is_not_healthy(
         beat(stage.backend, machine)
         age(stage.owner, machine, heartbeat=heartbeat)
     set_status(stage.backend, machine, "running")
-    stage.backend.execute("update public.cloud_machines set region = 'ams'")
+    write_registry(stage, "region = 'ams'")
     now = lease(stage.owner, stage.user)
     assert (now.epoch, now.holder, now.draining_to) == (1, "local", None)
     add_signal(stage.browser, stage.user.trader)
@@ -624,11 +687,11 @@ def test_running_without_a_fresh_heartbeat_is_not_healthy(
 
 def test_heartbeats_of_the_holder_leave_the_lease_alone(stage: Stage) -> None:
     machine = activate(stage.backend, stage.user)
-    version = "select xmin::text, xmax::text, ctid::text from arbiter.leases"
-    before = rows(stage.owner, version)
+    version = "select xmin::text, xmax::text, ctid::text from arbiter.leases where user_id = %s"
+    before = rows(stage.owner, version, stage.user.id)
     for _ in range(5):
         beat(stage.backend, machine)
-    assert rows(stage.owner, version) == before
+    assert rows(stage.owner, version, stage.user.id) == before
 
 
 #: What the incumbent does, and whether it is still entitled: it may write and a browser may not.
@@ -653,7 +716,7 @@ INCUMBENTS = [
     ids=[i[0] for i in INCUMBENTS],
 )
 def test_second_machine(
-    stage: Stage,
+    crowded: Stage,
     words: tuple[str, ...],
     heartbeat: timedelta | None,
     left: timedelta | None,
@@ -662,40 +725,38 @@ def test_second_machine(
     how: str,
 ) -> None:
     """It gets the lease exactly when the incumbent is not entitled any more."""
-    allow_many_machines(stage)
-    first = stage.play(Case("", words, heartbeat, left, error), how)
-    second = add_machine(stage.backend, stage.user, "running")
-    before = rows(stage.owner, "select * from arbiter.leases")
-    beat(stage.backend, second)
+    first = crowded.play(Case("", words, heartbeat, left, error), how)
+    second = add_machine(crowded.backend, crowded.user, "running")
+    before = lease(crowded.owner, crowded.user)
+    beat(crowded.backend, second)
     if entitled:
-        beat(stage.backend, second)
-        assert rows(stage.owner, "select * from arbiter.leases") == before
+        beat(crowded.backend, second)
+        assert lease(crowded.owner, crowded.user) == before
         return
-    assert lease(stage.owner, stage.user).draining_to == second
-    beat(stage.backend, second)
-    now = lease(stage.owner, stage.user)
+    assert lease(crowded.owner, crowded.user).draining_to == second
+    beat(crowded.backend, second)
+    now = lease(crowded.owner, crowded.user)
     assert (now.holder, now.machine_id, now.draining_to) == ("cloud", second, None)
-    last = handovers(stage.owner, stage.user)[-1]
+    last = handovers(crowded.owner, crowded.user)[-1]
     assert (last.epoch, last.reason, last.to_machine_id) == (now.epoch, "activated", second)
     assert last.from_machine_id == (first if how == HOLDS else None)
 
 
-def test_holder_that_comes_back_during_a_drain_to_another_machine(stage: Stage) -> None:
+def test_holder_that_comes_back_during_a_drain_to_another_machine(crowded: Stage) -> None:
     """The other one has gone silent: the lease, which never left, stays. No handover."""
-    allow_many_machines(stage)
-    first = activate(stage.backend, stage.user)
-    age(stage.owner, first, heartbeat=TIMEOUT)
-    second = add_machine(stage.backend, stage.user, "running")
-    beat(stage.backend, second)
-    assert lease(stage.owner, stage.user).draining_to == second
-    age(stage.owner, second, heartbeat=TIMEOUT)
+    first = activate(crowded.backend, crowded.user)
+    age(crowded.owner, first, heartbeat=TIMEOUT)
+    second = add_machine(crowded.backend, crowded.user, "running")
+    beat(crowded.backend, second)
+    assert lease(crowded.owner, crowded.user).draining_to == second
+    age(crowded.owner, second, heartbeat=TIMEOUT)
 
-    beat(stage.backend, first)
+    beat(crowded.backend, first)
 
-    now = lease(stage.owner, stage.user)
+    now = lease(crowded.owner, crowded.user)
     assert (now.epoch, now.machine_id, now.draining_to) == (2, first, None)
-    add_signal(stage.backend, stage.user.trader, "cloud", first)
-    assert [h.epoch for h in handovers(stage.owner, stage.user)] == [1, 2]
+    add_signal(crowded.backend, crowded.user.trader, "cloud", first)
+    assert [h.epoch for h in handovers(crowded.owner, crowded.user)] == [1, 2]
 
 
 def test_one_users_machine_is_nothing_to_another(stage: Stage) -> None:

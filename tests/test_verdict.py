@@ -32,11 +32,14 @@ MACHINE = UUID(int=0xC1)
 OTHER = UUID(int=0xC2)
 
 #: The leases by which MACHINE counts as the holder: it holds, or the lease drains to it.
+DRAIN = {"draining_to": MACHINE, "draining_since": AT - S}
 MACHINE_HOLDS = {
     "holds": {"holder": "cloud", "machine_id": MACHINE},
-    "drain from local": {"holder": "local", "draining_to": MACHINE},
-    "drain from another machine": {"holder": "cloud", "machine_id": OTHER, "draining_to": MACHINE},
+    "drain from local": {"holder": "local", **DRAIN},
+    "drain from another machine": {"holder": "cloud", "machine_id": OTHER, **DRAIN},
 }
+#: MACHINE holds, and the user has said yes to a takeover that waits for writes in flight.
+DRAIN_TO_LOCAL = {"holder": "cloud", "machine_id": MACHINE, "draining_since": AT - S}
 
 SETTINGS: dict[str, Any] = {
     "singleton": True,
@@ -87,7 +90,7 @@ def verdict(
     lease: dict[str, Any] | None,
     machine: Machine | None,
     settings: dict[str, Any] | None = None,
-) -> tuple[str | None, str | None, timedelta | None]:
+) -> Verdict:
     """Code, takeover, and how long after the instant retry_at is."""
     row = one(
         conn,
@@ -100,8 +103,10 @@ def verdict(
         """,
         source,
         machine_id,
-        _record(lease and {"user_id": USER, "epoch": 7, "held_since": AT - 99 * DELAY, **lease}),
-        _record(machine and machine.as_record()),
+        _record(
+            {"user_id": USER, "epoch": 7, "held_since": AT - DELAY, **lease} if lease else None
+        ),
+        _record(machine.as_record() if machine else None),
         _record({**SETTINGS, **(settings or {})}),
         AT,
     )
@@ -115,24 +120,27 @@ def _record(record: dict[str, Any] | None) -> str:
 
 # A local write -----------------------------------------------------------------------------------
 
-ADMIT = (None, None, None)
-ACTIVE = ("cloud_active", None, None)
-UNCONFIRMED = ("takeover_unconfirmed", None, None)
+Verdict = tuple[str | None, str | None, timedelta | None]
+Cases = list[tuple[Machine, Verdict]]
+
+ADMIT: Verdict = (None, None, None)
+ACTIVE: Verdict = ("cloud_active", None, None)
+UNCONFIRMED: Verdict = ("takeover_unconfirmed", None, None)
 
 
-def cooling(retry_in: timedelta) -> tuple[str, None, timedelta]:
+def cooling(retry_in: timedelta) -> Verdict:
     return ("cooling_down", None, retry_in)
 
 
-def too_early(retry_in: timedelta) -> tuple[str, None, timedelta]:
+def too_early(retry_in: timedelta) -> Verdict:
     return ("takeover_unconfirmed", None, retry_in)
 
 
-def takeover(reason: str) -> tuple[None, str, None]:
+def takeover(reason: str) -> Verdict:
     return (None, reason, None)
 
 
-RUNNING = [
+RUNNING: Cases = [
     (Machine("running", heartbeat=-US), ACTIVE),
     (Machine("running", heartbeat=0 * S), ACTIVE),
     (Machine("running", heartbeat=TIMEOUT - US), ACTIVE),
@@ -144,7 +152,7 @@ RUNNING = [
     (Machine("running", heartbeat=TIMEOUT, left=0 * S, error=0 * S), takeover("heartbeat_lapsed")),
 ]
 
-STOPPING = [
+STOPPING: Cases = [
     # Fresh: refused however long ago it left running; retry_at is when both have passed.
     (Machine("stopping", heartbeat=0 * S, left=5 * S), cooling(TIMEOUT)),
     (Machine("stopping", heartbeat=TIMEOUT - US, left=99 * S), cooling(US)),
@@ -161,7 +169,7 @@ STOPPING = [
     (Machine("stopping", heartbeat=None, left=None), cooling(GRACE)),
 ]
 
-GONE = [
+GONE: Cases = [
     (Machine(state, heartbeat=heartbeat, left=left), expected)
     for state in ("stopped", "starting", "deleted")
     for heartbeat, left, expected in [
@@ -178,7 +186,7 @@ GONE = [
     ]
 ]
 
-ERROR = [
+ERROR: Cases = [
     (Machine("error", heartbeat=heartbeat, left=left, error=error), expected)
     for heartbeat, left in [(0 * S, 0 * S), (999 * S, 999 * S), (None, None)]
     for error, expected in [
@@ -192,7 +200,7 @@ ERROR = [
 ]
 
 # A state that nobody has mapped counts as running: unknown means possibly alive.
-UNKNOWN = [
+UNKNOWN: Cases = [
     (Machine(state, heartbeat=heartbeat, left=999 * S), expected)
     for state in (None, "hibernating")
     for heartbeat, expected in [
@@ -208,7 +216,7 @@ def test_local_write_while_the_cloud_holds(
     conn: psycopg.Connection[Any],
     lease: dict[str, Any],
     machine: Machine,
-    expected: tuple[Any, Any, Any],
+    expected: Verdict,
 ) -> None:
     assert verdict(conn, "local", None, lease, machine) == expected
 
@@ -222,7 +230,9 @@ def test_local_write_while_the_cloud_holds(
         Machine("stopped", left=0 * S),
     ],
 )
-@pytest.mark.parametrize("lease", [None, {"holder": "local"}], ids=["no lease", "local"])
+@pytest.mark.parametrize(
+    "lease", [None, {"holder": "local"}, DRAIN_TO_LOCAL], ids=["no lease", "local", "to local"]
+)
 def test_local_write_while_no_machine_holds(
     conn: psycopg.Connection[Any], lease: dict[str, Any] | None, machine: Machine | None
 ) -> None:
@@ -243,7 +253,7 @@ def test_local_write_after_an_error_that_needs_no_confirmation(
     conn: psycopg.Connection[Any],
     lease: dict[str, Any],
     error: timedelta | None,
-    expected: tuple[Any, Any, Any],
+    expected: Verdict,
 ) -> None:
     machine = Machine("error", heartbeat=0 * S, left=error, error=error)
     settings = {"error_takeover_confirm": False}
@@ -252,7 +262,7 @@ def test_local_write_after_an_error_that_needs_no_confirmation(
 
 # A cloud write -----------------------------------------------------------------------------------
 
-NOT_HOLDER = ("not_holder", None, None)
+NOT_HOLDER: Verdict = ("not_holder", None, None)
 STATES = ["starting", "running", "stopping", "stopped", "error", "deleted", None]
 
 
@@ -274,11 +284,21 @@ def test_cloud_write_of_the_holder(
     lease: dict[str, Any],
     state: str | None,
     heartbeat: timedelta | None,
-    expected: tuple[Any, Any, Any],
+    expected: Verdict,
 ) -> None:
     """Whatever its status: signals in flight may complete during a stop."""
-    machine = Machine(state, heartbeat=heartbeat, left=999 * S, error=999 * S)
+    machine = Machine(state, heartbeat=heartbeat, left=0 * S, error=0 * S)
     assert verdict(conn, "cloud", MACHINE, lease, machine) == expected
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("lease", MACHINE_HOLDS.values(), ids=MACHINE_HOLDS)
+def test_cloud_write_of_the_holder_after_a_takeover_became_possible(
+    conn: psycopg.Connection[Any], lease: dict[str, Any], state: str | None
+) -> None:
+    """It is still the holder, and fresh: who writes first decides."""
+    machine = Machine(state, heartbeat=TIMEOUT - US, left=999 * S, error=999 * S)
+    assert verdict(conn, "cloud", MACHINE, lease, machine) == ADMIT
 
 
 @pytest.mark.parametrize(
@@ -287,11 +307,13 @@ def test_cloud_write_of_the_holder(
         (MACHINE, None),
         (MACHINE, {"holder": "local"}),
         (MACHINE, {"holder": "cloud", "machine_id": OTHER}),
-        (MACHINE, {"holder": "local", "draining_to": OTHER}),
-        (MACHINE, {"holder": "cloud", "machine_id": MACHINE, "draining_to": OTHER}),
+        (MACHINE, {"holder": "local", **DRAIN, "draining_to": OTHER}),
+        (MACHINE, {"holder": "cloud", "machine_id": MACHINE, **DRAIN, "draining_to": OTHER}),
+        (MACHINE, DRAIN_TO_LOCAL),
         # Nobody is not the machine of a lease that has none.
         (None, None),
         (None, {"holder": "local"}),
+        (None, DRAIN_TO_LOCAL),
         (None, {"holder": "cloud", "machine_id": MACHINE}),
     ],
 )
@@ -325,7 +347,7 @@ def test_each_period_is_the_settings_own(
     conn: psycopg.Connection[Any],
     settings: dict[str, Any],
     machine: Machine,
-    expected: tuple[Any, Any, Any],
+    expected: Verdict,
 ) -> None:
     assert verdict(conn, "local", None, MACHINE_HOLDS["holds"], machine, settings) == expected
 

@@ -204,19 +204,17 @@ class Stage:
         """The browser polls its status, as an app does, until it may write."""
         begin = monotonic()
         patience = 10 + 2 * float(self.owner.value("patience"))
-        polls = 0
+        polls = 1
         interval = arbiter_db.status(self.browser.connection).poll_interval
         self.note(
             f"... the browser asks arbiter.status() every {_shown(interval)}, until it may write"
         )
-        while True:
-            status = arbiter_db.status(self.browser.connection)
-            polls += 1
-            if status.can_write_local:
-                break
-            if monotonic() - begin > patience:
-                raise UnexpectedError(f"still {status.message!r} after {patience:.0f} s")
-            self._wait(interval.total_seconds())
+        with self.busy("waiting ..."):
+            while not (status := arbiter_db.status(self.browser.connection)).can_write_local:
+                if monotonic() - begin > patience:
+                    raise UnexpectedError(f"still {status.message!r} after {patience:.0f} s")
+                Event().wait(interval.total_seconds())
+                polls += 1
         age = _shown(status.heartbeat_age)
         self.note(f"... it may, says answer {polls}. The last heartbeat was {age} ago.")
 
@@ -288,11 +286,11 @@ def _print_block(
     console: Console, label: str, text: Text, style: str = "bold", indent: int = MARGIN
 ) -> None:
     """Prints the text with a hanging indent, the label in front of its first line."""
-    gutter = Text(label.rjust(indent), style=style)
+    gutter = (label.rjust(indent), style)
     for line in text.wrap(console, console.width - indent):
         line.rstrip()
-        console.print(gutter + line, soft_wrap=True)
-        gutter = Text(" " * indent)
+        console.print(Text.assemble(gutter, line), soft_wrap=True)
+        gutter = (" " * indent, "")
 
 
 def make_console() -> Console:

@@ -75,10 +75,10 @@ def run(real_time: bool = False, rows: int = DEFAULT_ROWS, major: int = 18) -> i
     with ExitStack() as stack:
         with console.status("Starting a server ...") if console.is_terminal else nullcontext():
             server = stack.enter_context(EmbeddedServer(major))
-            cast = _create_app(stack, server, rows)
+            cast = _create_app(stack, server)
         stage = Stage(console, cast.owner, cast.browser, since=FIRST_BAR)
         try:
-            _play(stage, cast, server, real_time)
+            _play(stage, cast, server, real_time, rows)
         except (UnexpectedError, arbiter_db.InstallError, psycopg.Error) as error:
             stage.failure(f"This must not happen: {error}")
             return 1
@@ -86,8 +86,8 @@ def run(real_time: bool = False, rows: int = DEFAULT_ROWS, major: int = 18) -> i
     return 0
 
 
-def _create_app(stack: ExitStack, server: EmbeddedServer, rows: int) -> Cast:
-    """The app before arbiter: roles, schema, people, signals, and the clients' connections."""
+def _create_app(stack: ExitStack, server: EmbeddedServer) -> Cast:
+    """The app before arbiter: roles, schema, people, and the clients' connections."""
     with psycopg.connect(server.conninfo("postgres", "postgres"), autocommit=True) as connection:
         connection.execute(sql_file("roles.sql"))
         connection.execute("create database trading owner app_owner")
@@ -110,12 +110,11 @@ def _create_app(stack: ExitStack, server: EmbeddedServer, rows: int) -> Cast:
     )
     cast.owner.connection.execute(sql_file("trading.sql"))
     cast.owner.connection.execute(sql_file("people.sql"))
-    cast.owner.execute("existing_signals", {"rows": rows})
     return cast
 
 
-def _play(stage: Stage, cast: Cast, server: EmbeddedServer, real_time: bool) -> None:
-    _introduction(stage, cast, server)
+def _play(stage: Stage, cast: Cast, server: EmbeddedServer, real_time: bool, rows: int) -> None:
+    _introduction(stage, cast, server, rows)
     _install(stage, cast, server, real_time)
     _browser_trades(stage, cast)
     _machine_starts(stage, cast)
@@ -132,7 +131,7 @@ def _play(stage: Stage, cast: Cast, server: EmbeddedServer, real_time: bool) -> 
 # The scenes, in order -----------------------------------------------------------------------------
 
 
-def _introduction(stage: Stage, cast: Cast, server: EmbeddedServer) -> None:
+def _introduction(stage: Stage, cast: Cast, server: EmbeddedServer, rows: int) -> None:
     stage.headline("arbiter: one writer per user, decided by the database")
     stage.note(
         f"A PostgreSQL {server.version} of its own, thrown away at the end, with a trading app on"
@@ -151,6 +150,9 @@ def _introduction(stage: Stage, cast: Cast, server: EmbeddedServer) -> None:
         ],
         indent=2,
     )
+    stage.note(f"... the app gets {rows:,} signals of the past (--rows)")
+    with stage.busy("writing signals ..."):
+        cast.owner.execute("existing_signals", {"rows": rows})
 
 
 def _install(stage: Stage, cast: Cast, server: EmbeddedServer, real_time: bool) -> None:
@@ -319,7 +321,7 @@ def _proof(stage: Stage, cast: Cast) -> None:
     stage.title(
         "Who wrote in which epoch",
         "Each signal carries the id of its transaction, each handover a snapshot. From both"
-        " follows each signal's epoch: no clock is involved, and the guard need not be trusted.",
+        " follows each signal's epoch: no clock is involved, no verdict of the guard is believed.",
     )
     rows = stage.do(cast.owner, "writers_by_epoch", user=USER)
     stage.check(len(rows) > 0, "no signals")

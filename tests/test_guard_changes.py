@@ -1,0 +1,507 @@
+"""The table changes under its guard: until protect() is called again writes are refused.
+
+And the guard's plans do not change with the statistics: the way to a user, to a lease and to a
+machine is a probe of an index, whatever the planner believes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from story import (
+    User,
+    activate,
+    add_signal,
+    add_user,
+    count_rows,
+    refusal,
+    rows,
+    value,
+)
+
+if TYPE_CHECKING:
+    from conftest import Database, Templates
+
+Conn = psycopg.Connection[Any]
+
+NAIVE = Path(__file__).with_name("naive.sql")
+
+SCHEMA = """
+create schema other;
+create table public.owners (
+  id uuid not null default gen_random_uuid() primary key,
+  user_id uuid not null
+);
+create table public.orders (
+  id integer not null generated always as identity primary key,
+  owner_id uuid not null references public.owners (id)
+);
+select arbiter.protect('public.orders');
+"""
+
+
+class Stage:
+    """Ada is local, Bob's machine holds; each owns something that orders are for.
+
+    ``old`` is a session that has written before the change, so that its plans are made; ``new`` is
+    one that comes afterwards.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.owner = db.connect()
+        self.owner.execute(SCHEMA.encode())
+        self.ada, self.bob = add_user(self.owner), add_user(self.owner)
+        self.machine = activate(self.owner, self.bob)
+        self.adas, self.bobs = (
+            value(
+                self.owner,
+                "insert into public.owners (user_id) values (%s) returning id",
+                user.id,
+            )
+            for user in (self.ada, self.bob)
+        )
+        # Its plans are the guard's; the driver is to make none of its own.
+        self.old = db.connect(prepare_threshold=None)
+        self.insert(self.old, self.adas)
+        self.insert(self.old, self.bobs, "cloud")
+        assert refusal(self.insert, self.old, self.bobs).sqlstate == "WX001"
+
+    def insert(self, conn: Conn, whose: UUID, claim: str = "local", **names: str) -> None:
+        """An order; columns and table by the names that they have now."""
+        machine = self.machine if claim == "cloud" else None
+        table = names.get("table", "public.orders")
+        columns = {names.get("owner_id", "owner_id"): whose}
+        if "source" not in names.get("without", ""):
+            columns[names.get("source", "source")] = claim
+        if "machine_id" not in names.get("without", ""):
+            columns[names.get("machine_id", "machine_id")] = machine
+        conn.execute(
+            f"insert into {table} ({', '.join(columns)})"
+            f" values ({', '.join(['%s'] * len(columns))})".encode(),
+            list(columns.values()),
+        )
+
+    def protect(self, call: str = "'public.orders'") -> None:
+        """Protect again."""
+        self.owner.execute(f"select arbiter.protect({call})".encode())
+
+
+@pytest.fixture
+def at(db: Database) -> Stage:
+    return Stage(db)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change, the SQLSTATEs that writes may get then, and how it is made good."""
+
+    ddl: str
+    refused: tuple[str, ...]
+    mend: str = ""
+    protect: str = "'public.orders'"
+    names: tuple[tuple[str, str], ...] = ()
+    mended_names: tuple[tuple[str, str], ...] = ()
+
+
+def named(**names: str) -> tuple[tuple[str, str], ...]:
+    return tuple(names.items())
+
+
+UNDEFINED_COLUMN, UNDEFINED_TABLE = "42703", "42P01"
+
+#: No such function for that type; a session that has a plan says that its type has changed.
+OTHER_TYPE = ("42883", "42804")
+
+CHANGES = {
+    "column renamed, path": Change(
+        "alter table public.orders rename owner_id to account_id",
+        (UNDEFINED_COLUMN,),
+        protect="'public.orders', 'account_id.user_id'",
+        names=named(owner_id="account_id"),
+        mended_names=named(owner_id="account_id"),
+    ),
+    "column renamed, machine": Change(
+        "alter table public.orders rename machine_id to fly_app_id",
+        (UNDEFINED_COLUMN,),
+        protect="'public.orders', p_machine_column => 'fly_app_id'",
+        names=named(machine_id="fly_app_id"),
+        mended_names=named(machine_id="fly_app_id"),
+    ),
+    "column renamed, source": Change(
+        "alter table public.orders rename source to origin",
+        (UNDEFINED_COLUMN,),
+        mend="alter table public.orders rename origin to source",
+        names=named(source="origin"),
+    ),
+    "column renamed, evidence": Change(
+        "alter table public.orders rename arbiter_xid to xid8",
+        (UNDEFINED_COLUMN,),
+        mend="alter table public.orders rename xid8 to arbiter_xid",
+    ),
+    "column dropped, machine": Change(
+        "alter table public.orders drop column machine_id cascade",
+        (UNDEFINED_COLUMN,),
+        names=named(without="machine_id"),
+    ),
+    "column dropped, source": Change(
+        "alter table public.orders drop column source cascade",
+        (UNDEFINED_COLUMN,),
+        names=named(without="source machine_id"),
+    ),
+    "column dropped, evidence": Change(
+        "alter table public.orders drop column arbiter_xid cascade", (UNDEFINED_COLUMN,)
+    ),
+    "default dropped, evidence": Change(
+        "alter table public.orders alter column arbiter_xid drop default", ("WX005",)
+    ),
+    "type changed, machine": Change(
+        "alter table public.orders drop constraint arbiter_machine_id_fkey;"
+        "drop trigger arbiter_provenance on public.orders;"
+        "alter table public.orders alter column machine_id type text",
+        OTHER_TYPE,
+        mend="alter table public.orders alter column machine_id type uuid using machine_id::uuid",
+    ),
+    "type changed, parent's user": Change(
+        "alter table public.owners alter column user_id type text",
+        OTHER_TYPE,
+        mend="alter table public.owners alter column user_id type uuid using user_id::uuid",
+    ),
+    "parent renamed": Change("alter table public.owners rename to accounts", (UNDEFINED_TABLE,)),
+    "parent moved": Change("alter table public.owners set schema other", (UNDEFINED_TABLE,)),
+    "parent's user renamed": Change(
+        "alter table public.owners rename user_id to holder_id",
+        (UNDEFINED_COLUMN,),
+        protect="'public.orders', 'owner_id.holder_id'",
+    ),
+    "parent's user dropped": Change(
+        "alter table public.owners drop column user_id",
+        (UNDEFINED_COLUMN,),
+        mend="alter table public.owners add user_id uuid;"
+        "update public.owners set user_id = l.user_id"
+        "  from arbiter.leases l where (l.holder = 'cloud') = (owners.id = %(bobs)s)",
+    ),
+    "parent's key renamed": Change(
+        "alter table public.owners rename id to owner_id", (UNDEFINED_COLUMN,)
+    ),
+    "parent dropped": Change(
+        "drop table public.owners cascade",
+        (UNDEFINED_TABLE,),
+        mend="create table public.owners (id uuid primary key, user_id uuid);"
+        "insert into public.owners select case holder when 'local' then %(adas)s::uuid"
+        "  else %(bobs)s::uuid end, user_id from arbiter.leases;"
+        "alter table public.orders add foreign key (owner_id) references public.owners (id)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_writes_are_refused_until_protect_is_called_again(at: Stage, change: str) -> None:
+    now = CHANGES[change]
+    names, mended = dict(now.names), dict(now.mended_names)
+    params = {"adas": at.adas, "bobs": at.bobs}
+    at.owner.execute(now.ddl.encode())
+
+    before = count_rows(at.owner, "public.orders")
+    for conn in (at.old, at.db.connect()):
+        for _ in range(2):  # the second time from the plans of the first
+            for whose, source in ((at.adas, "local"), (at.bobs, "local"), (at.bobs, "cloud")):
+                error = refusal(lambda c, w, s: at.insert(c, w, s, **names), conn, whose, source)
+                assert error.sqlstate in now.refused
+    assert count_rows(at.owner, "public.orders") == before
+
+    for statement in now.mend.split(";"):
+        at.owner.execute(statement.encode(), params if "%(" in statement else None)
+    at.protect(now.protect)
+
+    for conn in (at.old, at.db.connect()):
+        at.insert(conn, at.adas, **mended)
+        at.insert(conn, at.bobs, "cloud", **mended)
+        error = refusal(lambda c: at.insert(c, at.bobs, **mended), conn)
+        assert error.sqlstate == "WX001"
+    assert count_rows(at.owner, "public.orders") == before + 4
+
+
+#: After these the guard still knows what it guards, by what the tables are and not by their names.
+HARMLESS = {
+    "table renamed": ("alter table public.orders rename to old_orders", "public.old_orders"),
+    "table moved": ("alter table public.orders set schema other", "other.orders"),
+    "column added": ("alter table public.orders add note text", "public.orders"),
+    "column dropped": (
+        "alter table public.orders drop constraint orders_pkey, drop column id",
+        "public.orders",
+    ),
+    "source of another type": (
+        "drop trigger arbiter_provenance on public.orders;"
+        "alter table public.orders alter source type varchar(10)",
+        "public.orders",
+    ),
+    "parent's statistics": ("analyze public.owners", "public.orders"),
+    "foreign key dropped": (
+        "alter table public.orders drop constraint orders_owner_id_fkey",
+        "public.orders",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_who_is_refused_stays_refused(at: Stage, change: str) -> None:
+    ddl, table = HARMLESS[change]
+    at.owner.execute(ddl.encode())
+
+    before = count_rows(at.owner, table)
+    for conn in (at.old, at.db.connect()):
+        for whose in (at.bobs, UUID(int=1)):
+            with pytest.raises(psycopg.Error) as caught:
+                at.insert(conn, whose, table=table)
+            assert caught.value.sqlstate in (("WX001",) if whose == at.bobs else ("WX005", "23503"))
+    assert count_rows(at.owner, table) == before
+
+
+#: The name that the guard reads leads to another table than the foreign key does: what is Ada's by
+#: the one is Bob's by the other.
+SWAPS = {
+    "table": """
+        alter table public.owners rename to owners_old;
+        create table public.owners (id uuid primary key, user_id uuid);
+        insert into public.owners select id, %(ada)s from public.owners_old;
+    """,
+    "view": """
+        alter table public.owners rename to owners_old;
+        create view public.owners as select id, %(ada)s::uuid as user_id from public.owners_old;
+    """,
+    "foreign key": """
+        create table public.accounts (id uuid primary key, user_id uuid);
+        insert into public.accounts select id, %(bob)s from public.owners;
+        alter table public.orders drop constraint orders_owner_id_fkey,
+          add constraint orders_owner_id_fkey foreign key (owner_id)
+            references public.accounts (id);
+    """,
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_another_owner_table_is_not_believed(at: Stage, swap: str) -> None:
+    params = {"ada": at.ada.id, "bob": at.bob.id}
+    for statement in SWAPS[swap].strip().split(";"):
+        at.owner.execute(
+            psycopg.ClientCursor(at.owner).mogrify(statement, params).encode()
+            if "%(" in statement
+            else statement.encode()
+        )
+    # By the foreign key it is Bob's, whose machine holds.
+    whose = at.adas if swap == "foreign key" else at.bobs
+
+    before = count_rows(at.owner, "public.orders")
+    for conn in (at.old, at.db.connect()):
+        refusal(at.insert, conn, whose)
+    assert count_rows(at.owner, "public.orders") == before
+
+    at.protect()
+    assert refusal(at.insert, at.db.connect(), whose).sqlstate == "WX001"
+
+
+@pytest.mark.parametrize("column", ["source", "machine_id", "owner_id", "arbiter_xid"])
+def test_the_server_keeps_the_types_of_what_the_guard_watches(at: Stage, column: str) -> None:
+    error = refusal(
+        at.owner.execute, f"alter table public.orders alter column {column} type text".encode()
+    )
+    assert error.sqlstate in ("0A000", "42804")
+
+
+@pytest.mark.parametrize("column", ["machine_id", "owner_id", "arbiter_xid"])
+def test_provenance_is_not_left_open_by_a_column_that_goes(at: Stage, column: str) -> None:
+    # What remains of a row's provenance must not become free because one part of it has gone.
+    at.owner.execute(f"alter table public.orders drop column {column} cascade".encode())
+    look = "select id, source from public.orders order by id"
+    before = rows(at.owner, look)
+
+    refusal(at.owner.execute, "update public.orders set source = 'cloud'")
+
+    assert rows(at.owner, look) == before
+
+
+# Plans -------------------------------------------------------------------------------------------
+
+TRADERS = 3000
+
+#: What the planner may believe of a table that has many rows.
+STATISTICS = {
+    "analysed": "analyze {table}",
+    "never analysed": """
+        delete from pg_statistic where starelid = '{table}'::regclass;
+        update pg_class set reltuples = -1, relpages = 0, relallvisible = 0
+         where oid = '{table}'::regclass;
+    """,
+    "empty": """
+        delete from pg_statistic where starelid = '{table}'::regclass;
+        update pg_class set reltuples = 0, relpages = 0, relallvisible = 0
+         where oid = '{table}'::regclass;
+    """,
+    "one row": """
+        update pg_class set reltuples = 1, relpages = 1, relallvisible = 0
+         where oid = '{table}'::regclass;
+    """,
+    "far too many": """
+        update pg_class set reltuples = 1e9, relpages = 10000000 where oid = '{table}'::regclass;
+    """,
+    # A restored table has its rows and pages, but no statistics yet.
+    "restored": """
+        delete from pg_statistic where starelid = '{table}'::regclass;
+        update pg_class set reltuples = -1,
+               relpages = pg_relation_size(oid) / current_setting('block_size')::integer
+         where oid = '{table}'::regclass;
+    """,
+}
+
+PROBED = [
+    "public.traders",
+    "public.cloud_machines",
+    "arbiter.leases",
+    "arbiter.machine_notes",
+]
+
+WRITES = {
+    "local": ("one", "local"),
+    "local, 100 rows": ("many", "local"),
+    "local, 100 users": ("users", "local"),
+    "cloud": ("one", "cloud"),
+    "cloud, 100 rows": ("many", "cloud"),
+    "refused": ("refused", "local"),
+    "position": ("position", "local"),
+}
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """A database with many users, each with a lease, and a superuser's session of a replica.
+
+    In such a session foreign keys are not checked, so that all that is counted is the guard's.
+    """
+
+    conn: Conn
+    ada: User
+    bob: User
+    machine: UUID
+
+
+def crowd(conn: Conn) -> None:
+    """Many users, each with a trader and a machine."""
+    conn.execute(
+        f"""
+        insert into auth.users (email) select 'user' || n from generate_series(1, {TRADERS}) n;
+        insert into public.traders (user_id, name) select id, 'T' from auth.users;
+        insert into public.cloud_machines (user_id, status) select id, 'stopped' from auth.users;
+        """.encode()
+    )
+
+
+@pytest.fixture(scope="module")
+def many(templates: Templates) -> Iterator[Crowd]:
+    with templates.clone("installed") as database:
+        conn = database.connect()
+        crowd(conn)
+        conn.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
+        ada, bob = add_user(conn), add_user(conn)
+        machine = activate(conn, bob)
+        add_signal(conn, ada.trader)
+        superuser = database.connect("postgres")
+        superuser.execute("set session_replication_role = replica")
+        for table in PROBED:
+            superuser.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
+        superuser.execute("update arbiter.settings set heartbeat_timeout = '1 hour'")
+        yield Crowd(superuser, ada, bob, machine)
+
+
+def scans(conn: Conn) -> dict[str, tuple[int, int]]:
+    """Sequential and index scans of this transaction, by table."""
+    return {
+        row.name: (row.seq_scan, row.idx_scan)
+        for row in rows(
+            conn,
+            "select schemaname || '.' || relname as name, seq_scan,"
+            "       coalesce(idx_scan, 0) as idx_scan"
+            "  from pg_stat_xact_all_tables where schemaname in ('public', 'arbiter')",
+        )
+    }
+
+
+def write(conn: Conn, kind: str, claim: tuple[Any, ...], count: int) -> None:
+    """So many signals, one for each of the traders."""
+    conn.execute(
+        "insert into public.signals"
+        " (trader_id, symbol, interval, signal, bar_time, source, machine_id)"
+        " select (%s::uuid[])[1 + n %% cardinality(%s::uuid[])], %s, '1m', 'buy',"
+        "        timestamptz '2026-01-01' + n * interval '1 minute', %s, %s"
+        "   from generate_series(1, %s) n",
+        (claim[0], claim[0], kind, claim[1], claim[2], count),
+    )
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", WRITES)
+def test_the_guard_probes_indexes_whatever_the_statistics(
+    many: Crowd, kind: str, statistics: str
+) -> None:
+    how, source = WRITES[kind]
+    conn = many.conn
+    users = [row[0] for row in rows(conn, "select id from public.traders limit 100")]
+    user, machine = (many.ada, None) if source == "local" else (many.bob, many.machine)
+    with conn.transaction(force_rollback=True):
+        for table in PROBED:
+            for statement in STATISTICS[statistics].format(table=table).split(";"):
+                conn.execute(statement.encode())
+        conn.execute("discard plans")
+        before = scans(conn)
+
+        if how == "position":
+            insert = "insert into public.positions (user_id, symbol) values (%s, 'X')"
+            conn.execute(insert, (user.id,))
+        elif how == "refused":
+            with pytest.raises(psycopg.Error) as caught, conn.transaction():
+                write(conn, kind, ([many.bob.trader], "local", None), 1)
+            assert caught.value.sqlstate == "WX001"
+        else:
+            traders = users if how == "users" else [user.trader]
+            write(conn, kind, (traders, source, machine), 1 if how == "one" else 100)
+
+        after = scans(conn)
+    assert [table for table in PROBED if after[table][0] != before[table][0]] == []
+    expected = {"arbiter.leases"} if how == "position" else {"arbiter.leases", "public.traders"}
+    if how != "refused":  # what a savepoint rolled back is not counted
+        assert {table for table in PROBED if after[table][1] > before[table][1]} >= expected
+
+
+def scans_of_a_plan_made_while_the_table_was_small(conn: Conn, user: User) -> int:
+    """Scans of the owners' table by a write whose guard made its plans when there was one owner."""
+    conn.execute("set session_replication_role = replica")
+    conn.execute("alter table public.traders set (autovacuum_enabled = off)")
+    conn.execute("analyze public.traders")
+    for _ in range(10):
+        write(conn, "SMALL", ([user.trader], "local", None), 1)
+        conn.execute("delete from public.signals where symbol = 'SMALL'")
+    crowd(conn)
+    with conn.transaction():
+        before = scans(conn)
+        write(conn, "LARGE", ([user.trader], "local", None), 1)
+        return scans(conn)["public.traders"][0] - before["public.traders"][0]
+
+
+def test_a_plan_made_while_the_table_was_small_probes_as_well(db: Database) -> None:
+    user = add_user(db.connect())
+    assert scans_of_a_plan_made_while_the_table_was_small(db.connect("postgres"), user) == 0
+
+
+def test_a_naive_join_scans_the_owners_table(trading_db: Database) -> None:
+    conn = trading_db.connect("postgres")
+    conn.execute(NAIVE.read_bytes())
+    user = add_user(conn)
+    conn.execute("select naive.guard('join', 'public.signals')")
+    conn.execute("alter table public.signals enable always trigger naive_guard")
+    assert scans_of_a_plan_made_while_the_table_was_small(conn, user) > 0

@@ -1,0 +1,352 @@
+"""Mode observe: everything is written, and what enforce would have refused is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from sessions import TIMEOUT_S
+from story import (
+    SETTINGS,
+    activate,
+    add_machine,
+    add_signal,
+    add_trader,
+    add_user,
+    age,
+    backend,
+    beat,
+    browser,
+    detail_of,
+    handovers,
+    lease,
+    refusal,
+    rows,
+    set_status,
+    value,
+)
+
+if TYPE_CHECKING:
+    from conftest import Database
+
+Conn = psycopg.Connection[Any]
+
+
+class Stage:
+    """Ada is local, her machine is starting; Bob's machine holds."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.owner = db.connect()
+        self.conn = backend(db)
+        self.ada, self.bob = add_user(self.owner), add_user(self.owner)
+        self.adas_machine = add_machine(self.owner, self.ada, "starting")
+        self.machine = activate(self.owner, self.bob)
+        self.first = add_signal(self.owner, self.ada.trader)
+        self.builtin = add_trader(self.owner, None)
+
+    def protect(self, mode: str, more: str = "") -> None:
+        """Protect signals in that mode."""
+        self.owner.execute(f"select arbiter.protect('public.signals', p_mode => %s{more})", (mode,))
+
+    def observations(self) -> list[Any]:
+        """What was recorded."""
+        return rows(
+            self.owner,
+            "select code, detail, protected_table::text as table_name, xid, observed_at"
+            " from arbiter.observations order by observation_id",
+        )
+
+    def update(self, change: str) -> None:
+        """Change the first signal."""
+        self.conn.execute(
+            f"update public.signals set {change} where id = %s".encode(), (self.first,)
+        )
+
+
+@pytest.fixture
+def at(db: Database) -> Stage:
+    return Stage(db)
+
+
+def stopped(at: Stage) -> None:
+    set_status(at.owner, at.machine, "stopped")
+
+
+def failed(at: Stage) -> None:
+    set_status(at.owner, at.machine, "error")
+
+
+def failed_long_ago(at: Stage) -> None:
+    failed(at)
+    age(at.owner, at.machine, entered_error=SETTINGS["error_takeover_delay"])
+
+
+def lapsed(at: Stage) -> None:
+    age(at.owner, at.machine, heartbeat=SETTINGS["heartbeat_timeout"])
+
+
+def nothing(at: Stage) -> None:
+    pass
+
+
+Write = Callable[[Stage], object]
+
+#: What has happened, what is written then, and the code that enforce has for it.
+CASES: dict[str, tuple[Callable[[Stage], None], Write, str]] = {
+    "cloud active": (nothing, lambda at: add_signal(at.conn, at.bob.trader), "cloud_active"),
+    "stopped": (stopped, lambda at: add_signal(at.conn, at.bob.trader), "cooling_down"),
+    "error": (failed, lambda at: add_signal(at.conn, at.bob.trader), "takeover_unconfirmed"),
+    "error, long ago": (
+        failed_long_ago,
+        lambda at: add_signal(at.conn, at.bob.trader),
+        "takeover_unconfirmed",
+    ),
+    "not holder": (
+        nothing,
+        lambda at: add_signal(at.conn, at.ada.trader, "cloud", at.adas_machine),
+        "not_holder",
+    ),
+    "stale holder": (
+        lapsed,
+        lambda at: add_signal(at.conn, at.bob.trader, "cloud", at.machine),
+        "not_holder",
+    ),
+    "another user's machine": (
+        nothing,
+        lambda at: add_signal(at.conn, at.ada.trader, "cloud", at.machine),
+        "wrong_identity",
+    ),
+    "local with a machine": (
+        nothing,
+        lambda at: add_signal(at.conn, at.bob.trader, "local", at.machine),
+        "wrong_identity",
+    ),
+    "no user": (nothing, lambda at: add_signal(at.conn, at.builtin), "wrong_identity"),
+    "forged evidence": (
+        nothing,
+        lambda at: at.conn.execute(
+            "insert into public.signals"
+            " (trader_id, symbol, interval, signal, bar_time, arbiter_xid)"
+            " values (%s, 'F', '1m', 'buy', now(), '3')",
+            (at.ada.trader,),
+        ),
+        "wrong_identity",
+    ),
+    "source changed": (
+        nothing,
+        lambda at: at.update("source = 'cloud', symbol = symbol || '2'"),
+        "provenance_immutable",
+    ),
+    "evidence changed": (
+        nothing,
+        lambda at: at.update("arbiter_xid = '3', symbol = symbol || '2'"),
+        "provenance_immutable",
+    ),
+}
+
+
+def signals(conn: Conn) -> list[Any]:
+    return rows(conn, "select * from public.signals order by id")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_enforce_refuses_is_written_and_recorded(at: Stage, case: str) -> None:
+    happen, write, code = CASES[case]
+    happen(at)
+    before = signals(at.owner)
+    history = rows(at.owner, "select * from arbiter.handovers order by user_id, epoch")
+    error = refusal(write, at)
+    assert signals(at.owner) == before
+    assert at.observations() == []
+
+    at.protect("observe")
+    with at.conn.transaction():
+        write(at)
+        xid = value(at.conn, "select pg_current_xact_id()::text")
+
+    assert signals(at.owner) != before
+    (seen,) = at.observations()
+    assert (seen.code, seen.table_name, seen.xid) == (code, "signals", xid)
+    assert seen.detail == detail_of(error)
+    assert seen.observed_at.tzinfo is not None
+    # A write that would have been refused hands nothing over.
+    assert rows(at.owner, "select * from arbiter.handovers order by user_id, epoch") == history
+
+
+def test_what_enforce_admits_is_not_recorded(at: Stage) -> None:
+    at.protect("observe")
+    add_signal(at.conn, at.ada.trader)
+    add_signal(at.conn, at.bob.trader, "cloud", at.machine)
+    add_signal(at.conn, add_user(at.owner).trader)
+    at.update("price = 1")
+    lapsed(at)
+    add_signal(at.conn, at.bob.trader)  # a takeover
+
+    assert at.observations() == []
+    assert [row.reason for row in handovers(at.owner, at.bob)][-1] == "heartbeat_lapsed"
+
+
+def test_a_statement_is_recorded_once_for_each_claim(at: Stage) -> None:
+    at.protect("observe")
+    at.conn.execute(
+        "insert into public.signals"
+        " (trader_id, symbol, interval, signal, bar_time, source, machine_id)"
+        " select case n %% 3 when 0 then %(ada)s else %(bob)s end, 'S', '1m', 'buy',"
+        "        timestamptz '2026-01-01' + n * interval '1 minute',"
+        "        case n %% 3 when 2 then 'cloud' else 'local' end,"
+        "        case n %% 3 when 2 then %(machine)s::uuid end"
+        "   from generate_series(1, 99) n",
+        {"ada": at.ada.trader, "bob": at.bob.trader, "machine": at.machine},
+    )
+
+    assert [seen.code for seen in at.observations()] == ["cloud_active"]
+    assert value(at.owner, "select count(*) from public.signals where symbol = 'S'") == 99
+
+
+def test_a_browser_is_observed_and_does_not_see_it(at: Stage) -> None:
+    at.protect("observe")
+    conn = browser(at.db, at.bob)
+
+    add_signal(conn, at.bob.trader)
+
+    assert [seen.code for seen in at.observations()] == ["cloud_active"]
+    for attempt in (
+        "select from arbiter.observations",
+        "delete from arbiter.observations",
+        "insert into arbiter.observations (code) values ('x')",
+    ):
+        assert refusal(conn.execute, attempt).sqlstate == "42501"
+
+
+def test_a_record_goes_with_its_transaction(at: Stage) -> None:
+    at.protect("observe")
+    at.conn.execute("begin")
+    add_signal(at.conn, at.bob.trader)
+    at.conn.execute("rollback")
+    assert at.observations() == []
+
+
+def test_updates_are_observed_where_they_are_judged(at: Stage) -> None:
+    at.owner.execute(
+        "select arbiter.protect("
+        "'public.positions', p_verbs => '{insert,update}', p_mode => 'observe')"
+    )
+    insert = (
+        "insert into public.positions (user_id, symbol, source, machine_id) values (%s, %s, %s, %s)"
+    )
+    at.conn.execute(insert, (at.bob.id, "A", "local", None))
+    at.conn.execute("update public.positions set quantity = 1")
+    at.conn.execute("update public.positions set source = 'cloud', quantity = 2")
+    at.conn.execute("update public.positions set user_id = %s, quantity = 3", (at.ada.id,))
+
+    codes = [seen.code for seen in at.observations()]
+    assert codes[:2] == ["cloud_active", "cloud_active"]
+    assert set(codes[2:]) == {"wrong_identity", "provenance_immutable"}
+    assert value(at.owner, "select quantity from public.positions") == 3
+
+
+def test_enforce_and_back(at: Stage) -> None:
+    add_signal(at.conn, at.ada.trader)
+    for _ in range(2):
+        recorded = len(at.observations())
+        assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+        assert len(at.observations()) == recorded
+        at.protect("observe")
+        add_signal(at.conn, at.bob.trader)
+        assert len(at.observations()) == recorded + 1
+        at.protect("enforce")
+    at.protect("observe")
+    at.owner.execute("select arbiter.protect('public.signals')")  # enforce is the default
+    assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+
+
+def test_only_the_observed_table_is_observed(at: Stage) -> None:
+    at.owner.execute("select arbiter.protect('public.positions', p_mode => 'observe')")
+    assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+
+
+# Nothing waits, nothing fails --------------------------------------------------------------------
+
+
+def write_at_once(at: Stage, trader: Any) -> None:
+    """A local write that must not wait for any lock, nor in a loop of its own."""
+    conn = at.db.connect(role="service_role")
+    at.owner.execute("update arbiter.settings set drain_timeout = interval '1 hour'")
+    conn.execute("set statement_timeout = %s" % int(TIMEOUT_S * 1000 / 2))  # noqa: UP031
+    add_signal(conn, trader)
+
+
+def test_observe_does_not_wait_for_a_handover(at: Stage) -> None:
+    at.protect("observe")
+    other = at.db.connect()
+    other.execute("begin")
+    other.execute("select from arbiter.leases where user_id = %s for update", (at.ada.id,))
+
+    write_at_once(at, at.ada.trader)
+
+    other.execute("rollback")
+    assert [seen.code for seen in at.observations()] == ["handover_draining"]
+
+
+def test_observe_does_not_wait_for_writes_in_flight(at: Stage) -> None:
+    at.protect("observe")
+    other = at.db.connect()
+    other.execute("begin")
+    add_signal(other, at.bob.trader, "cloud", at.machine)
+    lapsed_elsewhere = at.db.connect()
+    age(lapsed_elsewhere, at.machine, heartbeat=timedelta(minutes=1))
+
+    write_at_once(at, at.bob.trader)
+
+    other.execute("rollback")
+    (seen,) = at.observations()
+    assert seen.code == "handover_draining"
+    assert seen.detail["blockers"] == [other.info.backend_pid]
+
+
+def test_observe_does_not_wait_for_another_first_write(at: Stage) -> None:
+    at.protect("observe")
+    carol = add_user(at.owner)
+    other = at.db.connect()
+    other.execute("begin")
+    add_signal(other, carol.trader)
+
+    write_at_once(at, carol.trader)
+
+    other.execute("commit")
+    assert {seen.code for seen in at.observations()} <= {"handover_draining"}
+    assert lease(at.owner, carol).epoch == 1
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_observe_does_not_fail_on_an_old_snapshot(at: Stage, isolation: str) -> None:
+    at.protect("observe")
+    conn = at.db.connect(role="service_role")
+    conn.execute(f"begin isolation level {isolation}".encode())
+    conn.execute("select count(*) from public.signals")
+    set_status(at.owner, at.adas_machine, "running")
+    beat(at.owner, at.adas_machine)
+    beat(at.owner, at.adas_machine)
+    assert lease(at.owner, at.ada).holder == "cloud"
+
+    add_signal(conn, at.ada.trader)  # enforce: 40001, from the server itself
+    conn.execute("commit")
+
+    (seen,) = at.observations()
+    assert seen.detail["user_id"] == str(at.ada.id)
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_enforce_does_fail_on_an_old_snapshot(at: Stage, isolation: str) -> None:
+    conn = at.db.connect(role="service_role")
+    conn.execute(f"begin isolation level {isolation}".encode())
+    conn.execute("select count(*) from public.signals")
+    set_status(at.owner, at.adas_machine, "running")
+    beat(at.owner, at.adas_machine)
+    beat(at.owner, at.adas_machine)
+
+    assert refusal(add_signal, conn, at.ada.trader).sqlstate == "40001"
