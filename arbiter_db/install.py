@@ -238,6 +238,8 @@ def _detach(conn: psycopg.Connection[Any], drop_columns: bool) -> list[str]:
         report = []
         if _scalar(conn, "is_attached"):
             report = _column(conn, "detach_all", drop_columns=drop_columns)
+        elif _scalar(conn, "has_leave_columns"):  # an install was cut short, or an uninstall
+            report = _column(conn, "leave_columns", drop_columns=drop_columns)
         if dependents := _column(conn, "dependents"):
             raise InstallError(
                 f"these objects use arbiter: {', '.join(dependents)}",

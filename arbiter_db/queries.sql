@@ -78,6 +78,12 @@ select to_regprocedure('arbiter._detach_all(boolean)') is not null
 -- name: detach_all
 select * from arbiter._detach_all(%(drop_columns)s::boolean)
 
+-- name: has_leave_columns
+select to_regprocedure('arbiter._leave_columns(boolean)') is not null
+
+-- name: leave_columns
+select * from arbiter._leave_columns(%(drop_columns)s::boolean)
+
 -- name: unvalidated
 select * from arbiter._unvalidated()
 

@@ -12,7 +12,28 @@ do $adopt$
 declare
   v_column record;
   v_constraint record;
+  v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
 begin
+  -- Both tables in one moment, never waiting for one while holding the other: clients that write both
+  -- would deadlock with that.
+  loop
+    begin
+      if to_regclass('public.signals') is not null then
+        lock table public.signals in access exclusive mode;
+      end if;
+      if to_regclass('public.cloud_machines') is not null then
+        lock table public.cloud_machines in access exclusive mode nowait;
+      end if;
+      exit;
+    exception
+      when lock_not_available then
+        if clock_timestamp() >= v_give_up_at then
+          raise;
+        end if;
+    end;
+    perform pg_sleep(0.01);
+  end loop;
+
   for v_column in
     select c.table_name, c.column_name, c.definition, c.meaning
       from (values

@@ -127,6 +127,64 @@ revoke execute on function arbiter._foreign_key(regclass, name) from public;
 comment on function arbiter._foreign_key(regclass, name) is
   'Where the single-column foreign key of a column leads; nulls when there is none.';
 
+create or replace function arbiter._need_foreign_key(
+  p_table regclass,
+  p_column name,
+  p_path text,
+  out parent regclass,
+  out parent_column name)
+returns record
+language plpgsql
+stable
+security invoker
+as $$
+begin
+  select f.parent, f.parent_column into parent, parent_column from arbiter._foreign_key(p_table, p_column) f;
+  if parent is null then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('arbiter: column %I of table %s is not a foreign key of one column', p_column, p_table),
+      hint = format('In the path %s every step but the last must be one.', p_path);
+  end if;
+end
+$$;
+revoke execute on function arbiter._need_foreign_key(regclass, name, text) from public;
+comment on function arbiter._need_foreign_key(regclass, name, text) is
+  'Where the foreign key of a column leads. Error 22023 when it is none.';
+
+-- A machine column of the app that leads to another table could never hold a machine.
+create or replace function arbiter._need_machine_key(p_table regclass, p_machine_column name, p_registry regclass)
+returns void
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  v_key record;
+begin
+  select k.conname, k.confrelid::regclass as parent
+    into v_key
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a
+      on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and a.attname = p_machine_column
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and k.confrelid <> p_registry
+     and k.conname <> 'arbiter_machine_id_fkey'
+   limit 1;
+  if found then
+    raise exception using
+      errcode = 'invalid_foreign_key',
+      message = format('arbiter: column %I of table %s leads to %s, not to the registry %s',
+        p_machine_column, p_table, v_key.parent, p_registry),
+      hint = format('Drop constraint %I, or name another column in p_machine_column; nothing was changed.', v_key.conname);
+  end if;
+end
+$$;
+revoke execute on function arbiter._need_machine_key(regclass, name, regclass) from public;
+comment on function arbiter._need_machine_key(regclass, name, regclass) is
+  'Error 42830 when the machine column has a foreign key to another table than the registry.';
+
 -- The path from a row to its user, when there is one obvious answer: a uuid column user_id, or one
 -- foreign key to a table that has one. The machine's own foreign key leads to a user, too, but to
 -- the one whose machine wrote the row, and that is what is to be judged.
@@ -201,6 +259,29 @@ declare
   v_fits boolean;
   v_word text;
 begin
+  select pg_get_expr(d.adbin, d.adrelid)
+    into v_word
+    from pg_catalog.pg_attrdef d
+    join pg_catalog.pg_attribute a on a.attrelid = d.adrelid and a.attnum = d.adnum and a.attname = 'source'
+   where d.adrelid = p_table;
+  if v_word !~ '^''(local|cloud)''::' then
+    raise exception using
+      errcode = 'check_violation',
+      message = format('arbiter: column source of table %s does not mean the environment: its default is %s', p_table, v_word),
+      hint = 'Rename that column, or make its default local; nothing was changed.';
+  end if;
+  select k.conname
+    into v_word
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = any (k.conkey) and a.attname = 'source'
+   where k.conrelid = p_table
+     and k.contype = 'f';
+  if found then
+    raise exception using
+      errcode = 'check_violation',
+      message = format('arbiter: column source of table %s does not mean the environment: it is in foreign key %I', p_table, v_word),
+      hint = 'Rename that column; nothing was changed.';
+  end if;
   if arbiter._source_is_checked(p_table) then
     return;
   end if;
@@ -323,16 +404,24 @@ begin
   if v_path is null then
     v_path := arbiter._find_user_path(p_table, p_machine_column);
   end if;
-  v_steps := parse_ident(v_path);
-  for i in 1 .. cardinality(v_steps) - 1 loop
-    v_step := v_steps[i];
-    select f.* into v_next from arbiter._foreign_key(v_table, v_step) f;
-    if v_next.parent is null then
+  begin
+    v_steps := parse_ident(v_path);
+  exception
+    when invalid_parameter_value then
       raise exception using
         errcode = 'invalid_parameter_value',
-        message = format('arbiter: column %I of table %s is not a foreign key of one column', v_step, v_table),
-        hint = format('In the path %s every step but the last must be one.', v_path);
-    end if;
+        message = format('arbiter: p_user_path is not a path: %L', v_path),
+        hint = 'It is a uuid column (''user_id''), or columns over foreign keys joined by dots (''trader_id.user_id'').';
+  end;
+  if p_machine_column in ('source', 'arbiter_xid', v_steps[1]) then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('arbiter: column %I of table %s cannot name the machine', p_machine_column, p_table),
+      hint = 'p_machine_column is a column of its own; it is added when it is missing.';
+  end if;
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_step := v_steps[i];
+    v_next := arbiter._need_foreign_key(v_table, v_step, v_path);
     v_table := v_next.parent;
   end loop;
   perform arbiter._need_column(v_table, v_steps[cardinality(v_steps)], '{uuid}');
@@ -342,6 +431,73 @@ $$;
 revoke execute on function arbiter._need_protectable(regclass, text, name) from public;
 comment on function arbiter._need_protectable(regclass, text, name) is
   'The path from a row of the table to its user. Errors when the table cannot be protected.';
+
+-- For uninstall: the columns that arbiter has added, by their comments.
+create or replace function arbiter._leave_columns(p_drop boolean)
+returns setof text
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column record;
+begin
+  for v_column in
+    select a.attrelid::regclass as table_name, a.attname as name
+      from pg_catalog.pg_attribute a
+      join pg_catalog.pg_class c on c.oid = a.attrelid and c.relkind in ('r', 'p') and not c.relispartition
+     where a.attnum > 0
+       and not a.attisdropped
+       and a.attinhcount = 0
+       and col_description(a.attrelid, a.attnum) like 'arbiter: %'
+     order by c.relnamespace::regnamespace::text, c.relname, a.attnum
+  loop
+    if p_drop then
+      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
+      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
+    else
+      return next format('left column %I of %s', v_column.name, v_column.table_name);
+    end if;
+  end loop;
+end
+$$;
+revoke execute on function arbiter._leave_columns(boolean) from public;
+comment on function arbiter._leave_columns(boolean) is
+  'Drops the columns that arbiter has added to tables of the app, or leaves them; one line for each.';
+
+-- Takes several tables in one moment, without ever waiting for one while holding another: clients that
+-- write both would deadlock with that.
+create or replace function arbiter._lock_tables(p_tables regclass[])
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+  v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
+begin
+  loop
+    begin
+      for i in 1 .. cardinality(p_tables) loop
+        execute format('lock table %s in access exclusive mode%s', p_tables[i], case when i > 1 then ' nowait' end);
+      end loop;
+      return;
+    exception
+      when lock_not_available then
+        if clock_timestamp() >= v_give_up_at then
+          raise;
+        end if;
+    end;
+    perform pg_sleep(0.01);
+  end loop;
+end
+$$;
+revoke execute on function arbiter._lock_tables(regclass[]) from public;
+comment on function arbiter._lock_tables(regclass[]) is
+  'Locks tables for the transaction. Error 55P03 when that takes more than 5 s.';
 
 -- The tables that an installation adopts by name: only until something was registered or protected,
 -- so that a later install does not undo what a DBA has decided since.
@@ -391,6 +547,7 @@ begin
   end if;
   if v_adopt.signals is not null then
     perform arbiter._need_protectable(v_adopt.signals, null, 'machine_id');
+    perform arbiter._need_machine_key(v_adopt.signals, 'machine_id', v_adopt.registry);
   end if;
 end
 $preflight$;

@@ -1,14 +1,17 @@
 -- Triggers as inspectable objects: a trigger's comment ends with a hash of its definition, so that
 -- attaching twice changes nothing and takes no lock, and drift can be seen in the catalog.
 
-create or replace function arbiter._trigger_comment(p_definition text, p_meaning text)
+-- What was asked for, and what the server has made of it: a trigger that was replaced keeps its comment.
+create or replace function arbiter._trigger_comment(p_trigger_id oid, p_definition text, p_meaning text)
 returns text
 language sql
-immutable
+stable
 security invoker
-return format('%s [%s]', p_meaning, md5(p_definition));
-revoke execute on function arbiter._trigger_comment(text, text) from public;
-comment on function arbiter._trigger_comment(text, text) is 'The comment of a trigger, with the hash of its definition.';
+set search_path = pg_catalog, pg_temp
+return format('%s [%s]', p_meaning, md5(p_definition || pg_get_triggerdef(p_trigger_id)));
+revoke execute on function arbiter._trigger_comment(oid, text, text) from public;
+comment on function arbiter._trigger_comment(oid, text, text) is
+  'The comment that a trigger must have, with the hash of its definition.';
 
 -- A row trigger of a partitioned table lives on in each partition, where it can be disabled alone.
 create or replace function arbiter._is_disabled_below(p_table regclass, p_trigger name)
@@ -38,16 +41,14 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_comment text := arbiter._trigger_comment(p_definition, p_meaning);
 begin
   if exists (
     select from pg_catalog.pg_trigger t
      where t.tgrelid = p_table
        and t.tgname = p_trigger
-       and t.tgenabled = 'A'
-       and obj_description(t.oid, 'pg_trigger') = v_comment)
+       and obj_description(t.oid, 'pg_trigger') = arbiter._trigger_comment(t.oid, p_definition, p_meaning))
      and not arbiter._is_disabled_below(p_table, p_trigger)
   then
     return;
@@ -55,7 +56,11 @@ begin
   execute format('create or replace trigger %I ', p_trigger) || replace(p_definition, '{table}', p_table::text);
   -- Always: else session_replication_role = replica walks past it.
   execute format('alter table %s enable always trigger %I', p_table, p_trigger);
-  execute format('comment on trigger %I on %s is %L', p_trigger, p_table, v_comment);
+  execute (
+    select format('comment on trigger %I on %s is %L', p_trigger, p_table,
+             arbiter._trigger_comment(t.oid, p_definition, p_meaning))
+      from pg_catalog.pg_trigger t
+     where t.tgrelid = p_table and t.tgname = p_trigger);
 end
 $$;
 revoke execute on function arbiter._attach(regclass, name, text, text) from public;
@@ -93,16 +98,86 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  execute format('revoke execute on function %s from public', p_function);
+  perform arbiter._close('function', p_function::text, p.proacl, p.proowner)
+     from pg_catalog.pg_proc p
+    where p.oid = p_function;
   execute format('comment on function %s is %L', p_function,
     format('%s [%s]', p_meaning, md5(pg_get_functiondef(p_function))));
 end
 $$;
 revoke execute on function arbiter._seal(regprocedure, text) from public;
 comment on function arbiter._seal(regprocedure, text) is
-  'Documents a generated function, with the hash of its definition, and takes it from public.';
+  'Documents a generated function, with the hash of its definition, and closes it.';
+
+-- From everybody but the owner: a database's default privileges may have opened it to any role.
+create or replace function arbiter._close(p_kind text, p_object text, p_acl aclitem[], p_owner oid)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_grantee text;
+begin
+  for v_grantee in
+    select distinct case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
+      from aclexplode(coalesce(p_acl, acldefault((case p_kind when 'function' then 'f' else 'r' end)::"char", p_owner))) a
+     where a.grantee <> p_owner
+  loop
+    execute format('revoke all on %s %s from %s', p_kind, p_object, v_grantee);
+  end loop;
+end
+$$;
+revoke execute on function arbiter._close(text, text, aclitem[], oid) from public;
+comment on function arbiter._close(text, text, aclitem[], oid) is
+  'Revokes every privilege on a function, table or sequence of arbiter from everybody but its owner.';
+
+-- Generated views bind tables and columns by identity, not by name: what is renamed is followed, and
+-- what takes over a name is not believed. Made again only when it would change, because that waits
+-- for every transaction that has read it.
+create or replace function arbiter._is_current_view(p_view name, p_query text, p_parent regclass)
+returns boolean
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select exists (
+    select from pg_catalog.pg_class c
+      join pg_catalog.pg_rewrite w on w.ev_class = c.oid
+      join pg_catalog.pg_depend d on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid
+     where c.relnamespace = 'arbiter'::regnamespace
+       and c.relname = p_view
+       and d.refobjid = p_parent
+       and obj_description(c.oid, 'pg_class') like '%[' || md5(p_query) || ']');
+end;
+revoke execute on function arbiter._is_current_view(name, text, regclass) from public;
+comment on function arbiter._is_current_view(name, text, regclass) is
+  'Whether a generated view was made from this query and still reads this table.';
+
+create or replace function arbiter._make_view(p_view name, p_query text, p_meaning text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('drop view if exists arbiter.%I', p_view);
+  execute format('create view arbiter.%I as %s', p_view, p_query);
+  execute format('comment on view arbiter.%I is %L', p_view, format('%s [%s]', p_meaning, md5(p_query)));
+  perform arbiter._close('table', format('arbiter.%I', p_view), c.relacl, c.relowner)
+     from pg_catalog.pg_class c
+    where c.relnamespace = 'arbiter'::regnamespace and c.relname = p_view;
+end
+$$;
+revoke execute on function arbiter._make_view(name, text, text) from public;
+comment on function arbiter._make_view(name, text, text) is
+  'Makes a generated view anew, documents it with the hash of its query, and closes it.';
 
 create or replace function arbiter._history_triggers()
 returns table (table_name regclass, trigger_name name, definition text, meaning text)

@@ -2,8 +2,7 @@
 -- by generated triggers. Generated, because table, columns and status words are the app's; each body
 -- is as short as it can be and calls what is written here.
 
--- The registry under fixed names. Rebuilt only when it would change: replacing a view waits for every
--- transaction that has read it.
+-- The registry under fixed names.
 create or replace function arbiter._make_machines_view(p_query text)
 returns void
 language plpgsql
@@ -12,12 +11,11 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  drop view if exists arbiter.machines;
-  execute 'create view arbiter.machines with (security_invoker = true) as ' || p_query;
-  -- The view runs with the rights of its reader, so these open nothing that the registry does not.
+  perform arbiter._make_view('machines', p_query,
+    'The registry under fixed names, with its status mapped to a machine state.');
+  -- With the rights of its reader, so that what is granted here opens nothing that the registry does not.
+  alter view arbiter.machines set (security_invoker = true);
   grant select, update (heartbeat_at) on arbiter.machines to public;
-  execute format('comment on view arbiter.machines is %L', format(
-    'The registry under fixed names, with its status mapped to a machine state. [%s]', md5(p_query)));
   comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
   comment on column arbiter.machines.user_id is 'Its owner.';
   comment on column arbiter.machines.status is 'The app''s status word.';
@@ -150,10 +148,12 @@ comment on function arbiter._activate(uuid, uuid) is
 -- The machines that hold a lease, or are about to, and are not in the registry (any more).
 create or replace function arbiter._note_absent_machines()
 returns void
-language sql
+language plpgsql
 volatile
 security invoker
 as $$
+begin
+  -- What is noted already is left out, not just left alone: `do update` would lock it.
   insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at)
   select l.user_id, m.machine_id, clock_timestamp()
     from arbiter.leases l
@@ -161,8 +161,12 @@ as $$
    where m.machine_id is not null
      and not exists (
        select from arbiter.machines r where r.machine_id = m.machine_id and r.user_id = l.user_id)
+     and not exists (
+       select from arbiter.machine_notes k
+        where k.user_id = l.user_id and k.machine_id = m.machine_id and k.left_running_at is not null)
   on conflict on constraint machine_notes_pkey do update
     set left_running_at = coalesce(n.left_running_at, excluded.left_running_at);
+end
 $$;
 revoke execute on function arbiter._note_absent_machines() from public;
 comment on function arbiter._note_absent_machines() is
@@ -228,8 +232,7 @@ begin
      where not exists (select from pg_catalog.pg_class c where c.oid = p.protected_table)
     returning p.protection_id
   loop
-    execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
-      '_guard_' || v_protection_id, '_guard_row_' || v_protection_id, '_provenance_' || v_protection_id);
+    perform arbiter._drop_guard(v_protection_id);
   end loop;
 end
 $$;
@@ -268,6 +271,8 @@ begin
     return %s
     $sql$,
     case when v_cases is null then $$'running'$$ else format($$case p_status %s else 'running' end$$, v_cases) end);
+  -- The view machines calls it with the rights of its reader.
+  grant execute on function arbiter._state(text) to public;
   comment on function arbiter._state(text) is
     'The machine state of a status word of the registry; an unmapped word counts as running: unknown means possibly alive.';
 
@@ -276,13 +281,7 @@ begin
     'r.%4$I as heartbeat_at from %5$s r',
     v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
     v_registry.registry);
-  if coalesce(obj_description(to_regclass('arbiter.machines'), 'pg_class'), '') not like '%[' || md5(v_view) || ']'
-     or not exists (
-       -- The table may have been dropped and made again under the same name.
-       select from pg_catalog.pg_rewrite w
-         join pg_catalog.pg_depend d on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid
-        where w.ev_class = to_regclass('arbiter.machines') and d.refobjid = v_registry.registry)
-  then
+  if not arbiter._is_current_view('machines', v_view, v_registry.registry) then
     perform arbiter._make_machines_view(v_view);
   end if;
 
@@ -400,16 +399,20 @@ begin
      and m.machine_id = n.machine_id
      and m.state = 'running'
      and (n.left_running_at is not null or n.entered_error_at is not null);
-  insert into arbiter.machine_notes (user_id, machine_id, left_running_at, entered_error_at)
+  insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at, entered_error_at)
   select m.user_id, m.machine_id, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
     from arbiter.machines m
    where m.user_id is not null
      and m.state <> 'running'
+     and not exists (
+       select from arbiter.machine_notes k
+        where k.user_id = m.user_id
+          and k.machine_id = m.machine_id
+          and k.left_running_at is not null
+          and (k.entered_error_at is not null or m.state <> 'error'))
   on conflict on constraint machine_notes_pkey do update
-    set left_running_at = coalesce(machine_notes.left_running_at, excluded.left_running_at),
-        entered_error_at = coalesce(machine_notes.entered_error_at, excluded.entered_error_at)
-    where machine_notes.left_running_at is null
-       or (machine_notes.entered_error_at is null and excluded.entered_error_at is not null);
+    set left_running_at = coalesce(n.left_running_at, excluded.left_running_at),
+        entered_error_at = coalesce(n.entered_error_at, excluded.entered_error_at);
   v_now := clock_timestamp();
   perform arbiter._activate(m.user_id, m.machine_id)
      from (
@@ -477,11 +480,13 @@ declare
   v_old arbiter.registry;
   v_index text;
 begin
-  if p_registry is null then
+  if p_registry is null or p_id_column is null or p_user_column is null or p_status_column is null
+     or p_heartbeat_column is null
+  then
     raise exception using
       errcode = 'null_value_not_allowed',
-      message = 'arbiter: p_registry is null',
-      hint = 'Name the app''s table of machines.';
+      message = 'arbiter: register_machines() with a null for the table or one of its columns',
+      hint = 'Name the app''s table of machines and its columns, or leave the defaults.';
   end if;
   if jsonb_typeof(v_states) <> 'object' then
     raise exception using
@@ -539,6 +544,7 @@ begin
         heartbeat_column = excluded.heartbeat_column,
         states = excluded.states;
   perform arbiter._build_registry();
+  perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
 
   select string_agg(i.name::text, ', ')
     into v_index

@@ -1,46 +1,58 @@
 -- protect() and unprotect(): columns, generated guards, triggers.
 
--- An SQL expression for the user of a row, over scalar probes by key: a join would be planned by
--- statistics that may be stale. p_probe 'user' yields the user's id; 'broken' yields true where a
--- step of the path names a row that is not there (a deferred foreign key lets it come later, and with
--- another owner).
-create or replace function arbiter._path_expression(
-  p_table regclass,
-  p_user_path text,
-  p_row text,
-  p_probe text)
-returns text
+-- Each step of a path but the first is a view of two columns, bound to the table that the foreign key
+-- leads to today.
+create or replace function arbiter._path_views(p_protection arbiter.protections)
+returns table (view_name name, query text, parent regclass)
 language plpgsql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_steps text[] := parse_ident(p_user_path);
-  v_table regclass := p_table;
-  v_parent record;
+  v_steps text[] := parse_ident((p_protection).user_path);
+  v_table regclass := (p_protection).protected_table;
+  v_key record;
+begin
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_key := arbiter._need_foreign_key(v_table, v_steps[i], (p_protection).user_path);
+    view_name := format('_path_%s_%s', (p_protection).protection_id, i);
+    query := format('select p.%I as key, p.%I as value from %s p', v_key.parent_column, v_steps[i + 1], v_key.parent);
+    parent := v_key.parent;
+    return next;
+    v_table := v_key.parent;
+  end loop;
+end
+$$;
+revoke execute on function arbiter._path_views(arbiter.protections) from public;
+comment on function arbiter._path_views(arbiter.protections) is
+  'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
+
+-- An SQL expression over scalar probes by key: a join would be planned by statistics that may be stale.
+-- p_probe 'user' yields the user of a row; 'broken' yields true where a step of the path names a row
+-- that is not there (a deferred foreign key lets it come later, and with another owner).
+create or replace function arbiter._path_expression(p_protection arbiter.protections, p_row text, p_probe text)
+returns text
+language plpgsql
+immutable
+security invoker
+as $$
+declare
+  v_steps text[] := parse_ident((p_protection).user_path);
   v_value text := format('%s.%I', p_row, v_steps[1]);
   v_broken text := 'false';
 begin
   for i in 1 .. cardinality(v_steps) - 1 loop
-    select f.* into v_parent from arbiter._foreign_key(v_table, v_steps[i]) f;
-    if v_parent.parent is null then
-      raise exception using
-        errcode = 'invalid_parameter_value',
-        message = format('arbiter: column %I of table %s is not a foreign key of one column', v_steps[i], v_table),
-        hint = format('Protect or unprotect table %s: its path %s leads nowhere.', p_table, p_user_path);
-    end if;
-    v_broken := format('(%s or (%s is not null and not exists (select from %s p where p.%I = %s)))',
-      v_broken, v_value, v_parent.parent, v_parent.parent_column, v_value);
-    v_value := format('(select p%s.%I from %s p%s where p%s.%I = %s)',
-      i, v_steps[i + 1], v_parent.parent, i, i, v_parent.parent_column, v_value);
-    v_table := v_parent.parent;
+    v_broken := format('(%1$s or (%2$s is not null and not exists (select from arbiter._path_%3$s_%4$s p where p.key = %2$s)))',
+      v_broken, v_value, (p_protection).protection_id, i);
+    v_value := format('(select p%2$s.value from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
+      (p_protection).protection_id, i, v_value);
   end loop;
   return case p_probe when 'user' then v_value else v_broken end;
 end
 $$;
-revoke execute on function arbiter._path_expression(regclass, text, text, text) from public;
-comment on function arbiter._path_expression(regclass, text, text, text) is
+revoke execute on function arbiter._path_expression(arbiter.protections, text, text) from public;
+comment on function arbiter._path_expression(arbiter.protections, text, text) is
   'SQL for the user of a row (''user''), or for whether its path is broken (''broken'').';
 
 -- The table itself and everything below it: statement triggers fire only for the table that a
@@ -75,17 +87,9 @@ declare
   v_guard_row text := format('execute function arbiter.%I()', '_guard_row_' || p_protection.protection_id);
   v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
   v_updates boolean := 'update' = any (p_protection.verbs);
-  v_changed text := format('old.%1$I is distinct from new.%1$I', (parse_ident(p_protection.user_path))[1]);
   v_family oid[] := array(select f.member::oid from arbiter._family(p_protection.protected_table) as f (member));
   v_member record;
 begin
-  if v_updates then
-    v_changed := v_changed || format($w$ or (new.source = 'cloud' and new.%I is null)$w$, p_protection.machine_column);
-  else
-    v_changed := v_changed
-      || format(' or old.source is distinct from new.source or old.%1$I is distinct from new.%1$I', p_protection.machine_column)
-      || case when p_protection.evidence then ' or old.arbiter_xid is distinct from new.arbiter_xid' else '' end;
-  end if;
   for v_member in
     select c.oid::regclass as name, c.relkind, c.relispartition
       from unnest(v_family) as f (member)
@@ -105,14 +109,15 @@ begin
     -- Row triggers of a partitioned table reach its partitions, also later ones, by themselves.
     continue when v_member.relispartition;
     trigger_name := 'arbiter_provenance';
-    definition := format('after update on {table} for each row when (%s) %s', v_changed, v_provenance);
+    -- Without a condition: a trigger goes with a column that its condition names.
+    definition := 'after update on {table} for each row ' || v_provenance;
     meaning := 'Keeps who wrote a row.';
     return next;
     if v_updates or v_member.relkind = 'p' then
       -- Before, too: a row that moves to another partition fires no trigger after the update, and
       -- what a foreign key does to a row is only seen before other triggers have changed more of it.
       trigger_name := 'arbiter_provenance_before';
-      definition := format('before update on {table} for each row when (%s) %s', v_changed, v_provenance);
+      definition := 'before update on {table} for each row ' || v_provenance;
       return next;
     end if;
     if v_updates and p_protection.evidence then
@@ -155,15 +160,35 @@ declare
   v_provenance name := '_provenance_' || p_protection_id;
   v_updates boolean;
   v_flaw text;
+  v_view record;
 begin
   select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
   v_table := v_protection.protected_table;
   v_updates := 'update' = any (v_protection.verbs);
 
+  for v_view in
+    select c.relname as name
+      from pg_catalog.pg_class c
+     where c.relnamespace = 'arbiter'::regnamespace
+       and c.relname ~ format('^_path_%s_\d+$', p_protection_id)
+       and c.relname not in (select w.view_name from arbiter._path_views(v_protection) w)
+  loop
+    execute format('drop view arbiter.%I', v_view.name);
+  end loop;
+  for v_view in
+    select w.view_name as name, w.query
+      from arbiter._path_views(v_protection) w
+     where not arbiter._is_current_view(w.view_name, w.query, w.parent)
+  loop
+    perform arbiter._make_view(v_view.name, v_view.query, format('A step from a row of %s to its user.', v_table));
+    execute format('comment on column arbiter.%I.key is %L', v_view.name, 'What the foreign key names.');
+    execute format('comment on column arbiter.%I.value is %L', v_view.name, 'The user, or the next key on the way.');
+  end loop;
+
   v_flaw := 'null::text';
   if v_protection.unowned = 'allow' then
     v_flaw := format($$case when %s then 'parent' end$$,
-      arbiter._path_expression(v_table, v_protection.user_path, 'n', 'broken'));
+      arbiter._path_expression(v_protection, 'n', 'broken'));
   end if;
   if v_protection.evidence then
     v_flaw := format($$case when n.arbiter_xid is distinct from pg_current_xact_id() then 'evidence' else %s end$$, v_flaw);
@@ -193,8 +218,8 @@ begin
         v_write record;
       begin
         for v_write in
-          -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
           select distinct
+                 -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
                  %2$s as user_id,
                  n.source::text as source,
                  n.%3$I as machine_id,
@@ -210,7 +235,7 @@ begin
       $tg$
       $sql$,
       v_guard.name,
-      arbiter._path_expression(v_table, v_protection.user_path, 'n', 'user'),
+      arbiter._path_expression(v_protection, 'n', 'user'),
       v_protection.machine_column,
       v_flaw,
       v_guard.rows,
@@ -235,14 +260,20 @@ begin
     set row_security = off
     set enable_seqscan = off
     as $tg$
+    #variable_conflict use_variable
     declare
-      v_user_id uuid := %2$s;
-      v_machine_gone boolean := old.source = 'cloud'
+      v_user_id uuid;
+      v_machine_gone boolean;
+    begin
+      if %8$s then
+        return new;
+      end if;
+      v_user_id := %2$s;
+      v_machine_gone := old.source = 'cloud'
         and new.source = 'cloud'
         and old.%4$I is not null
         and new.%4$I is null
         and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
-    begin
       if (%3$s) is distinct from v_user_id %5$s then
         perform arbiter._refuse(%7$s, 'provenance_immutable',
           arbiter._detail('provenance_immutable', v_user_id, null, null));
@@ -253,8 +284,8 @@ begin
     $tg$
     $sql$,
     v_provenance,
-    arbiter._path_expression(v_table, v_protection.user_path, 'old', 'user'),
-    arbiter._path_expression(v_table, v_protection.user_path, 'new', 'user'),
+    arbiter._path_expression(v_protection, 'old', 'user'),
+    arbiter._path_expression(v_protection, 'new', 'user'),
     v_protection.machine_column,
     case when v_updates then '' else
       format($$or new.source is distinct from old.source %s or (new.%2$I is distinct from old.%2$I and not v_machine_gone)$$,
@@ -270,7 +301,14 @@ begin
           arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
           'A cloud write names its machine.');
       $$, v_protection.machine_column, p_protection_id) else '' end,
-    p_protection_id);
+    p_protection_id,
+    -- Nothing of it has changed.
+    format('new.%1$I is not distinct from old.%1$I', (parse_ident(v_protection.user_path))[1])
+    || case when v_updates
+      then format($$ and (new.source is distinct from 'cloud' or new.%I is not null)$$, v_protection.machine_column)
+      else format(' and new.source is not distinct from old.source and new.%1$I is not distinct from old.%1$I', v_protection.machine_column)
+        || case when v_protection.evidence then ' and new.arbiter_xid is not distinct from old.arbiter_xid' else '' end
+      end);
   perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 
@@ -327,6 +365,53 @@ revoke execute on function arbiter._add_column(regclass, name, text[], text, tex
 comment on function arbiter._add_column(regclass, name, text[], text, text) is
   'Adds a column of arbiter to a table of the app unless it exists; true when it was added.';
 
+-- The foreign key from the machine column to the registry, where the column is arbiter's and no row
+-- names a machine yet (of an earlier registry, say). A partitioned table does without, because `not
+-- valid` is not to be had there before PostgreSQL 18; the guard checks the machine anyway.
+create or replace function arbiter._add_machine_key(p_table regclass, p_machine_column name)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_registry arbiter.registry;
+  v_used boolean;
+begin
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if v_registry.registry is null then
+    return;
+  end if;
+  if exists (
+    select from pg_catalog.pg_constraint k
+     where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey' and k.confrelid <> v_registry.registry)
+  then
+    execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
+  end if;
+  if exists (
+    select from pg_catalog.pg_class c
+      join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = p_machine_column
+     where c.oid = p_table
+       and c.relkind = 'r'
+       and col_description(c.oid, a.attnum) like 'arbiter: %'
+       and not exists (
+         select from pg_catalog.pg_constraint k
+          where k.conrelid = c.oid and k.contype = 'f' and k.conkey = array[a.attnum]))
+  then
+    execute format('select exists (select from %s where %I is not null)', p_table, p_machine_column) into v_used;
+    if not v_used then
+      execute format(
+        'alter table %s add constraint arbiter_machine_id_fkey foreign key (%I) references %s (%I) on delete set null not valid',
+        p_table, p_machine_column, v_registry.registry, v_registry.id_column);
+    end if;
+  end if;
+end
+$$;
+revoke execute on function arbiter._add_machine_key(regclass, name) from public;
+comment on function arbiter._add_machine_key(regclass, name) is
+  'Leads arbiter''s own machine column of a protected table to the registry by a foreign key, not validated yet.';
+
 -- Without a guard nothing reads the column, and its default would give every insert a transaction id
 -- for nothing.
 create or replace function arbiter._drop_xid_default(p_table regclass)
@@ -370,7 +455,6 @@ declare
   v_path text;
   v_registry arbiter.registry;
   v_relative regclass;
-  v_partitioned boolean;
   v_protection_id integer;
 begin
   select array_agg(distinct v.verb order by v.verb) into v_verbs from unnest(p_verbs) as v (verb);
@@ -409,7 +493,7 @@ begin
       hint = format('Unprotect %s first: one guard is enough for both.', v_relative);
   end if;
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
-  v_partitioned := (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = p_table);
+  perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
 
   -- A constant default and nullable columns: no rewrite, and existing rows become local.
   perform arbiter._add_column(p_table, 'source', '{text,character varying}', $def$text not null default 'local'$def$,
@@ -420,21 +504,8 @@ begin
     execute format($sql$alter table %s add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid$sql$,
       p_table);
   end if;
-  if arbiter._add_column(p_table, p_machine_column, '{uuid}', 'uuid', 'the machine that wrote the row when source is cloud.')
-     and v_registry.registry is not null
-     -- `not valid` is not to be had there before PostgreSQL 18; the guard checks the machine anyway.
-     and not v_partitioned
-  then
-    execute format(
-      'alter table %s add constraint arbiter_machine_id_fkey foreign key (%I) references %s (%I) on delete set null not valid',
-      p_table, p_machine_column, v_registry.registry, v_registry.id_column);
-  elsif exists (
-    select from pg_catalog.pg_constraint k
-     where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey' and k.confrelid <> v_registry.registry)
-  then
-    -- The registry was replaced. Old rows name machines of the old one, so the new one gets no key.
-    execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
-  end if;
+  perform arbiter._add_column(p_table, p_machine_column, '{uuid}', 'uuid', 'the machine that wrote the row when source is cloud.');
+  perform arbiter._add_machine_key(p_table, p_machine_column);
   if p_evidence then
     perform arbiter._add_column(p_table, 'arbiter_xid', '{xid8}', 'xid8',
       'the transaction that wrote the row; null on rows older than protection.');
@@ -459,6 +530,32 @@ $$;
 revoke execute on function arbiter.protect(regclass, text, text[], name, text, text, boolean) from public;
 comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
   'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found when obvious. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+
+-- The generated functions and views of a protection, once no trigger calls them.
+create or replace function arbiter._drop_guard(p_protection_id integer)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_view name;
+begin
+  execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
+    '_guard_' || p_protection_id, '_guard_row_' || p_protection_id, '_provenance_' || p_protection_id);
+  for v_view in
+    select c.relname
+      from pg_catalog.pg_class c
+     where c.relnamespace = 'arbiter'::regnamespace
+       and c.relname ~ format('^_path_%s_\d+$', p_protection_id)
+  loop
+    execute format('drop view arbiter.%I', v_view);
+  end loop;
+end
+$$;
+revoke execute on function arbiter._drop_guard(integer) from public;
+comment on function arbiter._drop_guard(integer) is 'Drops what was generated for a protected table.';
 
 create or replace function arbiter.unprotect(p_table regclass)
 returns void
@@ -486,12 +583,10 @@ begin
          from pg_catalog.pg_trigger t
          join pg_catalog.pg_proc p on p.oid = t.tgfoid
         where p.pronamespace = 'arbiter'::regnamespace
-          and p.proname in ('_guard_' || v_protection.protection_id, '_provenance_' || v_protection.protection_id)
+          and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', v_protection.protection_id)
           and t.tgparentid = 0) as t;
   perform arbiter._drop_xid_default(p_table);
-  execute format('drop function arbiter.%I(), arbiter.%I(), arbiter.%I()',
-    '_guard_' || v_protection.protection_id, '_guard_row_' || v_protection.protection_id,
-    '_provenance_' || v_protection.protection_id);
+  perform arbiter._drop_guard(v_protection.protection_id);
 end
 $$;
 revoke execute on function arbiter.unprotect(regclass) from public;
@@ -509,7 +604,7 @@ set lock_timeout = '5s'
 as $$
 declare
   v_table regclass;
-  v_column record;
+  v_constraint name;
 begin
   perform arbiter._forget_dropped();
   for v_table in select p.protected_table from arbiter.protections p order by p.protection_id loop
@@ -520,23 +615,15 @@ begin
   end loop;
   -- It would hold the registry's columns back.
   drop view if exists arbiter.machines;
-  for v_column in
-    select a.attrelid::regclass as table_name, a.attname as name
-      from pg_catalog.pg_attribute a
-      join pg_catalog.pg_class c on c.oid = a.attrelid and c.relkind in ('r', 'p') and not c.relispartition
-     where a.attnum > 0
-       and not a.attisdropped
-       and a.attinhcount = 0
-       and col_description(a.attrelid, a.attnum) like 'arbiter: %'
-     order by c.relnamespace::regnamespace::text, c.relname, a.attnum
+  for v_table, v_constraint in
+    select k.conrelid::regclass, k.conname
+      from pg_catalog.pg_constraint k
+     where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
+       and k.coninhcount = 0
   loop
-    if p_drop_columns then
-      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
-      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
-    else
-      return next format('left column %I of %s', v_column.name, v_column.table_name);
-    end if;
+    execute format('alter table %s drop constraint %I', v_table, v_constraint);
   end loop;
+  return query select arbiter._leave_columns(p_drop_columns);
 end
 $$;
 revoke execute on function arbiter._detach_all(boolean) from public;

@@ -45,7 +45,7 @@ declare
 begin
   object := format('trigger %I on %s', p_trigger, p_table);
   remedy := p_mend;
-  select obj_description(t.oid, 'pg_trigger') as comment,
+  select t.oid as id, obj_description(t.oid, 'pg_trigger') as comment,
          p.pronamespace = 'arbiter'::regnamespace as ours
     into v_trigger
     from pg_catalog.pg_trigger t
@@ -61,7 +61,7 @@ begin
     state := 'disabled';
     problem := 'It does not fire always.';
     remedy := format('alter table %s enable always trigger %I', p_table, p_trigger);
-  elsif v_trigger.comment is distinct from arbiter._trigger_comment(p_definition, p_meaning) then
+  elsif v_trigger.comment is distinct from arbiter._trigger_comment(v_trigger.id, p_definition, p_meaning) then
     state := 'outdated';
     problem := 'It was made from another definition.';
   else
@@ -84,7 +84,6 @@ as $$
 declare
   v_registry arbiter.registry;
   v_protection arbiter.protections;
-  v_function record;
 begin
   select r.* into v_registry from arbiter.registry r where r.singleton;
   if not found then
@@ -130,18 +129,19 @@ begin
       if v_protection.evidence then
         perform arbiter._need_column(v_protection.protected_table, 'arbiter_xid', '{xid8}');
       end if;
-      select p.prosrc into v_function
-        from pg_catalog.pg_proc p
-       where p.pronamespace = 'arbiter'::regnamespace
-         and p.proname = '_guard_' || v_protection.protection_id;
-      if not found then
-        state := 'missing';
-        problem := 'The function of its guard is gone: every write fails.';
-      elsif strpos(v_function.prosrc,
-        arbiter._path_expression(v_protection.protected_table, v_protection.user_path, 'n', 'user')) = 0
+      if exists (
+        select from arbiter._path_views(v_protection) w
+         where not arbiter._is_current_view(w.view_name, w.query, w.parent))
       then
         state := 'outdated';
         problem := 'The path from a row to its user leads elsewhere now.';
+      elsif not exists (
+        select from pg_catalog.pg_proc p
+         where p.pronamespace = 'arbiter'::regnamespace
+           and p.proname = '_guard_' || v_protection.protection_id)
+      then
+        state := 'missing';
+        problem := 'The function of its guard is gone: every write fails.';
       else
         state := 'ok';
         problem := null;
@@ -180,6 +180,17 @@ begin
      where p.pronamespace = 'arbiter'::regnamespace
        and obj_description(p.oid, 'pg_proc') ~ '\[[0-9a-f]{32}\]$'
        and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
+  -- confirm_takeover() writes the registry as the owner of arbiter, and its triggers run as that owner.
+  return query
+    select format('triggers of %s on %s', r.rolname, v_registry.registry), 'foreign',
+           'This role may create triggers there, and they would run with the rights of arbiter''s owner.',
+           format('revoke trigger on %s from %I', v_registry.registry, r.rolname)
+      from pg_catalog.pg_class c
+      cross join lateral aclexplode(c.relacl) a
+      join pg_catalog.pg_roles r on r.oid = a.grantee
+     where c.oid = v_registry.registry
+       and a.privilege_type = 'TRIGGER'
+       and a.grantee <> c.relowner;
   return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
       from arbiter._unvalidated() as u (statement);

@@ -1,5 +1,5 @@
--- Who may call and read what. Functions were revoked from public where they are defined; what is
--- open is opened here. Every security definer function, and why:
+-- Who may call and read what. Everything is closed first, whatever the database's default privileges have
+-- opened; what is open is opened here. Every security definer function, and why:
 --
 --   status              a browser may ask, but reads neither leases nor machines
 --   confirm_takeover    the user says yes, but writes neither lease nor registry
@@ -8,6 +8,33 @@
 --   tg_registry_note    keeps notes that no client may write
 --   tg_registry_activate  marks leases, which no client may
 --   _guard_N, _provenance_N  lock leases and read registry and path for clients that may not
+
+create or replace function arbiter._close_all()
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._close('function', p.oid::regprocedure::text, p.proacl, p.proowner)
+     from pg_catalog.pg_proc p
+    where p.pronamespace = 'arbiter'::regnamespace;
+  perform arbiter._close(case c.relkind when 'S' then 'sequence' else 'table' end, c.oid::regclass::text, c.relacl, c.relowner)
+     from pg_catalog.pg_class c
+    where c.relnamespace = 'arbiter'::regnamespace
+      and c.relkind in ('r', 'S');
+end
+$$;
+revoke execute on function arbiter._close_all() from public;
+comment on function arbiter._close_all() is
+  'Revokes everything in schema arbiter from everybody but its owner, but for the view machines.';
+
+do $close$
+begin
+  perform arbiter._close_all();
+end
+$close$;
 
 grant usage on schema arbiter to public;
 grant execute on function

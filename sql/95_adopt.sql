@@ -10,6 +10,7 @@ begin
   perform arbiter._build_guard(p.protection_id)
      from (select * from arbiter.protections order by protection_id) as p;
   v_adopt := arbiter._to_adopt();
+  perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null));
   if v_adopt.registry is not null then
     perform arbiter.register_machines(v_adopt.registry);
   end if;

@@ -38,43 +38,23 @@ NOBODY = UUID(int=0)
 
 # What must not change -----------------------------------------------------------------------------
 
-CATALOG = """
-select 'relation' as kind, c.oid::regclass::text as name,
-       c.relkind::text || c.relfilenode || c.relowner || coalesce(c.relacl::text, '') as definition
-  from pg_class c
- where c.relnamespace in (select oid from pg_namespace where nspname !~ '^pg_|^information')
-   and c.relkind <> 'S' and c.relpersistence = 'p'
-union all
-select 'column', a.attrelid::regclass || '.' || a.attname,
-       format_type(a.atttypid, a.atttypmod) || a.attnotnull || a.atthasdef
-       || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
-       || coalesce(col_description(a.attrelid, a.attnum), '')
-  from pg_attribute a
-  join pg_class c on c.oid = a.attrelid
-   and c.relnamespace in (select oid from pg_namespace where nspname !~ '^pg_|^information')
-  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
- where a.attnum > 0 and not a.attisdropped
-union all
-select 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
-  from pg_constraint where conrelid <> 0
-union all
-select 'trigger', tgrelid::regclass || '.' || tgname, tgenabled::text || pg_get_triggerdef(oid)
-       || coalesce(obj_description(oid, 'pg_trigger'), '')
-  from pg_trigger where not tgisinternal
-union all
-select 'function', p.oid::regprocedure::text,
-       md5(pg_get_functiondef(p.oid)) || coalesce(proacl::text, '')
-  from pg_proc p
- where p.pronamespace in (select oid from pg_namespace where nspname !~ '^pg_|^information')
-   and p.prokind = 'f'
-union all
-select 'policy', polrelid::regclass || '.' || polname, '' from pg_policy
-order by 1, 2, 3
-"""
+#: Catalogs of what a database consists of, each with the expression that names its rows.
+CATALOGS = {
+    **dict.fromkeys(
+        ["class", "constraint", "trigger", "proc", "policy", "type", "namespace", "attrdef"], "oid"
+    ),
+    "attribute": "attrelid::text || '.' || attnum",
+    "description": "objoid::text || '.' || objsubid",
+}
+CATALOG = " union all ".join(
+    f"select 'pg_{name}' as catalog, ({key})::text as object, xmin::text as version from pg_{name}"
+    f" where {key.split(':')[0]} >= 16384"
+    for name, key in CATALOGS.items()
+)
 
 
-def everything(conn: Conn) -> dict[str, Any]:
-    """The catalog's objects and all rows of the app and of arbiter, each with its version."""
+def everything(conn: Conn) -> dict[tuple[str, ...], str]:
+    """The version of each object of the database, and of each row of the app and of arbiter."""
     tables = rows(
         conn,
         "select c.oid::regclass::text from pg_class c"
@@ -82,10 +62,9 @@ def everything(conn: Conn) -> dict[str, Any]:
         " where n.nspname in ('public', 'auth', 'arbiter') and c.relkind = 'r'"
         "   and c.relname !~ '^_?yoyo' order by 1",
     )
-    found: dict[str, Any] = {"catalog": rows(conn, CATALOG)}
-    for (table,) in tables:
-        found[table] = rows(conn, f"select t.xmin::text, t::text from {table} t order by 2")
-    return found
+    data = [f"select '{name}', t::text, xmin::text from {name} t" for (name,) in tables]
+    found = conn.execute(" union all ".join([CATALOG, *data]).encode()).fetchall()
+    return {tuple(row[:2]): row[2] for row in found}
 
 
 def assert_refused(
@@ -104,8 +83,7 @@ def assert_refused(
     text = error.diag.message_primary or ""
     assert re.search(message, text), text
     assert re.search(hint, error.diag.message_hint or ""), error.diag.message_hint
-    after = everything(owner)
-    assert {k: v for k, v in after.items() if v != before.get(k)} == {}
+    assert everything(owner) == before
     return error
 
 
@@ -793,14 +771,11 @@ def test_install_on_a_database_that_does_not_fit(
 ) -> None:
     owner = trading_db.connect()
     owner.execute(f"alter table public.{table} {change}".encode())
-    before = rows(owner, CATALOG)
-    with pytest.raises((arbiter_db.ArbiterError, arbiter_db.InstallError, psycopg.Error)) as caught:
+    before = everything(owner)
+    with pytest.raises((arbiter_db.InstallError, psycopg.Error)) as caught:
         arbiter_db.install(trading_db.conninfo())
     assert re.search(message, str(caught.value)), caught.value
-    arbiters = "select 1 from pg_namespace where nspname = 'arbiter'"
-    kept = [r for r in rows(owner, CATALOG) if not r[1].startswith("arbiter.")]
-    assert kept == before
-    assert rows(owner, arbiters) == []
+    assert everything(owner) == before
 
 
 # Rights -------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ class Actor:
         self.took = 0.0
         self._open: list[Deed] = []
         self._marks: dict[str, int] = {}
-        self._in_transaction = False
+        self.in_transaction = False
         self._deeds: list[Deed] = []
         self._verb = ""
         self._started_at = self._sent_at = self._ended_at = 0.0
@@ -217,10 +217,10 @@ class Actor:
         except psycopg.Error as error:
             self.error = error
             self._deeds = []
-            if error.sqlstate is None or self.session.conn.closed or not self._in_transaction:
-                self._leave()
+            if error.sqlstate is None or self.session.conn.closed or not self.in_transaction:
+                self.leave()
             if verb == "commit":
-                self._leave()
+                self.leave()
             return error.sqlstate or "lost"
         return self._keep_books(verb, result)
 
@@ -277,41 +277,42 @@ class Actor:
     def _keep_books(self, verb: str, result: Result) -> str:
         match verb:
             case "begin":
-                self._in_transaction = True
+                self.in_transaction = True
             case "savepoint":
                 self._marks["s"] = len(self._open)
             case "undo":
                 del self._open[self._marks["s"] :]
             case "rollback":
-                self._leave()
+                self.leave()
             case "prepare":
                 # Neither committed nor gone; the log knows it as open until commit_prepared.
                 self.stage.prepared = self._open
                 self._open = []
-                self._leave()
+                self.leave()
             case "commit_prepared":
                 for deed in self.stage.prepared:
                     deed.committed_at = self._started_at
             case "commit":
                 if result.status != "COMMIT":
-                    self._leave()
+                    self.leave()
                     return "void"
                 for deed in self._open:
                     deed.committed_at = self._sent_at
-                self._leave()
+                self.leave()
             case "write" | "trade":
                 for deed in self._deeds:
                     deed.wrote_at = self._ended_at
-                    if not self._in_transaction:
+                    if not self.in_transaction:
                         deed.committed_at = self._ended_at
                 self.stage.deeds += self._deeds
                 self._open += self._deeds
                 self._deeds = []
         return "ok"
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """The transaction is over."""
         self._open = []
-        self._in_transaction = False
+        self.in_transaction = False
 
 
 class Stage:
@@ -432,7 +433,7 @@ class Stage:
         pid = self.actors[name].session.pid
         with self.admin() as conn:
             conn.execute("select pg_terminate_backend(%s, 10000)", (pid,))
-        self.actors[name]._leave()
+        self.actors[name].leave()
 
     def lapse(self) -> None:
         """The heartbeat of ada's first machine was an hour ago."""
@@ -1447,9 +1448,11 @@ def short(level: str) -> str:
     return "".join(word[0] for word in level.split()) if " " in level else level[:2]
 
 
-#: The levels of browsers and of machines: each on its own, and both against read committed.
-PAIRS = [(level, level) for level in LEVELS] + [
-    pair for other in ABOVE for pair in ((LEVELS[0], other), (other, LEVELS[0]))
+#: The levels of browsers and of machines: the same, and a snapshot on one side only.
+PAIRS = [
+    *((level, level) for level in LEVELS),
+    ("read committed", "repeatable read"),
+    ("repeatable read", "read committed"),
 ]
 WITH_ARBITER = [
     pytest.param(s, level, m, id=f"{s.name}-{short(level)}-{short(m)}")
@@ -1570,11 +1573,19 @@ RACES = [
 ]
 
 
+def _old_snapshot(order: list[str]) -> bool:
+    """Whether something happens between the browser's look and its write that it does not see."""
+    looked, wrote = order.index("east look"), order.index("east write")
+    return any(not step.startswith("east") for step in order[looked:wrote])
+
+
 def race(stage: Stage, given: str, verb: str, *, look: bool) -> int:
     """East writes local, the machine sends ``verb`` and writes; returns how many orders overlap."""
     wrong = 0
     east = ("east look",) * look + ("east write", "east commit")
     for order in orders(east, ("flybeat " + verb, "flybeat commit"), ("fly write", "fly commit")):
+        if look and not _old_snapshot(order):
+            continue
         stage.new_users()
         stage.given(given)
         stage.deeds.clear()
@@ -1630,7 +1641,7 @@ def stream(stage: Stage) -> Iterator[Callable[[int], None]]:
     def play_rounds(number: int) -> None:
         for _ in range(number):
             tab = stage[TABS[next(rounds) % len(TABS)]]
-            if tab._in_transaction:
+            if tab.in_transaction:
                 assert tab.play("commit") in ("ok", "void")
             assert tab.play("begin") == "ok"
             assert tab.play("write") in ("ok", "WX001")
@@ -1842,12 +1853,10 @@ def test_the_evidence_finds_what_a_guard_let_in(db: Database) -> None:
     stage = Stage(db)
     stage.given("cloud")
     assert stage.evidence() == []
-    ada, fly, fly2 = stage.users["ada"], stage.machines["fly"], stage.machines["fly2"]
+    ada, fly = stage.users["ada"], stage.machines["fly"]
     stage.owner.execute("alter table public.signals disable trigger user")
     intruder = story.add_signal(stage.owner, ada.trader)
-    stranger = story.add_signal(stage.owner, ada.trader, "cloud", None)
-    assert story.value(stage.owner, "select count(*) from public.signals") == 4
-    assert [row.id for row in stage.evidence()] == [intruder], stranger
+    assert [row.id for row in stage.evidence()] == [intruder]
     # A handover that was made afterwards does not launder it.
     stage.lapse()
     stage.owner.execute("delete from public.signals where id = %s", (intruder,))
@@ -1856,7 +1865,7 @@ def test_the_evidence_finds_what_a_guard_let_in(db: Database) -> None:
     assert stage.evidence() == []
     stage.owner.execute("alter table public.signals disable trigger user")
     late = story.add_signal(stage.owner, ada.trader, "cloud", fly)
-    assert [row.id for row in stage.evidence()] == [late], fly2
+    assert [row.id for row in stage.evidence()] == [late]
 
 
 def test_the_evidence_finds_a_gap_in_the_history(db: Database) -> None:

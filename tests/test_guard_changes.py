@@ -77,7 +77,7 @@ class Stage:
         """An order; columns and table by the names that they have now."""
         machine = self.machine if claim == "cloud" else None
         table = names.get("table", "public.orders")
-        columns = {names.get("owner_id", "owner_id"): whose}
+        columns: dict[str, object] = {names.get("owner_id", "owner_id"): whose}
         if "source" not in names.get("without", ""):
             columns[names.get("source", "source")] = claim
         if "machine_id" not in names.get("without", ""):

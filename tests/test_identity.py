@@ -298,8 +298,8 @@ TRICKS = {
         create temp table pg_class (like pg_catalog.pg_class);
         create temp table pg_constraint (like pg_catalog.pg_constraint);
         create temp view pg_trigger as select * from pg_catalog.pg_trigger where false;
-        create domain pg_temp.uuid as pg_catalog.uuid;
-        create domain pg_temp.text as pg_catalog.text;
+        create domain pg_temp.uuid as pg_catalog.uuid check (value is null);
+        create domain pg_temp.text as pg_catalog.text check (value is null);
     """,
     "search path": """
         create schema evil; set search_path = evil, pg_temp, public, arbiter, pg_catalog;
@@ -561,6 +561,7 @@ def test_a_transaction_does_not_write_for_both(
     epoch = lease(shared.owner, carol).epoch
     conn = shared.db.connect()
     expected = "WX007"
+    second: tuple[str, UUID | None]
 
     def write(source: str) -> None:
         conn.execute(before.encode())

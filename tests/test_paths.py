@@ -462,7 +462,8 @@ def lapse_within_a_transaction(world: World, claim: Claim, make_old: Callable[[]
 
 def test_the_time_is_that_of_the_write(world: World) -> None:
     user = add_user(world.owner)
-    claim = Claim(user, "cloud", activate(world.owner, user))
+    machine = activate(world.owner, user)
+    claim = Claim(user, "cloud", machine)
     timeout = value(world.owner, "select heartbeat_timeout from arbiter.settings")
     before = world.counts()
 
@@ -470,7 +471,7 @@ def test_the_time_is_that_of_the_write(world: World) -> None:
         lapse_within_a_transaction,
         world,
         claim,
-        lambda: age(world.owner, claim.machine, heartbeat=timeout),
+        lambda: age(world.owner, machine, heartbeat=timeout),
     )
 
     assert (error.sqlstate, detail_of(error)["code"]) == ("WX004", "not_holder")
@@ -648,10 +649,18 @@ def try_update(
     return error, before, one(world.owner, look, params["bar"])
 
 
-@pytest.mark.parametrize("replica", [False, True], ids=["origin", "replica"])
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("role", ROLES)
+#: Each change by each update, and each role, in an ordinary and in a replica's session, by each.
+TRIES = [
+    *((role, change, "update", False) for role in ROLES for change in CHANGES),
+    *(("owner", change, update, False) for change in CHANGES for update in UPDATES),
+    *((role, "source and machine", update, True) for role in ROLES for update in UPDATES),
+]
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "update", "replica"),
+    [pytest.param(*case, id="-".join(map(str, case)).replace(" ", "_")) for case in TRIES],
+)
 def test_provenance_cannot_be_changed(
     world: World, role: str, change: str, update: str, replica: bool
 ) -> None:

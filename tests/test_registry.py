@@ -22,6 +22,7 @@ from story import (
     beat,
     browser,
     clock,
+    count_rows,
     detail_of,
     handovers,
     lease,
@@ -433,13 +434,24 @@ def test_machine_that_changes_its_id_is_another_machine(db: Database) -> None:
 
 
 def test_user_who_goes_takes_everything_along(db: Database) -> None:
+    """The machine first, which sets its rows' machine to null on their way out."""
     owner = db.connect()
+    owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
     user = add_user(owner)
     machine = activate(owner, user)
     add_signal(owner, user.trader, "cloud", machine)
+    add_position(owner, user, machine)
     owner.execute("delete from auth.users where id = %s", (user.id,))
-    assert value(owner, "select count(*) from public.signals") == 0
-    assert value(owner, "select count(*) from public.cloud_machines") == 0
+    for table in ("cloud_machines", "traders", "signals", "positions"):
+        assert count_rows(owner, f"public.{table}") == 0
+
+
+def add_position(conn: Conn, user: User, machine: UUID) -> None:
+    conn.execute(
+        "insert into public.positions (user_id, symbol, source, machine_id)"
+        " values (%s, 'BTCUSDT', 'cloud', %s)",
+        (user.id, machine),
+    )
 
 
 def test_on_delete_set_null_keeps_signals(db: Database) -> None:
@@ -465,11 +477,7 @@ def test_on_delete_set_null_is_no_write_of_a_table_that_records_its_last_writer(
     web = browser(db, user)
     owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
     machine = activate(owner, user)
-    owner.execute(
-        "insert into public.positions (user_id, symbol, source, machine_id)"
-        " values (%s, 'BTCUSDT', 'cloud', %s)",
-        (user.id, machine),
-    )
+    add_position(owner, user, machine)
     before = one(owner, "select source, arbiter_xid from public.positions")
     age(owner, machine, heartbeat=TIMEOUT)
     add_signal(web, user.trader)  # the browser holds now
