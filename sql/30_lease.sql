@@ -115,7 +115,8 @@ begin
     return true;
   end if;
   -- The row is locked exclusively now, so a locker that is still in progress can only be this
-  -- transaction, or a savepoint of it that was released and has no other name left.
+  -- transaction, or a savepoint of it that was released and has no other name left. Whatever another
+  -- session owns up to is a number read as what it is not.
   for v_xid in
     select (v_current >> 32 << 32) + locker.xid::text::bigint
       from arbiter._lockers(p_xmax) as locker (xid)
@@ -127,7 +128,13 @@ begin
       when v_current - v_xid > v_half then 2 * v_half
       else 0 end;
     begin
-      if v_xid > 2 and pg_xact_status(v_xid::text::xid8) = 'in progress' then
+      if v_xid > 2 and pg_xact_status(v_xid::text::xid8) = 'in progress' and not exists (
+        select from pg_catalog.pg_locks k
+         where k.locktype = 'transactionid'
+           and k.transactionid = v_xid::text::xid8::xid
+           and k.granted
+           and k.pid is distinct from pg_backend_pid())
+      then
         return true;
       end if;
     exception
@@ -220,7 +227,9 @@ comment on function arbiter._share_lease(uuid, text, uuid) is
 
 -- Above read committed the snapshot may show a version of the row that was replaced since. The lock
 -- then follows the row to its newest version, and waits there for a handover under way, whatever
--- `skip locked` says. The bound is drain_timeout; the setting ends with the function.
+-- `skip locked` says. The bound is drain_timeout; the setting ends with the function. The lock is tried
+-- in a savepoint first and undone: one that was released would have no name in pg_locks for those whom
+-- it keeps waiting.
 create or replace function arbiter._share_lease_bounded(p_user_id uuid, p_source text, p_machine_id uuid)
 returns boolean
 language plpgsql
@@ -232,10 +241,16 @@ begin
   perform set_config('lock_timeout', ceil(extract(epoch from s.drain_timeout) * 1000)::text, true)
      from arbiter.settings s
     where s.singleton;
+  begin
+    perform arbiter._share_lease(p_user_id, p_source, p_machine_id);
+    raise exception using errcode = 'WX000', message = 'undo the lock';
+  exception
+    when sqlstate 'WX000' then
+      null;
+    when lock_not_available then
+      return null;
+  end;
   return arbiter._share_lease(p_user_id, p_source, p_machine_id);
-exception
-  when lock_not_available then
-    return null;
 end
 $$;
 revoke execute on function arbiter._share_lease_bounded(uuid, text, uuid) from public;

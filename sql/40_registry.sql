@@ -99,6 +99,7 @@ declare
   v_settings arbiter.settings;
   v_lease arbiter.leases;
   v_incumbent uuid;
+  v_machine arbiter.machine;
   v_attempt record;
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
@@ -128,11 +129,14 @@ begin
   if v_incumbent = p_machine_id then
     return;
   end if;
-  -- Another machine keeps the lease while it may write.
-  if v_incumbent is not null and (
-    arbiter._verdict('cloud', v_incumbent, v_lease, arbiter._machine(p_user_id, v_incumbent), v_settings, clock_timestamp())
-  ).code is null then
-    return;
+  -- Another machine keeps the lease while it may write, and by more than an old snapshot.
+  if v_incumbent is not null then
+    v_machine := arbiter._machine(p_user_id, v_incumbent);
+    if (arbiter._verdict('cloud', v_incumbent, v_lease, v_machine, v_settings, clock_timestamp())).code is null
+       or not arbiter._sees_now(v_machine)
+    then
+      return;
+    end if;
   end if;
   -- Back to the machine that still holds, the drain just ends: an earlier yes to a takeover is void.
   update arbiter.leases l

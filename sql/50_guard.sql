@@ -114,7 +114,19 @@ begin
     return;
   end if;
 
-  v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, v_protection.mode = 'enforce');
+  if v_protection.mode = 'enforce' then
+    v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, true);
+  else
+    -- Observing must not fail a write: not even as the server does when the lease has changed since an
+    -- old snapshot.
+    begin
+      v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, false);
+    exception
+      when serialization_failure or lock_not_available then
+        select row('handover_draining', null, null)::arbiter.verdict as verdict, null::arbiter.leases as lease
+          into v_decision;
+    end;
+  end if;
   if (v_decision.verdict).code is not null then
     if (v_decision.verdict).code = 'handover_draining' then
       v_more := jsonb_build_object('blockers', arbiter._blockers(p_user_id));

@@ -291,11 +291,13 @@ begin
       format($$or new.source is distinct from old.source %s or (new.%2$I is distinct from old.%2$I and not v_machine_gone)$$,
         case when v_protection.evidence then 'or new.arbiter_xid is distinct from old.arbiter_xid' else '' end,
         v_protection.machine_column) end,
-    -- The foreign key changes nothing else; whoever does writes, and says who he is.
+    -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
+    -- says who he is.
     case when v_updates then
       format($$
       elsif new.source = 'cloud' and new.%1$I is null
-        and not (v_machine_gone and (tg_when = 'AFTER' or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L))
+        and not (v_machine_gone
+          and (tg_when = 'AFTER' or pg_trigger_depth() > 1 or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L))
       then
         perform arbiter._refuse(%2$s, 'wrong_identity',
           arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
@@ -495,6 +497,8 @@ begin
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
   perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
 
+  -- Every write from here on is judged by the new rules, and none is in flight under the old ones.
+  execute format('lock table %s in share row exclusive mode', p_table);
   -- A constant default and nullable columns: no rewrite, and existing rows become local.
   perform arbiter._add_column(p_table, 'source', '{text,character varying}', $def$text not null default 'local'$def$,
     'the environment that wrote the row, local (browser) or cloud (machine).');

@@ -454,6 +454,11 @@ create table public.feed_by_check (
   user_id uuid, source text constraint feed_check check (source in ('binance', 'kraken')));
 create table public.feed_by_data (user_id uuid, source text);
 insert into public.feed_by_data values (null, 'local'), (null, 'binance');
+create table public.feed_by_default (user_id uuid, source text default 'binance');
+create table public.feeds (name text primary key);
+insert into public.feeds values ('local');
+create table public.feed_by_key (user_id uuid, source text references public.feeds);
+create table public.machine_elsewhere (user_id uuid, machine_id uuid references public.traders);
 create table public.parted (user_id uuid, n int) partition by list (n);
 create table public.parted_1 partition of public.parted for values in (1);
 create view public.a_view as select * from public.wide;
@@ -550,6 +555,21 @@ PROTECT = [
         "source of table public.feed_by_data does not mean the environment: it holds 'binance'",
         "Rename that column; nothing was changed",
     ),
+    (
+        "'public.feed_by_default'",
+        "23514",
+        "source of table public.feed_by_default.*binance",
+        "Rename",
+    ),
+    ("'public.feed_by_key'", "23514", "source of table public.feed_by_key.*foreign key", "Rename"),
+    (
+        "'public.machine_elsewhere'",
+        "42830",
+        "machine_id of table public.machine_elsewhere leads to public.traders",
+        "p_machine_column",
+    ),
+    ("'public.wide', p_machine_column => 'source'", "22023|42804", "source", "."),
+    ("'public.wide', p_machine_column => 'arbiter_xid'", "22023|42804", "arbiter_xid", "."),
     ("'public.wide', p_machine_column => 'user_id'", "22023|42804", "user_id|machine", "."),
     ("'public.wide', p_machine_column => ''", "22023|42601", "machine|zero-length", ""),
     # not a table that can be
@@ -644,7 +664,7 @@ create view public.a_view as select * from public.good;
 insert into public.good (id, user_id, status) values (gen_random_uuid(), null, 'running');
 """
 REGISTER = [
-    ("null", "22004", "p_registry is null", "table of machines"),
+    ("null", "22004", "a null for the table", "table of machines|."),
     ("'public.missing'", "42P01", "missing", ""),
     ("'public.a_view'", "42809", "a_view is not an ordinary table", "one row per machine"),
     ("'public.parted'", "42809", "parted is not an ordinary table", "one row per machine"),
@@ -684,13 +704,28 @@ REGISTER = [
         "status of table public.good is text",
         ".",
     ),
-    ("'public.good', p_id_column => null", "22004|22023|42703", "p_id_column|null", "."),
-    ("'public.good', p_user_column => null", "22004|22023|42703", "p_user_column|null", "."),
-    ("'public.good', p_status_column => null", "22004|22023|42703", "p_status_column|null", "."),
+    (
+        "'public.good', p_id_column => null",
+        "22004",
+        "a null for the table or one of its columns",
+        ".",
+    ),
+    (
+        "'public.good', p_user_column => null",
+        "22004",
+        "a null for the table or one of its columns",
+        ".",
+    ),
+    (
+        "'public.good', p_status_column => null",
+        "22004",
+        "a null for the table or one of its columns",
+        ".",
+    ),
     (
         "'public.good', p_heartbeat_column => null",
-        "22004|22023|42703",
-        "p_heartbeat_column|null",
+        "22004",
+        "a null for the table or one of its columns",
         ".",
     ),
     ("'public.good', p_states => '[]'", "22023", "JSON array.*object", "For example"),

@@ -427,6 +427,24 @@ def test_local_write_ends_a_drain_to_a_machine_that_is_not_entitled(
     assert status(stage.browser)["draining"] is False
 
 
+def test_decision_is_of_its_own_instant(stage: Stage) -> None:
+    """Not of the transaction's start: here the timeout passes in between."""
+    machine = activate(stage.backend, stage.user)
+    with stage.browser.transaction():
+        value(stage.browser, "select now()")
+        age(stage.owner, machine, heartbeat=TIMEOUT)
+        assert status(stage.browser)["can_write_local"] is True
+        add_signal(stage.browser, stage.user.trader)
+    last = handovers(stage.owner, stage.user)[-1]
+    assert last.reason == "heartbeat_lapsed"
+    began = value(
+        stage.owner,
+        "select min(created_at) from public.signals where trader_id = %s",
+        stage.user.trader,
+    )
+    assert began < last.handed_over_at
+
+
 def test_first_local_write_creates_the_lease(stage: Stage) -> None:
     said = status(stage.browser)
     assert said == {
@@ -530,9 +548,20 @@ def test_cloud_write_of_a_fresh_machine(stage: Stage, case: Case, how: str) -> N
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
 @pytest.mark.parametrize("case", FRESH_BUT_LATE, ids=ids(FRESH_BUT_LATE))
 def test_cloud_write_before_a_takeover_that_is_possible(stage: Stage, case: Case, how: str) -> None:
-    """A browser may take over now, but has not: the machine holds, and who writes first decides."""
+    """A browser may take over now: the machine is refused, fresh or not, even if none does."""
     machine = stage.play(case, how)
-    assert_cloud_writes(stage, machine, how)
+    assert status(stage.browser)["environment"] == "local"
+    assert_refused(
+        stage,
+        lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
+        "not_holder",
+        {
+            "holder": "cloud",
+            "machine_id": str(machine),
+            "epoch": 2 if how == HOLDS else 1,
+            "retry_at": None,
+        },
+    )
 
 
 def assert_cloud_writes(stage: Stage, machine: UUID, how: str) -> None:

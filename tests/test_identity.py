@@ -501,6 +501,14 @@ def carol(shared: Stage) -> User:
     return carol
 
 
+@pytest.fixture
+def conn(shared: Stage) -> Iterator[Conn]:
+    """A session whose transaction ends with the test, however that ends."""
+    conn = shared.db.connect()
+    yield conn
+    conn.close()
+
+
 def epochs_of(conn: Conn, user: User) -> None:
     """No transaction may have written for both environments in one epoch.
 
@@ -551,7 +559,7 @@ ISOLATION = ["read committed", "repeatable read", "serializable"]
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("course", ["local first", "local first, marked elsewhere", "cloud first"])
 def test_a_transaction_does_not_write_for_both(
-    shared: Stage, carol: User, course: str, around: str, isolation: str
+    shared: Stage, conn: Conn, carol: User, course: str, around: str, isolation: str
 ) -> None:
     before, after = AROUND[around]
     machine = add_machine(shared.owner, carol, "running")
@@ -559,7 +567,6 @@ def test_a_transaction_does_not_write_for_both(
         beat(shared.owner, machine)
         beat(shared.owner, machine)
     epoch = lease(shared.owner, carol).epoch
-    conn = shared.db.connect()
     expected = "WX007"
     second: tuple[str, UUID | None]
 
@@ -573,8 +580,9 @@ def test_a_transaction_does_not_write_for_both(
         write("cloud")
         set_status(conn, machine, "stopped")
         conn.execute(
-            "update arbiter.machine_notes set left_running_at = left_running_at - %s",
-            (SETTINGS["stop_grace"],),
+            "update arbiter.machine_notes set left_running_at = left_running_at - %s"
+            " where machine_id = %s",
+            (SETTINGS["stop_grace"], machine),
         )
         second = ("local", None)
     else:
@@ -600,10 +608,9 @@ def test_a_transaction_does_not_write_for_both(
 
 @pytest.mark.parametrize("marked", ["before", "within"])
 def test_a_write_that_was_rolled_back_does_not_count(
-    shared: Stage, carol: User, marked: str
+    shared: Stage, conn: Conn, carol: User, marked: str
 ) -> None:
     machine = add_machine(shared.owner, carol, "running")
-    conn = shared.db.connect()
     conn.execute("begin; savepoint s")
     add_signal(conn, carol.trader)
     conn.execute("rollback to s")
@@ -627,9 +634,10 @@ def test_a_machine_may_activate_and_write_in_one_transaction(shared: Stage, caro
     epochs_of(shared.owner, carol)
 
 
-def test_the_first_write_ever_and_the_machines_in_one_transaction(shared: Stage) -> None:
+def test_the_first_write_ever_and_the_machines_in_one_transaction(
+    shared: Stage, conn: Conn
+) -> None:
     dora = add_user(shared.owner)
-    conn = shared.db.connect()
     conn.execute("begin")
     add_signal(conn, dora.trader)  # creates the lease
     machine = add_machine(conn, dora, "running")
@@ -643,10 +651,11 @@ def test_the_first_write_ever_and_the_machines_in_one_transaction(shared: Stage)
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_a_registration_and_both_writes_in_one_transaction(shared: Stage, around: str) -> None:
+def test_a_registration_and_both_writes_in_one_transaction(
+    shared: Stage, conn: Conn, around: str
+) -> None:
     before, after = AROUND[around]
     dora = add_user(shared.owner)
-    conn = shared.db.connect()
     conn.execute("begin")
     conn.execute(before.encode())
     machine = add_machine(conn, dora, "running")  # creates the lease
@@ -678,13 +687,12 @@ def test_a_takeover_and_the_machines_return_in_one_transaction(at: Stage) -> Non
 
 
 def test_a_drain_that_is_called_off_and_the_machines_return_in_one_transaction(
-    shared: Stage, carol: User
+    shared: Stage, conn: Conn, carol: User
 ) -> None:
     machine = add_machine(shared.owner, carol, "running")
     beat(shared.owner, machine)
     assert lease(shared.owner, carol).draining_to == machine
     age(shared.owner, machine, heartbeat=SETTINGS["heartbeat_timeout"])
-    conn = shared.db.connect()
     conn.execute("begin")
     add_signal(conn, carol.trader)  # no handover: local holds still
     assert lease(conn, carol).epoch == 1

@@ -296,9 +296,12 @@ def test_cloud_write_of_the_holder(
 def test_cloud_write_of_the_holder_after_a_takeover_became_possible(
     conn: psycopg.Connection[Any], lease: dict[str, Any], state: str | None
 ) -> None:
-    """It is still the holder, and fresh: who writes first decides."""
+    """Fresh or not, it is refused from then on: at no instant are both admitted."""
     machine = Machine(state, heartbeat=TIMEOUT - US, left=999 * S, error=999 * S)
-    assert verdict(conn, "cloud", MACHINE, lease, machine) == ADMIT
+    _, takeover, _ = verdict(conn, "local", None, lease, machine)
+    assert (takeover is not None) is (state in ("stopped", "starting", "deleted"))
+    refused = ("not_holder", None, None)
+    assert verdict(conn, "cloud", MACHINE, lease, machine) == (refused if takeover else ADMIT)
 
 
 @pytest.mark.parametrize(
