@@ -12,18 +12,17 @@ do $adopt$
 declare
   v_column record;
   v_constraint record;
+  v_tables regclass[] := array_remove(array[to_regclass('public.signals'), to_regclass('public.cloud_machines')], null);
   v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
 begin
-  -- Both tables in one moment, never waiting for one while holding the other: clients that write both
-  -- would deadlock with that.
+  -- Both tables in one moment. While one is held the wait for the other is short, shorter than
+  -- deadlock_timeout: clients that write both would deadlock with a longer one.
   loop
     begin
-      if to_regclass('public.signals') is not null then
-        lock table public.signals in access exclusive mode;
-      end if;
-      if to_regclass('public.cloud_machines') is not null then
-        lock table public.cloud_machines in access exclusive mode nowait;
-      end if;
+      for i in 1 .. cardinality(v_tables) loop
+        perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
+        execute format('lock table %s in access exclusive mode', v_tables[i]);
+      end loop;
       exit;
     exception
       when lock_not_available then
@@ -31,8 +30,9 @@ begin
           raise;
         end if;
     end;
-    perform pg_sleep(0.01);
+    v_tables := v_tables[2:] || v_tables[1];
   end loop;
+  perform set_config('lock_timeout', '5s', true);
 
   for v_column in
     select c.table_name, c.column_name, c.definition, c.meaning

@@ -106,13 +106,14 @@ create or replace function arbiter._foreign_key(
   p_table regclass,
   p_column name,
   out parent regclass,
-  out parent_column name)
+  out parent_column name,
+  out constraint_name name)
 returns record
 language sql
 stable
 security invoker
 begin atomic
-  select k.confrelid::regclass, f.attname
+  select k.confrelid::regclass, f.attname, k.conname
     from pg_catalog.pg_constraint k
     join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
     join pg_catalog.pg_attribute f on f.attrelid = k.confrelid and f.attnum = k.confkey[1]
@@ -132,14 +133,17 @@ create or replace function arbiter._need_foreign_key(
   p_column name,
   p_path text,
   out parent regclass,
-  out parent_column name)
+  out parent_column name,
+  out constraint_name name)
 returns record
 language plpgsql
 stable
 security invoker
 as $$
 begin
-  select f.parent, f.parent_column into parent, parent_column from arbiter._foreign_key(p_table, p_column) f;
+  select f.parent, f.parent_column, f.constraint_name
+    into parent, parent_column, constraint_name
+    from arbiter._foreign_key(p_table, p_column) f;
   if parent is null then
     raise exception using
       errcode = 'invalid_parameter_value',
@@ -466,8 +470,8 @@ revoke execute on function arbiter._leave_columns(boolean) from public;
 comment on function arbiter._leave_columns(boolean) is
   'Drops the columns that arbiter has added to tables of the app, or leaves them; one line for each.';
 
--- Takes several tables in one moment, without ever waiting for one while holding another: clients that
--- write both would deadlock with that.
+-- Takes several tables in one moment. While one is held the wait for the next is short, shorter than
+-- deadlock_timeout: clients that write both would deadlock with a longer one.
 create or replace function arbiter._lock_tables(p_tables regclass[])
 returns void
 language plpgsql
@@ -477,12 +481,14 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '5s'
 as $$
 declare
+  v_tables regclass[] := p_tables;
   v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
 begin
   loop
     begin
-      for i in 1 .. cardinality(p_tables) loop
-        execute format('lock table %s in access exclusive mode%s', p_tables[i], case when i > 1 then ' nowait' end);
+      for i in 1 .. cardinality(v_tables) loop
+        perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
+        execute format('lock table %s in access exclusive mode', v_tables[i]);
       end loop;
       return;
     exception
@@ -491,7 +497,7 @@ begin
           raise;
         end if;
     end;
-    perform pg_sleep(0.01);
+    v_tables := v_tables[2:] || v_tables[1];
   end loop;
 end
 $$;

@@ -1,7 +1,7 @@
 -- protect() and unprotect(): columns, generated guards, triggers.
 
 -- Each step of a path but the first is a view of two columns, bound to the table that the foreign key
--- leads to today.
+-- leads to today, and empty once that key is gone or leads elsewhere.
 create or replace function arbiter._path_views(p_protection arbiter.protections)
 returns table (view_name name, query text, parent regclass)
 language plpgsql
@@ -17,7 +17,10 @@ begin
   for i in 1 .. cardinality(v_steps) - 1 loop
     v_key := arbiter._need_foreign_key(v_table, v_steps[i], (p_protection).user_path);
     view_name := format('_path_%s_%s', (p_protection).protection_id, i);
-    query := format('select p.%I as key, p.%I as value from %s p', v_key.parent_column, v_steps[i + 1], v_key.parent);
+    query := format(
+      'select p.%I as key, p.%I as value from %s p where exists ('
+      'select from pg_catalog.pg_constraint k where k.conname = %L and k.confrelid = %L::regclass)',
+      v_key.parent_column, v_steps[i + 1], v_key.parent, v_key.constraint_name, v_key.parent);
     parent := v_key.parent;
     return next;
     v_table := v_key.parent;
@@ -292,12 +295,17 @@ begin
         case when v_protection.evidence then 'or new.arbiter_xid is distinct from old.arbiter_xid' else '' end,
         v_protection.machine_column) end,
     -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
-    -- says who he is.
+    -- says who he is. Without such a key nobody has a reason to come from inside a trigger.
     case when v_updates then
       format($$
       elsif new.source = 'cloud' and new.%1$I is null
         and not (v_machine_gone
-          and (tg_when = 'AFTER' or pg_trigger_depth() > 1 or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L))
+          and (tg_when = 'AFTER'
+            or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L
+            or pg_trigger_depth() > 1 and exists (
+              select from pg_catalog.pg_constraint k
+                join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+               where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = %1$L)))
       then
         perform arbiter._refuse(%2$s, 'wrong_identity',
           arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),

@@ -134,6 +134,12 @@ CHANGES = {
         names=named(machine_id="fly_app_id"),
         mended_names=named(machine_id="fly_app_id"),
     ),
+    "foreign key dropped": Change(
+        "alter table public.orders drop constraint orders_owner_id_fkey",
+        ("WX005",),
+        mend="""alter table public.orders add constraint orders_owner_id_fkey
+          foreign key (owner_id) references public.owners (id)""",
+    ),
     "column renamed, source": Change(
         "alter table public.orders rename source to origin",
         (UNDEFINED_COLUMN,),
@@ -233,10 +239,6 @@ HARMLESS = {
         "public.orders",
     ),
     "parent's key renamed": ("alter table public.owners rename id to owner_id", "public.orders"),
-    "foreign key dropped": (
-        "alter table public.orders drop constraint orders_owner_id_fkey",
-        "public.orders",
-    ),
 }
 
 

@@ -197,8 +197,10 @@ def test_the_lint_of_functions_sees_them_all(ask: Ask) -> None:
 
 @pytest.mark.parametrize("path", [*FORWARD, *REPEATABLE], ids=lambda path: path.name)
 def test_nothing_raises_40001(path: Path) -> None:
-    """PostgREST repeats a request for ever that fails with it."""
-    assert not re.search(r"40001|serialization_failure", path.read_text(encoding="ascii"))
+    """PostgREST repeats a request for ever that fails with it. To handle one is fine."""
+    text = path.read_text(encoding="ascii")
+    raising = re.sub(r"^ *when .*\bserialization_failure\b.* then$", "", text, flags=re.MULTILINE)
+    assert not re.search(r"40001|serialization_failure", raising)
 
 
 # -- the objects ----------------------------------------------------------------------------------

@@ -370,37 +370,6 @@ def test_a_row_that_moves_keeps_its_provenance(
     assert count_rows(at.owner, "public.ticks_b") == 1
 
 
-REWRITE = """
-create function public.tg_rewrite()
-returns trigger
-language plpgsql
-as $$
-begin
-  new.source := 'cloud';
-  new.machine_id := tg_argv[0];
-  return new;
-end
-$$
-"""
-
-
-@pytest.mark.parametrize("when", ["insert", "update"])
-def test_a_trigger_of_the_app_cannot_rewrite_a_row_that_moves(db: Database, when: str) -> None:
-    at = stage(db, "range")
-    at.insert("ticks", at.ada)
-    before = at.look()
-    at.owner.execute(REWRITE)
-    # Its name puts it behind arbiter's triggers; the arrival in a partition is an insert to it.
-    at.owner.execute(
-        f"create trigger zz_rewrite before {when} on public.ticks for each row"
-        f" execute function public.tg_rewrite('{at.machine}')".encode()
-    )
-
-    assert code(move, at, "update", "ticks", "quantity = 7") == "WX006"
-
-    assert at.look() == before
-
-
 def test_a_naive_guard_of_updates_lets_a_row_that_moves_change(trading_db: Database) -> None:
     owner = trading_db.connect()
     owner.execute(NAIVE.read_bytes())
