@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18 and 16; ARGS goes to pytest'
+	@echo 'make test JOBS=0       in one process, one after the other'
 	@echo 'make test PG=17        run them on that version, downloading the server when it is missing'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
@@ -23,10 +25,10 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 ifdef PG
 	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
-	@PG=$(PG) $(BIN)/python -m pytest $(ARGS)
+	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 else
-	@PG=18 $(BIN)/python -m pytest $(ARGS)
-	@PG=16 $(BIN)/python -m pytest $(ARGS)
+	@PG=18 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@PG=16 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 endif
 
 lint: $(VENV)/test.stamp

@@ -204,12 +204,13 @@ def test_row_that_does_not_fit_together(shared: Rows, row: Row, who: str) -> Non
         }
 
 
-#: What the table's own constraints catch above, the guard must catch where there are none.
+#: What the table's own constraints catch above, the guard must catch where there are none, or where
+#: they look later.
 UNCONSTRAINED = """
 alter table public.signals
   drop constraint arbiter_source_check,
   drop constraint arbiter_machine_id_fkey,
-  drop constraint signals_trader_id_fkey,
+  alter constraint signals_trader_id_fkey deferrable initially deferred,
   alter column trader_id drop not null,
   alter column source drop not null
 """

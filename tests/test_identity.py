@@ -624,8 +624,8 @@ def test_a_write_that_was_rolled_back_does_not_count(
 def test_a_machine_activates_in_one_transaction_and_writes_in_the_next(
     shared: Stage, carol: User
 ) -> None:
-    # Else its mark and the end of its drain would become visible at once, and a browser that met the
-    # open transaction would have to wait for it.
+    # Else its mark and the end of its drain would become visible at once, and a browser that met
+    # the open transaction would have to wait for it.
     machine = add_machine(shared.owner, carol, "starting")
     conn = backend(shared.db)
     conn.execute("begin")
