@@ -199,12 +199,14 @@ begin
 
   -- Definer: it locks leases and reads the registry and the path to the user, which the client may not
   -- be allowed to. With row security off a hidden row is an error, not a missing one. One function
-  -- for the rows of a statement, one for a row of a partition that came later.
+  -- for the rows of a statement, and for partitioned tables one for a row that no statement shows.
   for v_guard in
     select g.name, g.rows
       from (values
         ('_guard_' || p_protection_id, 'arbiter_rows'),
         ('_guard_row_' || p_protection_id, '(select new.*)')) as g (name, rows)
+     where g.rows = 'arbiter_rows'
+        or (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_table)
   loop
     execute format($sql$
       create or replace function arbiter.%1$I()
