@@ -109,7 +109,7 @@ DAMAGES = {
 
 def findings(conn: Conn) -> dict[str, Any]:
     with conn.cursor(row_factory=namedtuple_row) as cur:
-        rows = cur.execute("select * from arbiter.doctor()").fetchall()
+        rows: list[Any] = cur.execute("select * from arbiter.doctor()").fetchall()
     for row in rows:
         assert (row.state == "ok") is (row.problem is None) is (row.remedy is None), row
     return {row.object: row for row in rows}
