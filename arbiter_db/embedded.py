@@ -714,6 +714,8 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    # A shell starts what it runs in the background with this one ignored.
+    signal.signal(signal.SIGINT, interrupt)
     # An interrupt is how this ends: a clean end, with the server stopped by then.
     with contextlib.suppress(KeyboardInterrupt), EmbeddedServer(major, options, tcp=tcp) as server:
         click.echo(f"PostgreSQL {server.version}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -33,6 +34,10 @@ from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
 # The tests must not depend on how the shell that runs them reaches some other server.
 for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:
     del os.environ[_name]
+
+# Nor on whether that shell runs them in the background: what they start would inherit an interrupt
+# that is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OWNER = "app_owner"
 LOGIN = "authenticator"

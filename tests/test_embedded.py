@@ -468,16 +468,22 @@ class TestCommandLine:
             stderr=subprocess.PIPE,
             text=True,
         ) as process:
-            assert process.stdout is not None
-            version, conninfo = process.stdout.readline().strip(), process.stdout.readline().strip()
-            with psycopg.connect(conninfo) as conn:
-                assert conn.execute("show work_mem").fetchone() == ("7MB",)
-                row = conn.execute("show server_version").fetchone()
-                assert row is not None
-                assert version == f"PostgreSQL {row[0]}"
-                host = Path(conn.info.host)
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=TIMEOUT_S)
+            try:
+                assert process.stdout is not None
+                version, conninfo = (
+                    process.stdout.readline().strip(),
+                    process.stdout.readline().strip(),
+                )
+                with psycopg.connect(conninfo) as conn:
+                    assert conn.execute("show work_mem").fetchone() == ("7MB",)
+                    row = conn.execute("show server_version").fetchone()
+                    assert row is not None
+                    assert version == f"PostgreSQL {row[0]}"
+                    host = Path(conn.info.host)
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=TIMEOUT_S)
+            finally:
+                process.kill()  # nothing when it has ended, and no wait for ever when it has not
         assert process.returncode == 0
         assert errors == ""
         assert not host.exists()
