@@ -15,7 +15,9 @@
 --
 -- Nobody queues on the row: `skip locked` and a look again. A queue would be served one holder at a
 -- time, each with a fresh lock_timeout, and new writers would overtake it. So every wait ends at
--- drain_timeout, with an error that names who is in the way, and a heartbeat never waits at all.
+-- drain_timeout, with an error that names who is in the way, and a heartbeat waits for nobody. Where the
+-- server would wait all the same, a lock_timeout bounds it: the creation of a lease (_create_lease), and
+-- a snapshot older than a handover (_share_lease_bounded).
 --
 -- Lock order everywhere: registry row, then lease row, then data; several users by user id.
 --
@@ -344,8 +346,8 @@ comment on function arbiter._sees_now(arbiter.machine) is
   'Whether the snapshot shows the newest version of the machine''s row; false while somebody is writing it.';
 
 -- Decides one write and does what its admission needs: nothing, a handover, the end of a drain, the
--- lease's creation. Returns with the lease locked to the end of the transaction, or with a
--- rejection and, at read committed, no lock that was not there before.
+-- lease's creation. Returns with the lease locked to the end of the transaction, or with a rejection,
+-- which when raised gives back whatever was locked on the way to it.
 create or replace function arbiter._decide(
   p_user_id uuid,
   p_source text,

@@ -7,7 +7,8 @@
 --   protect, unprotect  owner's alone
 --   tg_registry_note    keeps notes that no client may write
 --   tg_registry_activate  marks leases, which no client may
---   _guard_N, _provenance_N  lock leases and read registry and path for clients that may not
+--   _guard_N, _guard_row_N, _provenance_N  lock leases and read registry and path for clients
+--                       that may not
 
 create or replace function arbiter._close_all()
 returns void
