@@ -8,12 +8,16 @@ takes your own `psycopg.Connection` and neither opens, commits nor closes it.
 __version__ = "0.1.0"
 
 from .api import (
+    Audit,
+    Finding,
     Handover,
     Status,
+    audit,
     confirm_takeover,
     handovers,
     heartbeat,
     protect,
+    protected_tables,
     register_machines,
     status,
     unprotect,
@@ -40,8 +44,10 @@ from .machine import Machine
 __all__ = [
     "AppendOnly",
     "ArbiterError",
+    "Audit",
     "CloudActive",
     "CoolingDown",
+    "Finding",
     "Handover",
     "HandoverDraining",
     "InstallError",
@@ -53,6 +59,7 @@ __all__ = [
     "TakeoverUnconfirmed",
     "WrongIdentity",
     "__version__",
+    "audit",
     "check_version",
     "confirm_takeover",
     "from_psycopg",
@@ -60,6 +67,7 @@ __all__ = [
     "heartbeat",
     "install",
     "protect",
+    "protected_tables",
     "register_machines",
     "sql_text",
     "status",

@@ -6,26 +6,31 @@ by arbiter is raised as its class from `arbiter_db.errors`, everything else as p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, overload
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import RowFactory, class_row, scalar_row
+from psycopg.rows import RowFactory, class_row, dict_row, scalar_row, tuple_row
 from psycopg.types.json import Jsonb
 
 from .errors import translated
 from .queries import QUERIES
 
 __all__ = [
+    "Audit",
+    "Finding",
     "Handover",
     "Status",
+    "audit",
     "confirm_takeover",
     "handovers",
     "heartbeat",
     "protect",
+    "protected_tables",
     "register_machines",
     "status",
     "unprotect",
@@ -33,6 +38,8 @@ __all__ = [
 ]
 
 _Row = TypeVar("_Row")
+
+_AUDITED = re.compile(r"arbiter: audited (\d+) of (\d+) blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,49 @@ class Handover:
     """Whether the snapshot is as old as the handover; False at REPEATABLE READ or above."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What contradicts exclusion: a row, or a flaw of the handover history (`arbiter.audit`)."""
+
+    finding: str
+    """`contradiction` for a row, `history` for a handover."""
+    reason: str
+    """`wrong_environment`, `wrong_machine`, `no_lease`; `missing_epoch`, `two_holders`,
+    `out_of_order`, `lease_differs`."""
+    user_id: UUID
+    """Whose row or handover it is."""
+    row_table: str | None
+    """The table or partition that has the row."""
+    row_key: Mapping[str, Any] | None
+    """The row's primary key; its `ctid` where there is none."""
+    source: str | None
+    """The environment that the row names."""
+    machine_id: UUID | None
+    """The machine that the row names."""
+    xid: int | None
+    """The transaction (`xid8`) that wrote the row or made the handover."""
+    epoch: int | None
+    """The epoch that the row was written in; 0 before the first."""
+    holder: str | None
+    """Who held that epoch, `local` or `cloud`; None when nobody did."""
+    holder_machine_id: UUID | None
+    """The machine that held it, when it was `cloud`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the data of one table proves."""
+
+    table: str
+    """The table, as it was asked for."""
+    proved: int
+    """Rows that the holder of their epoch wrote."""
+    not_provable: Mapping[str, int]
+    """Rows of which nothing can be said, by reason, such as `older_than_protection`."""
+    findings: list[Finding]
+    """What contradicts exclusion; empty when it held."""
+
+
 def status(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
     """Who may write for a user: the session's own, or any for a trusted role."""
     return _one(conn, class_row(Status), "status", user_id=user_id)
@@ -137,6 +187,46 @@ def handovers(
 ) -> list[Handover]:
     """The handover history of one user or of all, newest last; with `limit` only the newest."""
     return _all(conn, class_row(Handover), "handovers", user_id=user_id, limit=limit)
+
+
+def audit(
+    conn: psycopg.Connection[Any],
+    table: str,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Prove exclusion from the rows of a protected table and the handovers (`arbiter.audit`).
+
+    Reads the whole table, in one snapshot. `on_progress` is told now and then how many of how many
+    blocks are done; not at all when the connection's `client_min_messages` hides notices.
+    """
+
+    def listen(notice: psycopg.errors.Diagnostic) -> None:
+        match = _AUDITED.fullmatch(notice.message_primary or "")
+        if match and on_progress:
+            on_progress(int(match[1]), int(match[2]))
+
+    conn.add_notice_handler(listen)
+    try:
+        rows = _all(conn, dict_row, "audit", table=table)
+    finally:
+        conn.remove_notice_handler(listen)
+    counts: dict[tuple[str, str], int] = {}
+    findings = []
+    for row in rows:
+        row_count = row.pop("row_count")
+        if row_count is None:
+            findings.append(Finding(**row))
+        else:
+            counts[row["finding"], row["reason"]] = row_count
+    proved = sum(n for (finding, _), n in counts.items() if finding == "proved")
+    not_provable = {reason: n for (finding, reason), n in counts.items() if finding != "proved"}
+    return Audit(table, proved, not_provable, findings)
+
+
+def protected_tables(conn: psycopg.Connection[Any]) -> dict[str, bool]:
+    """The tables under arbitration, and whether their rows carry evidence (`arbiter_xid`)."""
+    return dict(_all(conn, tuple_row, "protected_tables"))
 
 
 def protect(

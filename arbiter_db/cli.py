@@ -20,6 +20,14 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +36,9 @@ from .errors import ArbiterError, InstallError
 from .install import check_version, install, sql_text, uninstall, validate
 
 __all__ = ["main"]
+
+#: Findings of a kind that are shown to people.
+_SHOWN = 20
 
 _COLOURS = {"local": "green", "cloud": "cyan", "none": "yellow"}
 
@@ -185,9 +196,7 @@ def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: b
     if as_json:
         click.echo(_to_json([asdict(row) for row in rows]))
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("when", "user", "epoch", "from", "to", "reason", "exact"):
-        table.add_column(heading, no_wrap=True)
+    table = _plain_table("when", "user", "epoch", "from", "to", "reason", "exact")
     for row in rows:
         table.add_row(
             _instant(row.handed_over_at),
@@ -199,6 +208,45 @@ def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: b
             "yes" if row.exact else "no",
         )
     _console().print(table)
+
+
+@main.command("audit")
+@click.argument("tables", metavar="[TABLE]...", nargs=-1)
+@_dsn
+@click.option("--strict", is_flag=True, help="Exit 1 also when something is not provable.")
+@_as_json
+def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool) -> None:
+    """Prove from the data that exclusion held.
+
+    For each TABLE, or for all protected tables: rows that the holder of their epoch did not
+    write, and flaws of the handover history. Exits 1 when there are any.
+    """
+    with _connected(dsn) as conn, _progress() as progress:
+        without = []
+        if not tables:
+            known = api.protected_tables(conn)
+            tables = tuple(name for name, evidence in known.items() if evidence)
+            without = [name for name, evidence in known.items() if not evidence]
+        audits = []
+        for table in tables:
+            task = progress.add_task(table, total=None)
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            audits.append(api.audit(conn, table, on_progress=show))
+            progress.remove_task(task)
+    if as_json:
+        click.echo(_to_json([asdict(audit) for audit in audits]))
+    else:
+        _show_audits(audits)
+        for name in without:
+            click.echo(f"{name}: not audited, because it is protected without evidence")
+        if not audits and not without:
+            click.echo("no table is protected")
+    failed = any(audit.findings or (strict and audit.not_provable) for audit in audits)
+    if failed or (strict and without):
+        sys.exit(1)
 
 
 @main.command("protect")
@@ -349,6 +397,62 @@ def _panel(status: api.Status) -> Group:
             grid.add_row(Text(name.replace("_", " "), style="dim"), _text(value))
     colour = _COLOURS.get(status.environment, "")
     return Group(Text(status.message, style=f"bold {colour}"), grid)
+
+
+def _progress() -> Progress:
+    """A bar on stderr, if that is a terminal; gone at the end."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("auditing {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show_audits(audits: list[api.Audit]) -> None:
+    for audit in audits:
+        rows = [f for f in audit.findings if f.finding == "contradiction"]
+        parts = [f"{audit.proved:,} rows proved", f"{len(rows):,} contradict the handovers"]
+        parts += [f"{n:,} not provable ({reason})" for reason, n in audit.not_provable.items()]
+        click.echo(f"{audit.table}: {', '.join(parts)}")
+        if rows:
+            table = _plain_table("row", "source", "epoch", "holder", "reason", "user")
+            for row in rows[:_SHOWN]:
+                table.add_row(
+                    " ".join(str(value) for value in (row.row_key or {}).values()),
+                    _holder(row.source, row.machine_id),
+                    str(row.epoch),
+                    _holder(row.holder, row.holder_machine_id),
+                    row.reason,
+                    str(row.user_id),
+                )
+            _console().print(table)
+            _say_more(len(rows))
+    # Each audit has looked at the whole history.
+    flaws = {f: None for audit in audits for f in audit.findings if f.finding == "history"}
+    if audits:
+        click.echo(f"handover history: {len(flaws):,} flaws")
+    if flaws:
+        table = _plain_table("user", "epoch", "holder", "reason")
+        for flaw in list(flaws)[:_SHOWN]:
+            holder = _holder(flaw.holder, flaw.holder_machine_id)
+            table.add_row(str(flaw.user_id), str(flaw.epoch), holder, flaw.reason)
+        _console().print(table)
+        _say_more(len(flaws))
+
+
+def _plain_table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _say_more(found: int) -> None:
+    if found > _SHOWN:
+        click.echo(f"... and {found - _SHOWN:,} more: --json lists them all")
 
 
 def _console() -> Console:

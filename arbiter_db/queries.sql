@@ -32,6 +32,16 @@ select user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, r
  order by case when %(user_id)s::uuid is not null then epoch end,
           handed_over_at, user_id, epoch
 
+-- name: audit
+select finding, reason, user_id, row_table::text as row_table, row_key, source, machine_id,
+       xid::text::bigint as xid, epoch, holder, holder_machine_id, row_count
+  from arbiter.audit(%(table)s::text::regclass, p_verbose => true)
+
+-- name: protected_tables
+select protected_table::text as name, evidence
+  from arbiter.protections
+ order by protection_id
+
 -- name: protect
 select arbiter.protect(
   p_table => %(table)s::text::regclass,

@@ -8,4 +8,6 @@ drop table if exists
   arbiter.machine_notes, arbiter.registry, arbiter.settings
   cascade;
 
-drop type if exists arbiter.execution_status, arbiter.verdict, arbiter.machine cascade;
+drop type if exists
+  arbiter.audit_finding, arbiter.execution_status, arbiter.verdict, arbiter.machine
+  cascade;

@@ -176,6 +176,51 @@ revoke execute on function arbiter._lock_lease(uuid) from public;
 comment on function arbiter._lock_lease(uuid) is
   'Tries to lock a lease for a handover. locked: got it; lease is the row as it now stands. wrote: this transaction has written in its epoch.';
 
+-- The entry of the history, with the evidence that arbiter.audit() judges by. Under the lock of the lease, in
+-- the transaction that hands over.
+create or replace function arbiter._record_handover(
+  p_from arbiter.leases,
+  p_user_id uuid,
+  p_holder text,
+  p_machine_id uuid,
+  p_reason text)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+  v_exact boolean := current_setting('transaction_isolation') = 'read committed';
+  v_top bigint := pg_current_xact_id()::text::bigint;
+  v_frontier xid8;
+begin
+  if v_exact then
+    v_frontier := pg_snapshot_xmax(pg_current_snapshot());
+  else
+    -- The snapshot may be old, but a savepoint takes the next transaction id there is. The row shows
+    -- its lower half; it follows the id of the whole transaction.
+    begin
+      update arbiter.leases l set held_since = l.held_since where l.user_id = p_user_id
+        returning (v_top + ((l.xmin::text::bigint - v_top) & 4294967295))::text::xid8 into v_frontier;
+    exception
+      when sqlstate 'WX000' then
+        -- Nobody raises it: a block with handlers is what makes the savepoint.
+        null;
+    end;
+  end if;
+  insert into arbiter.handovers (
+    user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, reason,
+    handed_over_at, xid, snapshot, exact, frontier, cluster)
+  values (
+    p_user_id, coalesce(p_from.epoch, 0) + 1, p_from.holder, p_from.machine_id, p_holder, p_machine_id, p_reason,
+    clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(), v_exact, v_frontier,
+    (select c.system_identifier from pg_catalog.pg_control_system() c));
+end
+$$;
+revoke execute on function arbiter._record_handover(arbiter.leases, uuid, text, uuid, text) from public;
+comment on function arbiter._record_handover(arbiter.leases, uuid, text, uuid, text) is
+  'Appends a handover to the history with its evidence. p_from: the lease until then; nulls when it was created.';
+
 -- The lease begins with the first write of a user or with the user's first machine. Of two that come at
 -- once one creates it; the other does not wait for that one's transaction but says so and looks again.
 create or replace function arbiter._create_lease(p_user_id uuid, p_reason text)
@@ -192,9 +237,7 @@ begin
   if not found then
     return false;
   end if;
-  insert into arbiter.handovers (user_id, epoch, to_holder, reason, handed_over_at, xid, snapshot, exact)
-  values (p_user_id, 1, 'local', p_reason, clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(),
-    current_setting('transaction_isolation') = 'read committed');
+  perform arbiter._record_handover(null, p_user_id, 'local', null, p_reason);
   return true;
 exception
   when lock_not_available then
@@ -291,14 +334,8 @@ begin
          draining_since = null,
          held_since = clock_timestamp()
    where user_id = p_lease.user_id;
-  -- The snapshot is taken here, under the lock: every write of the epoch that ends is visible in it.
-  insert into arbiter.handovers (
-    user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, reason,
-    handed_over_at, xid, snapshot, exact)
-  values (
-    p_lease.user_id, p_lease.epoch + 1, p_lease.holder, p_lease.machine_id, p_holder, p_machine_id, p_reason,
-    clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(),
-    current_setting('transaction_isolation') = 'read committed');
+  -- The snapshot is taken there, under the lock: every write of the epoch that ends is visible in it.
+  perform arbiter._record_handover(p_lease, p_lease.user_id, p_holder, p_machine_id, p_reason);
   return true;
 end
 $$;

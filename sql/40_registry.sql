@@ -255,6 +255,7 @@ declare
   v_registry arbiter.registry;
   v_cases text;
   v_view text;
+  v_user_id uuid;
   v_now timestamptz;
 begin
   select r.* into v_registry from arbiter.registry r where r.singleton;
@@ -382,7 +383,7 @@ begin
 
   -- Machines that were here before the triggers: all users get their leases, not running is noted as
   -- of now, the cautious reading, and healthy machines get the lease.
-  with created as (
+  for v_user_id in
     insert into arbiter.leases (user_id, epoch, holder, held_since)
     select distinct m.user_id, 1, 'local', clock_timestamp()
       from arbiter.machines m
@@ -390,11 +391,9 @@ begin
        and not exists (select from arbiter.leases l where l.user_id = m.user_id)
     on conflict on constraint leases_pkey do nothing
     returning user_id
-  )
-  insert into arbiter.handovers (user_id, epoch, to_holder, reason, handed_over_at, xid, snapshot, exact)
-  select c.user_id, 1, 'local', 'registered', clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(),
-         current_setting('transaction_isolation') = 'read committed'
-    from created c;
+  loop
+    perform arbiter._record_handover(null, v_user_id, 'local', null, 'registered');
+  end loop;
   perform arbiter._note_absent_machines();
   update arbiter.machine_notes n
      set left_running_at = null, entered_error_at = null

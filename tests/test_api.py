@@ -187,6 +187,36 @@ def test_handovers_come_newest_last(conn: Connection) -> None:
     assert api.handovers(conn, NOBODY) == []
 
 
+def test_an_audit_counts_and_tells_how_far_it_is(conn: Connection) -> None:
+    insert_signal(conn)
+    heard: list[tuple[int, int]] = []
+    audit = api.audit(conn, "public.signals", on_progress=lambda *at: heard.append(at))
+    assert audit == api.Audit("public.signals", proved=1, not_provable={}, findings=[])
+    assert heard == [(0, 1)]
+    assert api.protected_tables(conn) == {"signals": True}
+
+
+def test_an_audit_lists_what_contradicts(conn: Connection) -> None:
+    insert_signal(conn)
+    activate(conn)
+    conn.execute("alter table public.signals disable trigger user")
+    insert_signal(conn)
+    audit = api.audit(conn, "public.signals")
+    assert audit.proved == 1
+    (found,) = audit.findings
+    assert (found.finding, found.reason, found.row_table) == (
+        "contradiction",
+        "wrong_environment",
+        "signals",
+    )
+    assert (found.source, found.machine_id, found.epoch, found.holder) == (
+        "local",
+        None,
+        2,
+        "cloud",
+    )
+
+
 def test_protect_and_unprotect_a_table(conn: Connection) -> None:
     api.protect(
         conn,

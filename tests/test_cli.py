@@ -35,6 +35,7 @@ ADAS_MACHINE = UUID("ada00000-0000-4000-8000-0000000000c1")
 COMMAND = [sys.executable, "-c", "from arbiter_db.cli import main; main(prog_name='arbiter-db')"]
 
 COMMANDS = [
+    "audit",
     "demo",
     "handovers",
     "install",
@@ -400,6 +401,104 @@ def test_handovers_as_json(owner: psycopg.Connection[Any], dsn: str) -> None:
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[1]["to_machine_id"] == str(ADAS_MACHINE)
     assert json.loads(fine("handovers", UUID(int=0), dsn, "--json")) == []
+
+
+@pytest.fixture
+def intruder(owner: psycopg.Connection[Any]) -> str:
+    """A row of Ada's browser that came past the guard while her machine holds: its id."""
+    activate(owner)
+    owner.execute("alter table public.signals disable trigger user")
+    (row,) = owner.execute(
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " values (%s, 'BTCUSDT', '1h', 'sell', clock_timestamp()) returning id",
+        (ADAS_TRADER,),
+    ).fetchall()
+    return str(row[0])
+
+
+def test_audit_of_what_held(owner: psycopg.Connection[Any], dsn: str) -> None:
+    proved = "signals: 1 rows proved, 0 contradict the handovers\nhandover history: 0 flaws\n"
+    assert fine("audit", dsn) == proved
+    assert fine("audit", dsn, "--strict") == proved
+    assert fine("audit", dsn, "public.signals") == f"public.{proved}"
+
+
+def test_audit_of_what_did_not_hold(intruder: str, dsn: str) -> None:
+    result = run("audit", dsn)
+    assert (result.exit_code, result.stderr) == (1, "")
+    summary, heading, row, history = result.stdout.splitlines()
+    assert summary == "signals: 1 rows proved, 1 contradict the handovers"
+    assert heading.split() == ["row", "source", "epoch", "holder", "reason", "user"]
+    holder = ["cloud", str(ADAS_MACHINE)]
+    assert row.split() == [intruder, "local", "2", *holder, "wrong_environment", str(ADA)]
+    assert history == "handover history: 0 flaws"
+
+
+def test_audit_of_many_rows_shows_some(
+    owner: psycopg.Connection[Any], intruder: str, dsn: str
+) -> None:
+    owner.execute(
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " select %s, 'X', '1h', 'sell', clock_timestamp() + n * interval '1 hour'"
+        " from generate_series(1, 24) n",
+        (ADAS_TRADER,),
+    )
+    lines = run("audit", dsn).stdout.splitlines()
+    assert lines[0] == "signals: 1 rows proved, 25 contradict the handovers"
+    assert lines[-2:] == ["... and 5 more: --json lists them all", "handover history: 0 flaws"]
+    assert len(lines) == 1 + 1 + 20 + 2
+    (audit,) = json.loads(run("audit", dsn, "--json").stdout)
+    assert len(audit["findings"]) == 25
+
+
+def test_audit_of_a_broken_history(owner: psycopg.Connection[Any], dsn: str) -> None:
+    activate(owner)
+    owner.execute("alter table arbiter.handovers disable trigger user")
+    owner.execute("delete from arbiter.handovers where epoch = 1")
+    owner.execute("select arbiter.protect('public.positions')")
+    result = run("audit", dsn)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert result.stdout.splitlines() == [
+        "signals: 0 rows proved, 0 contradict the handovers, 1 not provable (broken_history)",
+        "positions: 0 rows proved, 0 contradict the handovers",
+        "handover history: 1 flaws",
+        f"user{' ' * 34}epoch  holder{' ' * 38}reason       ",
+        f"{ADA}  2      cloud {ADAS_MACHINE}  missing_epoch",
+    ]
+
+
+def test_audit_as_json(intruder: str, dsn: str) -> None:
+    result = run("audit", dsn, "--json")
+    assert result.exit_code == 1
+    (audit,) = json.loads(result.stdout)
+    (found,) = audit.pop("findings")
+    assert audit == {"table": "signals", "proved": 1, "not_provable": {}}
+    assert found["row_key"] == {"id": intruder}
+    assert found["holder_machine_id"] == str(ADAS_MACHINE)
+
+
+def test_audit_says_what_it_cannot_prove(db: Database, dsn: str) -> None:
+    owner = db.connect()
+    owner.execute("select arbiter.protect('public.signals', p_unowned => 'allow')")
+    owner.execute("insert into public.traders (name, is_builtin) values ('Momentum', true)")
+    owner.execute(
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " select id, 'X', '1h', 'sell', clock_timestamp() from public.traders"
+    )
+    expected = "signals: 0 rows proved, 0 contradict the handovers, 1 not provable (unowned)\n"
+    assert fine("audit", dsn) == expected + "handover history: 0 flaws\n"
+    assert run("audit", dsn, "--strict").exit_code == 1
+    owner.execute("select arbiter.protect('public.signals', p_evidence => false)")
+    without = "signals: not audited, because it is protected without evidence\n"
+    assert fine("audit", dsn) == without
+    assert run("audit", dsn, "--strict").exit_code == 1
+    assert "without evidence" in not_fine("audit", dsn, "signals")[0]
+    owner.execute("select arbiter.unprotect('public.signals')")
+    assert fine("audit", dsn) == "no table is protected\n"
+    assert not_fine("audit", dsn, "signals") == [
+        "arbiter-db: table public.signals is not protected",
+        "hint: See arbiter.protections for the tables that are.",
+    ]
 
 
 def test_protect_and_unprotect(db: Database, dsn: str) -> None:

@@ -1,0 +1,348 @@
+-- audit(): exclusion proved again from the data: the arbiter_xid of the rows, and the snapshots of the
+-- handovers. What the guard did, or whether it was there, plays no part; nor does a clock.
+--
+-- A row was written after a handover if its transaction is the handover's own, or not visible in the
+-- handover's snapshot; else before. A user's handovers follow one another, so the epoch of a row is the
+-- last handover that it was written after, and whom that one gave the lease to must have written it.
+--
+-- Two binary searches in the sorted transaction ids of a user's handovers place nearly every row:
+--
+--   frontiers   a row with this id or a later one was written after
+--   floors      a row with an earlier id was written before: the snapshot's xmin
+--
+-- The few between the two were in flight while somebody handed over; the snapshots themselves tell.
+--
+-- Not provable, and never counted as fine:
+--
+--   older_than_protection  the row has no arbiter_xid
+--   unowned                the row has no user, so nobody can hold for it
+--   machine_forgotten      cloud held and wrote, but the machine's row was deleted since, and its name
+--                          with it (on delete set null)
+--   inexact_handover       written around a handover made at repeatable read or above, whose snapshot
+--                          cannot tell before from after, and right in one of the two cases
+--   broken_history         the user's handovers contradict each other, which is reported on its own
+--   other_cluster          the transaction id, or the handover to compare it with, was counted by
+--                          another cluster: this database was restored from a dump. A row is then
+--                          judged only while its own xmin vouches that it was written here.
+
+-- A lease without any handover stands for the history that it must have had.
+create or replace function arbiter._judged_handovers()
+returns table (user_id uuid, epoch bigint, holder text, machine_id uuid, xid xid8, snapshot pg_snapshot, frontier xid8, is_ours boolean, flaw text)
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with here as materialized (
+    select c.system_identifier as cluster, pg_snapshot_xmax(pg_current_snapshot()) as next_xid
+      from pg_catalog.pg_control_system() c
+  )
+  select h.user_id, h.epoch, h.to_holder, h.to_machine_id, h.xid, h.snapshot, h.frontier,
+         bool_and(h.cluster = here.cluster) over (partition by h.user_id order by h.epoch
+           rows between current row and unbounded following),
+         case
+           when h.epoch = lag(h.epoch) over w then 'two_holders'
+           when h.epoch <> coalesce(lag(h.epoch) over w, 0) + 1 then 'missing_epoch'
+           when (h.from_holder, h.from_machine_id)
+                is distinct from (lag(h.to_holder) over w, lag(h.to_machine_id) over w) then 'two_holders'
+           when h.cluster = here.cluster and h.xid >= here.next_xid then 'out_of_order'
+           when h.cluster = lag(h.cluster) over w and (
+             h.frontier < lag(h.frontier) over w
+             or pg_snapshot_xmin(h.snapshot) < lag(pg_snapshot_xmin(h.snapshot)) over w
+             or (h.xid <> lag(h.xid) over w and not pg_visible_in_snapshot(lag(h.xid) over w, h.snapshot)))
+             then 'out_of_order'
+           when lead(h.epoch) over w is null
+            and (l.epoch, l.holder, l.machine_id) is distinct from (h.epoch, h.to_holder, h.to_machine_id)
+             then 'lease_differs'
+         end
+    from arbiter.handovers h
+   cross join here
+    left join arbiter.leases l on l.user_id = h.user_id
+  window w as (partition by h.user_id order by h.epoch)
+  union all
+  select l.user_id, l.epoch, l.holder, l.machine_id, null, null, null, false, 'missing_epoch'
+    from arbiter.leases l
+   where not exists (select from arbiter.handovers h where h.user_id = l.user_id);
+end;
+revoke execute on function arbiter._judged_handovers() from public;
+comment on function arbiter._judged_handovers() is
+  'The handovers, each with its flaw when compared with the one before, and the last one with the lease; null when there is none. is_ours: this and all later ones of the user were counted by this cluster.';
+
+create or replace function arbiter._audit_history()
+returns setof arbiter.audit_finding
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select 'history', j.flaw, j.user_id, null::regclass, null::jsonb, null, null::uuid, j.xid, j.epoch, j.holder, j.machine_id, null::bigint
+    from arbiter._judged_handovers() j
+   where j.flaw is not null
+   order by j.user_id, j.epoch;
+end;
+revoke execute on function arbiter._audit_history() from public;
+comment on function arbiter._audit_history() is
+  'The flaws of the handover history: missing_epoch, two_holders, out_of_order, lease_differs.';
+
+-- A row that the searches do not settle. The epochs that it may belong to are more than one only
+-- around an inexact handover.
+create or replace function arbiter._judge_row(
+  p_user_id uuid,
+  p_source text,
+  p_machine_id uuid,
+  p_xid xid8,
+  p_low bigint,
+  p_high bigint,
+  p_elsewhere bigint,
+  p_was_counted_here boolean,
+  p_is_broken boolean)
+returns arbiter.audit_finding
+language plpgsql
+stable
+security invoker
+as $$
+declare
+  v_verdict arbiter.audit_finding;
+  v_first bigint;
+  v_last bigint;
+  v_fits boolean;
+begin
+  v_verdict.finding := 'not_provable';
+  if p_user_id is null then
+    v_verdict.reason := 'unowned';
+    return v_verdict;
+  elsif p_xid is null then
+    v_verdict.reason := 'older_than_protection';
+    return v_verdict;
+  elsif not p_was_counted_here then
+    v_verdict.reason := 'other_cluster';
+    return v_verdict;
+  elsif p_is_broken then
+    v_verdict.reason := 'broken_history';
+    return v_verdict;
+  end if;
+
+  -- Written after the handovers up to p_low, before those beyond p_high, and among the rest before
+  -- the first one that saw it.
+  select h.epoch - 1
+    into v_last
+    from arbiter.handovers h
+   where h.user_id = p_user_id
+     and h.epoch > p_low
+     and h.epoch <= p_high
+     and h.xid <> p_xid
+     and pg_visible_in_snapshot(p_xid, h.snapshot)
+   order by h.epoch
+   limit 1;
+  v_last := coalesce(v_last, p_high);
+  select coalesce(max(h.epoch), p_low)
+    into v_first
+    from arbiter.handovers h
+   where h.user_id = p_user_id
+     and h.epoch > p_low
+     and h.epoch <= v_last
+     and (h.exact or h.xid = p_xid);
+  if v_first <= p_elsewhere and p_elsewhere > 0 then
+    v_verdict.reason := 'other_cluster';
+    return v_verdict;
+  end if;
+
+  v_fits := exists (
+    select from arbiter.handovers h
+     where h.user_id = p_user_id
+       and h.epoch between v_first and v_last
+       and h.to_holder = p_source
+       and (h.to_machine_id is not distinct from p_machine_id
+         or p_source = 'cloud' and p_machine_id is null));
+  if v_fits and v_first < v_last then
+    v_verdict.reason := 'inexact_handover';
+    return v_verdict;
+  elsif v_fits and p_source = 'cloud' and p_machine_id is null then
+    v_verdict.reason := 'machine_forgotten';
+    return v_verdict;
+  elsif v_fits then
+    return null;
+  end if;
+
+  v_verdict.finding := 'contradiction';
+  v_verdict.user_id := p_user_id;
+  v_verdict.source := p_source;
+  v_verdict.machine_id := p_machine_id;
+  v_verdict.xid := p_xid;
+  v_verdict.epoch := v_last;
+  select h.to_holder, h.to_machine_id
+    into v_verdict.holder, v_verdict.holder_machine_id
+    from arbiter.handovers h
+   where h.user_id = p_user_id and h.epoch = v_last;
+  v_verdict.reason := case
+    when v_verdict.holder is null then 'no_lease'
+    when v_verdict.holder = p_source then 'wrong_machine'
+    else 'wrong_environment'
+  end;
+  return v_verdict;
+end
+$$;
+revoke execute on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean) from public;
+comment on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean) is
+  'What is wrong with a row, or why nothing can be proved of it; null when it is proved. p_low, p_high: the handovers that surely came before it, and that may have.';
+
+create or replace function arbiter._audit_step(p_block bigint, p_blocks bigint)
+returns boolean
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+  raise notice 'arbiter: audited % of % blocks', p_block, p_blocks;
+  return true;
+end
+$$;
+revoke execute on function arbiter._audit_step(bigint, bigint) from public;
+comment on function arbiter._audit_step(bigint, bigint) is 'Tells the client how far an audit is; always true.';
+
+-- A scan of the table in steps of blocks, so that a long one can tell how far it is, joined along the
+-- path to the user. Joins, not probes by key: here all rows are read, and may be planned as such.
+create or replace function arbiter._audit_rows(p_protection arbiter.protections, p_verbose boolean)
+returns text
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_blocks_a_step constant bigint := 2048;
+  v_steps text[] := parse_ident(p_protection.user_path);
+  v_joins text := '';
+  v_value text := format('r.%I', v_steps[1]);
+  v_blocks bigint;
+begin
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_joins := v_joins || format(' left join arbiter._path_%1$s_%2$s p%2$s on p%2$s.key = %3$s',
+      p_protection.protection_id, i, v_value);
+    v_value := format('p%s.value', i);
+  end loop;
+  select max(pg_relation_size(f.member)) / current_setting('block_size')::bigint
+    into v_blocks
+    from arbiter._family(p_protection.protected_table) as f (member);
+  return format($sql$
+    select r.tableoid, r.ctid, r.xmin, %1$s as user_id, r.source::text as source, r.%2$I as machine_id, r.arbiter_xid as xid
+      from generate_series(0, %3$s, %4$s) as b (block)
+     cross join lateral (
+       select t.tableoid, t.ctid, t.xmin, t.*
+         from %5$s t
+        where t.ctid >= format('(%%s,0)', b.block)::tid
+          -- What was appended since belongs to the last step.
+          and t.ctid < case when b.block + %4$s > %3$s then '(4294967295,0)' else format('(%%s,0)', b.block + %4$s) end::tid
+       -- Keeps the step a scan of its blocks.
+       offset 0) as r
+      %6$s
+     where %7$s$sql$,
+    v_value, p_protection.machine_column, v_blocks, v_blocks_a_step, p_protection.protected_table, v_joins,
+    case when p_verbose then format('arbiter._audit_step(b.block, %s)', v_blocks) else 'true' end);
+end
+$$;
+revoke execute on function arbiter._audit_rows(arbiter.protections, boolean) from public;
+comment on function arbiter._audit_rows(arbiter.protections, boolean) is
+  'SQL for the rows of a protected table with their users; with true it tells how far it is.';
+
+-- With row security off a row that is hidden from the caller is an error, not a row that is fine.
+create or replace function arbiter.audit(p_table regclass, p_verbose boolean default false)
+returns setof arbiter.audit_finding
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+declare
+  v_protection arbiter.protections;
+  v_key text;
+begin
+  select p.* into v_protection from arbiter.protections p where p.protected_table = p_table;
+  if not found then
+    raise exception using
+      errcode = 'undefined_object',
+      message = format('arbiter: table %s is not protected', coalesce(p_table::text, 'null')),
+      hint = 'See arbiter.protections for the tables that are.';
+  end if;
+  if not v_protection.evidence then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = format('arbiter: table %s is protected without evidence', p_table),
+      hint = 'Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with p_evidence => true.';
+  end if;
+  perform arbiter._need_protectable(p_table, v_protection.user_path, v_protection.machine_column);
+  select 'jsonb_build_object(' || string_agg(format('%L, t.%I', a.attname, a.attname), ', ' order by k.position) || ')'
+    into v_key
+    from pg_catalog.pg_index i
+   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k (attnum, position)
+    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+   where i.indrelid = p_table and i.indisprimary;
+
+  return query select h.* from arbiter._audit_history() h;
+  return query execute format($sql$
+    with terms as materialized (
+      select j.user_id,
+             bool_or(j.flaw is not null) as is_broken,
+             -- How many handovers came before those that this cluster counted.
+             count(*) filter (where not j.is_ours) as elsewhere,
+             array_agg(j.frontier order by j.epoch) filter (where j.is_ours) as frontiers,
+             array_agg(pg_snapshot_xmin(j.snapshot) order by j.epoch) filter (where j.is_ours) as floors,
+             -- No nulls, so that the element of an epoch is found without walking there.
+             array_agg(coalesce(j.machine_id, '00000000-0000-0000-0000-000000000000') order by j.epoch)
+               filter (where j.is_ours) as holders
+        from arbiter._judged_handovers() j
+       group by j.user_id
+    ), database as materialized (
+      select pg_snapshot_xmax(pg_current_snapshot()) as next_xid,
+             exists (select from terms t where t.elsewhere > 0) as is_restored
+    ), placed as (
+      select r.*, t.is_broken, coalesce(t.elsewhere, 0) as elsewhere, t.holders,
+             coalesce(t.elsewhere, 0) + coalesce(width_bucket(r.xid, t.frontiers), 0) as low,
+             coalesce(t.elsewhere, 0) + coalesce(width_bucket(r.xid, t.floors), 0) as high,
+             r.xid < d.next_xid and (not d.is_restored or r.xid::xid = r.xmin) as was_counted_here
+        from (%1$s) as r
+        left join terms t on t.user_id = r.user_id
+       cross join database d
+    ), plain as (
+      select p.*,
+             coalesce(p.low = p.high
+               and p.low > p.elsewhere
+               and p.holders[p.low - p.elsewhere] = coalesce(p.machine_id, '00000000-0000-0000-0000-000000000000')
+               and (p.source = 'cloud') = (p.machine_id is not null)
+               and p.was_counted_here
+               and not p.is_broken, false) as is_plain
+        from placed p
+    ), judged as (
+      select p.tableoid, p.ctid,
+             case when not p.is_plain then arbiter._judge_row(p.user_id, p.source, p.machine_id, p.xid,
+               p.low, p.high, p.elsewhere, p.was_counted_here, p.is_broken) end as verdict
+        from plain p
+      offset 0
+    ), counted as (
+      -- Each contradiction by itself; of everything else a number.
+      select coalesce((j.verdict).finding, 'proved') as finding, j.verdict, k.tableoid, k.ctid, count(*) as row_count
+        from judged j
+       cross join lateral (select
+         case when (j.verdict).finding = 'contradiction' then j.tableoid end as tableoid,
+         case when (j.verdict).finding = 'contradiction' then j.ctid end as ctid) as k
+       group by j.verdict, k.tableoid, k.ctid
+    )
+    select c.finding, (c.verdict).reason, (c.verdict).user_id, c.tableoid::regclass,
+           (select %2$s from %3$s t where t.tableoid = c.tableoid and t.ctid = c.ctid),
+           (c.verdict).source, (c.verdict).machine_id, (c.verdict).xid,
+           (c.verdict).epoch, (c.verdict).holder, (c.verdict).holder_machine_id,
+           case when c.finding <> 'contradiction' then c.row_count end
+      from counted c
+     where %4$L or c.finding <> 'proved'
+     order by c.finding, (c.verdict).reason, (c.verdict).user_id, (c.verdict).xid
+  $sql$,
+    arbiter._audit_rows(v_protection, p_verbose),
+    coalesce(v_key, 'jsonb_build_object(''ctid'', t.ctid)'),
+    p_table,
+    p_verbose);
+end
+$$;
+revoke execute on function arbiter.audit(regclass, boolean) from public;
+comment on function arbiter.audit(regclass, boolean) is
+  'What contradicts exclusion in a protected table, from its rows and the handovers alone: no row at all when everything is proved. finding contradiction: a row that the holder of its epoch did not write (wrong_environment, wrong_machine, no_lease). history: a flaw of the handovers (missing_epoch, two_holders, out_of_order, lease_differs). not_provable: rows counted by reason. p_verbose: also the number of rows that are proved, and notices of how far it is. Errors 42704 not protected, 55000 no evidence.';
