@@ -1,9 +1,12 @@
 -- The guard of a protected table: what its generated triggers (60_protect.sql) call for each distinct
--- (user, environment, machine) of a statement.
+-- (user, environment, machine) of a statement. What is asked of the table (mode, unowned) comes with the
+-- call, from the generated code: that is always the newest, while a row of arbiter.protections is read by
+-- the snapshot of the transaction, which may be older.
 
 -- enforce raises; observe records what enforce would have raised, and lets the write pass.
 create or replace function arbiter._refuse(
   p_protection_id integer,
+  p_mode text,
   p_code text,
   p_detail jsonb,
   p_hint text default null)
@@ -12,20 +15,19 @@ language plpgsql
 volatile
 security invoker
 as $$
-declare
-  v_protection arbiter.protections;
 begin
-  select p.* into v_protection from arbiter.protections p where p.protection_id = p_protection_id;
-  if v_protection.mode = 'observe' then
+  if p_mode = 'observe' then
     insert into arbiter.observations (observed_at, protected_table, code, detail, xid)
-    values (clock_timestamp(), v_protection.protected_table, p_code, p_detail, pg_current_xact_id());
+    select clock_timestamp(), p.protected_table, p_code, p_detail, pg_current_xact_id()
+      from arbiter.protections p
+     where p.protection_id = p_protection_id;
   else
     perform arbiter._raise(p_code, p_detail, p_hint);
   end if;
 end
 $$;
-revoke execute on function arbiter._refuse(integer, text, jsonb, text) from public;
-comment on function arbiter._refuse(integer, text, jsonb, text) is
+revoke execute on function arbiter._refuse(integer, text, text, jsonb, text) from public;
+comment on function arbiter._refuse(integer, text, text, jsonb, text) is
   'Rejects a write to a protected table, or records the rejection where the table is observed.';
 
 -- What is wrong with the claim of a row, whoever holds the lease; null when nothing is. p_flaw is
@@ -66,6 +68,8 @@ comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
 
 create or replace function arbiter._admit(
   p_protection_id integer,
+  p_mode text,
+  p_unowned text,
   p_user_id uuid,
   p_source text,
   p_machine_id uuid,
@@ -76,7 +80,6 @@ volatile
 security invoker
 as $$
 declare
-  v_protection arbiter.protections;
   v_hint text;
   v_decision record;
   v_more jsonb := '{}';
@@ -101,10 +104,9 @@ begin
     end if;
   end if;
 
-  select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
-  v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, v_protection.unowned);
+  v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, p_unowned);
   if v_hint is not null then
-    perform arbiter._refuse(p_protection_id, 'wrong_identity',
+    perform arbiter._refuse(p_protection_id, p_mode, 'wrong_identity',
       arbiter._detail('wrong_identity', p_user_id, null, null,
         jsonb_build_object('source', p_source, 'machine_id', p_machine_id)),
       v_hint);
@@ -114,7 +116,7 @@ begin
     return;
   end if;
 
-  if v_protection.mode = 'enforce' then
+  if p_mode = 'enforce' then
     v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, true);
   else
     -- Observing must not fail a write: not even as the server does when the lease has changed since an
@@ -136,12 +138,12 @@ begin
     elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
       v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
     end if;
-    perform arbiter._refuse(p_protection_id, (v_decision.verdict).code,
+    perform arbiter._refuse(p_protection_id, p_mode, (v_decision.verdict).code,
       arbiter._detail((v_decision.verdict).code, p_user_id, v_decision.lease, (v_decision.verdict).retry_at, v_more),
       v_hint);
   end if;
 end
 $$;
-revoke execute on function arbiter._admit(integer, uuid, text, uuid, text) from public;
-comment on function arbiter._admit(integer, uuid, text, uuid, text) is
+revoke execute on function arbiter._admit(integer, text, text, uuid, text, uuid, text) from public;
+comment on function arbiter._admit(integer, text, text, uuid, text, uuid, text) is
   'Admits a write to a protected table, with the lease locked to the end of the transaction, or refuses it (WX001 to WX005, WX007).';

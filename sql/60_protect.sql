@@ -233,7 +233,7 @@ begin
            where %6$s
            order by 1, 2, 3, 4
         loop
-          perform arbiter._admit(%7$s, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+          perform arbiter._admit(%7$s, %8$L, %9$L, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
         end loop;
         return null;
       end
@@ -248,7 +248,9 @@ begin
       case when v_updates
         then format($$tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%I is not null$$, v_protection.machine_column)
         else 'true' end,
-      p_protection_id);
+      p_protection_id,
+      v_protection.mode,
+      v_protection.unowned);
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
       format('Arbitrates writes to %s.', v_table));
   end loop;
@@ -280,7 +282,7 @@ begin
         and new.%4$I is null
         and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
       if (%3$s) is distinct from v_user_id %5$s then
-        perform arbiter._refuse(%7$s, 'provenance_immutable',
+        perform arbiter._refuse(%7$s, %9$L, 'provenance_immutable',
           arbiter._detail('provenance_immutable', v_user_id, null, null));
       %6$s
       end if;
@@ -309,10 +311,10 @@ begin
                 join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
                where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = %1$L)))
       then
-        perform arbiter._refuse(%2$s, 'wrong_identity',
+        perform arbiter._refuse(%2$s, %3$L, 'wrong_identity',
           arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
           'A cloud write names its machine.');
-      $$, v_protection.machine_column, p_protection_id) else '' end,
+      $$, v_protection.machine_column, p_protection_id, v_protection.mode) else '' end,
     p_protection_id,
     -- Nothing of it has changed.
     format('new.%1$I is not distinct from old.%1$I', (parse_ident(v_protection.user_path))[1])
@@ -320,7 +322,8 @@ begin
       then format($$ and (new.source is distinct from 'cloud' or new.%I is not null)$$, v_protection.machine_column)
       else format(' and new.source is not distinct from old.source and new.%1$I is not distinct from old.%1$I', v_protection.machine_column)
         || case when v_protection.evidence then ' and new.arbiter_xid is not distinct from old.arbiter_xid' else '' end
-      end);
+      end,
+    v_protection.mode);
   perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 

@@ -306,7 +306,7 @@ TRICKS = {
         create table evil.leases (like arbiter.leases);
         create function evil.clock_timestamp() returns timestamptz language sql
           as 'select ''infinity''::timestamptz';
-        create function evil._admit(integer, uuid, text, uuid, text) returns void
+        create function evil._admit(integer, text, text, uuid, text, uuid, text) returns void
           language sql as '';
     """,
     "functions": """
@@ -382,7 +382,7 @@ def test_a_client_cannot_write_what_arbiter_judges_by(shared: Stage) -> None:
             "update arbiter.registry set states = '{}'",
             "delete from arbiter.machine_notes",
             "insert into arbiter.handovers select * from arbiter.handovers",
-            "select arbiter._admit(1, null, 'local', null, null)",
+            "select arbiter._admit(1, 'enforce', 'reject', null, 'local', null, null)",
             "select arbiter._hand_over(null, false, 'local', null, 'confirmed')",
             "select arbiter.protect('public.signals', p_mode => 'observe')",
             "select arbiter.unprotect('public.signals')",

@@ -327,6 +327,9 @@ def _proof(stage: Stage, cast: Cast) -> None:
     stage.check(len(rows) > 0, "no signals")
     for epoch, _, written_by, lease_held_by in rows:
         stage.check(written_by == lease_held_by, f"epoch {epoch} was written by {written_by}")
+    stage.note("The audit asks the same of every row, and counts what nobody can prove.")
+    for finding, reason, _ in stage.do(cast.owner, "audit"):
+        stage.check(finding in ("proved", "not_provable"), f"the audit found {finding}: {reason}")
 
 
 def _farewell(stage: Stage, seconds: float, real_time: bool) -> None:

@@ -163,3 +163,7 @@ where t.user_id = %(user)s
   and s.arbiter_xid is not null
 group by e.epoch
 order by e.epoch
+
+-- name: audit
+select finding, reason, row_count
+from arbiter.audit('public.signals', p_verbose => true)
