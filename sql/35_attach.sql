@@ -60,7 +60,10 @@ begin
     select format('comment on trigger %I on %s is %L', p_trigger, p_table,
              arbiter._trigger_comment(t.oid, p_definition, p_meaning))
       from pg_catalog.pg_trigger t
-     where t.tgrelid = p_table and t.tgname = p_trigger);
+     where t.tgrelid = p_table and t.tgname = p_trigger
+     -- A snapshot that is older than the drop of its predecessor shows both.
+     order by t.oid desc
+     limit 1);
 end
 $$;
 revoke execute on function arbiter._attach(regclass, name, text, text) from public;

@@ -508,3 +508,19 @@ def test_a_naive_join_scans_the_owners_table(trading_db: Database) -> None:
     conn.execute("select naive.guard('join', 'public.signals')")
     conn.execute("alter table public.signals enable always trigger naive_guard")
     assert scans_of_a_plan_made_while_the_table_was_small(conn, user) > 0
+
+
+# Snapshots ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_snapshot_older_than_an_unprotect_can_protect_again(db: Database, level: str) -> None:
+    """It still sees the triggers that were dropped since, beside its own new ones."""
+    owner, other = db.connect(), db.connect()
+    other.execute(f"begin isolation level {level}".encode())
+    other.execute("select from public.traders")
+    owner.execute("select arbiter.unprotect('public.signals')")
+    other.execute("select arbiter.protect('public.signals')")
+    other.execute("commit")
+    states = owner.execute("select state from arbiter.doctor() where object like '%guard%'")
+    assert {state for (state,) in states} == {"ok"}
