@@ -10,11 +10,13 @@ language sql
 immutable
 security invoker
 begin atomic
-  select coalesce(p_at - p_heartbeat_at < p_heartbeat_timeout, false);
+  -- One that lies further in the future was stamped before the clock was set back: how long ago, nobody
+  -- knows. Exclusion does not depend on it, but somebody must be able to write.
+  select coalesce(p_at - p_heartbeat_at < p_heartbeat_timeout and p_heartbeat_at - p_at < p_heartbeat_timeout, false);
 end;
 revoke execute on function arbiter._is_fresh(timestamptz, interval, timestamptz) from public;
 comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
-  'Whether the last heartbeat is younger than the timeout at an instant; false without a heartbeat.';
+  'Whether the last heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';
 
 -- p_machine is the machine that the lease is for (_claimant). At any instant at most one environment
 -- is admitted: once a browser may take over, the machine may not write any more, whatever it believes.
@@ -33,9 +35,14 @@ as $$
 declare
   v_claimant uuid := arbiter._claimant(p_lease);
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
-  -- An instant that was never noted counts as this very moment: unknown means possibly alive.
-  v_grace_ends_at timestamptz := coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace;
-  v_delay_ends_at timestamptz := coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay;
+  -- An instant that was never noted counts as this very moment: unknown means possibly alive. One that
+  -- lies further in the future than its period was noted before the clock was set back: its time is over.
+  v_grace_ends_at timestamptz := case
+    when p_machine.left_running_at - p_settings.stop_grace > p_at then p_at
+    else coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace end;
+  v_delay_ends_at timestamptz := case
+    when p_machine.entered_error_at - p_settings.error_takeover_delay > p_at then p_at
+    else coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay end;
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
 begin
@@ -45,7 +52,7 @@ begin
         if v_fresh or p_at < v_grace_ends_at then
           v_local.code := 'cooling_down';
           v_local.retry_at := greatest(
-            v_grace_ends_at, p_machine.heartbeat_at + p_settings.heartbeat_timeout);
+            v_grace_ends_at, case when v_fresh then p_machine.heartbeat_at + p_settings.heartbeat_timeout end);
         else
           v_local.takeover := 'stop_stalled';
         end if;

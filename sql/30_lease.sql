@@ -112,7 +112,9 @@ begin
      where h.user_id = p_lease.user_id
        and h.epoch = p_lease.epoch
        and h.xid = pg_current_xact_id()
-       and h.reason <> 'registered')
+       and h.reason <> 'registered'
+       -- In a restored database the number may be that of another transaction, elsewhere.
+       and h.cluster = (select c.system_identifier from pg_catalog.pg_control_system() c))
   then
     return true;
   end if;

@@ -299,11 +299,13 @@ begin
     set search_path = pg_catalog, pg_temp
     as $tg$
     begin
-      -- Never the client's clock, and never back.
-      if tg_op = 'INSERT' then
-        new.%1$I := clock_timestamp();
-      else
-        new.%1$I := greatest(old.%1$I, clock_timestamp());
+      -- Never the client's clock, and never back, unless the clock itself was: a heartbeat too far ahead is
+      -- none (_is_fresh).
+      new.%1$I := clock_timestamp();
+      if tg_op = 'UPDATE' and old.%1$I > new.%1$I and old.%1$I - new.%1$I < (
+        select s.heartbeat_timeout from arbiter.settings s where s.singleton)
+      then
+        new.%1$I := old.%1$I;
       end if;
       return new;
     end

@@ -134,6 +134,8 @@ begin
       v_more := jsonb_build_object('blockers', arbiter._blockers(p_user_id));
       if v_more -> 'blockers' @> to_jsonb(pg_backend_pid()) then
         v_hint := 'This transaction itself keeps the lease from being handed over: commit it first.';
+      elsif v_more -> 'blockers' = '[]' then
+        v_hint := 'Try again; if it lasts, look into pg_prepared_xacts: no open session was found that locks the lease.';
       end if;
     elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
       v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';

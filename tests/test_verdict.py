@@ -209,9 +209,24 @@ UNKNOWN: Cases = [
     ]
 ]
 
+# Noted before the clock was set back by more than the period: its time is over.
+CLOCK_SET_BACK: Cases = [
+    (Machine("running", heartbeat=-TIMEOUT + US), ACTIVE),
+    (Machine("running", heartbeat=-TIMEOUT), takeover("heartbeat_lapsed")),
+    (Machine("stopping", heartbeat=-TIMEOUT + US, left=99 * S), cooling(2 * TIMEOUT - US)),
+    (Machine("stopping", heartbeat=-TIMEOUT, left=99 * S), takeover("stop_stalled")),
+    (Machine("stopping", heartbeat=-TIMEOUT, left=5 * S), cooling(25 * S)),
+    (Machine("stopped", heartbeat=None, left=-GRACE), cooling(2 * GRACE)),
+    (Machine("stopped", heartbeat=None, left=-GRACE - US), takeover("machine_stopped")),
+    (Machine("error", heartbeat=None, left=None, error=-DELAY), too_early(2 * DELAY)),
+    (Machine("error", heartbeat=None, left=None, error=-DELAY - US), UNCONFIRMED),
+]
+
 
 @pytest.mark.parametrize("lease", MACHINE_HOLDS.values(), ids=MACHINE_HOLDS)
-@pytest.mark.parametrize(("machine", "expected"), RUNNING + STOPPING + GONE + ERROR + UNKNOWN)
+@pytest.mark.parametrize(
+    ("machine", "expected"), RUNNING + STOPPING + GONE + ERROR + UNKNOWN + CLOCK_SET_BACK
+)
 def test_local_write_while_the_cloud_holds(
     conn: psycopg.Connection[Any],
     lease: dict[str, Any],
@@ -269,6 +284,8 @@ STATES = ["starting", "running", "stopping", "stopped", "error", "deleted", None
 @pytest.mark.parametrize(
     ("heartbeat", "expected"),
     [
+        (-TIMEOUT, NOT_HOLDER),
+        (-TIMEOUT + US, ADMIT),
         (-US, ADMIT),
         (0 * S, ADMIT),
         (TIMEOUT - US, ADMIT),
