@@ -235,7 +235,8 @@ as $$
 begin
   insert into arbiter.leases (user_id, epoch, holder, held_since)
   values (p_user_id, 1, 'local', clock_timestamp())
-  on conflict on constraint leases_pkey do nothing;
+  -- On any conflict: with one index named, a simultaneous insert can fail on the other one.
+  on conflict do nothing;
   if not found then
     return false;
   end if;

@@ -366,7 +366,10 @@ begin
            and arbiter._is_fresh(n.%4$I, v_timeout, clock_timestamp())
            and n.%1$I is distinct from (
              select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null)
-         order by n.%2$I, n.%1$I
+         -- The end of a drain first: a look at the lease for another machine locks it, and what this
+         -- transaction has locked it cannot hand over any more.
+         order by n.%2$I, n.%1$I is distinct from (
+             select l.draining_to from arbiter.leases l where l.user_id = n.%2$I), n.%1$I
       loop
         perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
       end loop;
@@ -391,7 +394,7 @@ begin
       from arbiter.machines m
      where m.user_id is not null
        and not exists (select from arbiter.leases l where l.user_id = m.user_id)
-    on conflict on constraint leases_pkey do nothing
+    on conflict do nothing
     returning user_id
   loop
     perform arbiter._record_handover(null, v_user_id, 'local', null, 'registered');

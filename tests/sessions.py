@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,7 +25,15 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import class_row
 
-__all__ = ["TIMEOUT_S", "Activity", "Result", "Session", "wait_until_blocked", "watch_with"]
+__all__ = [
+    "TIMEOUT_S",
+    "Activity",
+    "Result",
+    "Session",
+    "orders",
+    "wait_until_blocked",
+    "watch_with",
+]
 
 #: How long anything here waits before it fails the test.
 TIMEOUT_S = 20.0
@@ -170,3 +178,13 @@ def wait_until_blocked(
                 lines = "\n".join(f"  {activity}" for activity in seen) or "  nothing"
                 raise AssertionError(f"backend {pid} did not block, {problem}; activity:\n{lines}")
             pause.wait(LOOK_EVERY_S)
+
+
+def orders(*sequences: tuple[str, ...]) -> Iterator[list[str]]:
+    """All ways to merge the sequences, each of which keeps its own order."""
+    rest = [s for s in sequences if s]
+    if not rest:
+        yield []
+    for n, (first, *others) in enumerate(rest):
+        for tail in orders(*rest[:n], tuple(others), *rest[n + 1 :]):
+            yield [first, *tail]

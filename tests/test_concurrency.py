@@ -42,7 +42,7 @@ import psycopg
 import pytest
 import story
 from conftest import ROLES, Templates
-from sessions import TIMEOUT_S, Result, Session, wait_until_blocked
+from sessions import TIMEOUT_S, Result, Session, orders, wait_until_blocked
 
 from arbiter_db.embedded import EmbeddedServer
 
@@ -1501,16 +1501,6 @@ def test_the_naive_rule_goes_wrong(trading_db: Database, scenario: Scenario, lev
 # Every order -------------------------------------------------------------------------------------
 
 
-def orders(*sequences: tuple[str, ...]) -> Iterator[list[str]]:
-    """All ways to merge the sequences, each of which keeps its own order."""
-    rest = [s for s in sequences if s]
-    if not rest:
-        yield []
-    for n, (first, *others) in enumerate(rest):
-        for tail in orders(*rest[:n], tuple(others), *rest[n + 1 :]):
-            yield [first, *tail]
-
-
 def run_in_order(stage: Stage, order: list[str]) -> dict[str, list[str]]:
     """Play ``actor verb`` steps. The steps of a session that waits come later."""
     outcomes: dict[str, list[str]] = {}
@@ -1844,6 +1834,36 @@ def test_the_naive_rule_goes_wrong_in_chaos(trading_db: Database) -> None:
     stage.given("local", "bob")
     chaos(stage, "one")
     assert overlaps(stage.deeds)
+
+
+# First writes ------------------------------------------------------------------------------------
+
+FIRST_WRITES = 300
+WRITERS = 4
+
+
+def test_simultaneous_first_writes_do_not_fail_on_the_second_unique_index(db: Database) -> None:
+    """About one in a hundred did: the insertion of the lease knew of the other index only."""
+    owner = db.connect()
+    users = [story.add_user(owner) for _ in range(FIRST_WRITES)]
+    start = threading.Barrier(WRITERS)
+    errors: list[psycopg.Error] = []
+
+    def write(conn: psycopg.Connection[Any]) -> None:
+        for user in users:
+            start.wait(TIMEOUT_S)
+            try:
+                story.add_signal(conn, user.trader)
+            except psycopg.Error as error:
+                errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(db.connect(),)) for _ in range(WRITERS)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(10 * TIMEOUT_S)
+    assert errors == []
+    assert story.count_rows(owner, "public.signals") == FIRST_WRITES * WRITERS
 
 
 # What the proofs above are worth -----------------------------------------------------------------

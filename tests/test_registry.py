@@ -210,7 +210,7 @@ def test_heartbeat_never_moves_back(db: Database) -> None:
 
 
 def test_a_heartbeat_follows_a_clock_that_was_set_back(db: Database) -> None:
-    """By more than the timeout: else a machine that dies would be fresh until the clock is there."""
+    """By more than the timeout: else a machine that dies would be fresh for as long."""
     conn = db.connect()
     machine = add_machine(conn, add_user(conn), "running")
     age(conn, machine, heartbeat=-timedelta(seconds=31))
@@ -943,3 +943,19 @@ def test_names_that_need_quoting(db: Database) -> None:
         )
     assert holder(owner, user) == ("cloud", machine, None)
     assert refusal(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
+
+
+def test_heartbeats_in_one_statement_end_a_drain_whatever_their_order(db: Database) -> None:
+    """The look at the lease for the first machine is not taken for a write in the epoch."""
+    conn = db.connect()
+    conn.execute("alter table public.cloud_machines drop constraint cloud_machines_user_id_key")
+    ada = add_user(conn)
+    first, second = sorted(add_machine(conn, ada, "running") for _ in range(2))
+    beat(conn, first)
+    beat(conn, first)
+    assert lease(conn, ada).machine_id == first
+    age(conn, first, heartbeat=timedelta(hours=1))
+    beat(conn, second)
+    assert lease(conn, ada).draining_to == second
+    conn.execute("select arbiter.heartbeat(%s)", ([first, second],))
+    assert (lease(conn, ada).machine_id, lease(conn, ada).draining_to) == (second, None)
