@@ -276,8 +276,8 @@ begin
         return new;
       end if;
       v_user_id := %2$s;
-      v_machine_gone := old.source = 'cloud'
-        and new.source = 'cloud'
+      -- Also of a row that says local: before it was protected, that was nobody's contradiction.
+      v_machine_gone := new.source is not distinct from old.source
         and old.%4$I is not null
         and new.%4$I is null
         and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);

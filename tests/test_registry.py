@@ -959,3 +959,16 @@ def test_heartbeats_in_one_statement_end_a_drain_whatever_their_order(db: Databa
     assert lease(conn, ada).draining_to == second
     conn.execute("select arbiter.heartbeat(%s)", ([first, second],))
     assert (lease(conn, ada).machine_id, lease(conn, ada).draining_to) == (second, None)
+
+
+def test_a_machine_that_an_old_local_row_names_can_be_deleted(db: Database) -> None:
+    """A row from before protection may say local and name a machine; its foreign key still acts."""
+    conn = db.connect()
+    ada = add_user(conn)
+    machine = add_machine(conn, ada)
+    conn.execute("select arbiter.unprotect('public.signals')")
+    signal = add_signal(conn, ada.trader, "local", machine)
+    conn.execute("select arbiter.protect('public.signals')")
+    conn.execute("delete from public.cloud_machines where id = %s", (machine,))
+    row = one(conn, "select source, machine_id from public.signals where id = %s", signal)
+    assert (row.source, row.machine_id) == ("local", None)
