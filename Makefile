@@ -7,13 +7,14 @@ JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint dist clean
+.PHONY: help demo test prove lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18 and 16; ARGS goes to pytest'
 	@echo 'make test JOBS=0       in one process, one after the other'
 	@echo 'make test PG=17        run them on that version, downloading the server when it is missing'
+	@echo 'make prove [ARGS=...]  try hard to break it: a million writes, 200 faults, then the naive ways; some 30 minutes'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
 	@echo 'make clean             remove what the others made'
@@ -21,8 +22,9 @@ help:
 demo: $(VENV)/demo.stamp
 	@$(BIN)/arbiter-db demo $(ARGS)
 
-# The server of an explicitly wanted version is downloaded when it is not there; nothing else is.
+# The server of an explicitly wanted version is downloaded when it is not there, and so is PgBouncer.
 test: $(VENV)/test.stamp
+	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 ifdef PG
 	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -30,6 +32,11 @@ else
 	@PG=18 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 	@PG=16 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 endif
+
+prove: $(VENV)/test.stamp
+	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
+	@PYTHONPATH=tests $(BIN)/python -m proof $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m proof.interleavings
 
 lint: $(VENV)/test.stamp
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
--- Rules that look right and go wrong when two sessions meet: the opponents of test_concurrency.py.
--- Runs on the demo's trading schema, without arbiter. naive.use(rule) switches one of them on:
+-- Rules that look right and go wrong when two sessions meet: the opponents of test_concurrency.py and of
+-- proof/workload.py. Runs on the demo's trading schema, without arbiter. naive.use(rule) switches one of
+-- them on; with none of them a client can still ask naive.is_running() before it writes.
 --
 --   exists    a row trigger asks whether a machine runs, or lapsed; no lock
 --   policy    a restrictive RLS policy asks the same
@@ -18,6 +19,11 @@ alter table public.cloud_machines
 alter table public.signals
   add column source text not null default 'local',
   add column machine_id uuid;
+
+create table naive.settings (
+  heartbeat_timeout interval not null
+);
+insert into naive.settings (heartbeat_timeout) values ('30 seconds');
 
 create table naive.leases (
   user_id uuid not null,
@@ -53,10 +59,11 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select exists (
     select from public.cloud_machines m
+      cross join naive.settings s
      where m.user_id = p_user_id
        and m.id = coalesce(p_machine_id, m.id)
        and m.status = 'running'
-       and m.last_health_check > clock_timestamp() - interval '30 seconds');
+       and m.last_health_check > clock_timestamp() - s.heartbeat_timeout);
 end;
 
 create function naive.refuse(p_source text)
