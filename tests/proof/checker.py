@@ -91,9 +91,9 @@ class Report:
     """What a check found, and how much it could say.
 
     ``sharp`` counts the writes and the yeses for which one answer alone was right, ``loose`` those
-    for which several were (a serialization failure above read committed aside),
-    ``no_verdict`` those that say nothing of who may write. The longest durations are in seconds and
-    of operations that were answered.
+    for which several were (a serialization failure above read committed aside), ``no_verdict``
+    those whose answer says nothing of who may write. The longest durations are in seconds and of
+    operations that were answered.
     """
 
     violations: list[Violation] = field(default_factory=list)

@@ -128,10 +128,10 @@ def writer_steps(rng: random.Random, actor: Actor) -> Iterator[Plan]:
     level = own_level(rng, actor)
     while True:
         # Roles and claims of a transaction do not go into a pipeline.
-        pipelined = not actor.begins and rng.random() < 0.3
+        pipelined = not actor.begins and rng.random() < 0.45
         begins = pipelined or actor.begins or rng.random() < 0.25
         if pipelined:
-            statements = (Statement("insert", 1, 0.0),) * rng.randint(3, 30)
+            statements = (Statement("insert", 1, 0.0),) * rng.randint(5, 60)
         else:
             number = rng.choice((1, 1, 1, 2, 3)) if begins else 1
             statements = tuple(_statement(rng, actor, begins) for _ in range(number))
