@@ -333,6 +333,24 @@ def test_a_report_during_a_takeover_takes_effect_with_the_next_heartbeat() -> No
     assert tale.kinds() == {"admitted while fresh"}
 
 
+def test_who_came_for_a_takeover_keeps_the_lease_locked_when_another_was_first() -> None:
+    tale = Tale()
+    tale.activate(10.0)
+    tale.write(45.0, end=46.0)
+    tale.write(45.5, end=50.0, lasts=0.6)
+    tale.registry("heartbeat", 48.0)
+    tale.write(51.0)
+    assert tale.kinds() == set()
+
+
+def test_a_takeover_by_an_old_snapshot_goes_by_the_newest_heartbeat() -> None:
+    tale = Tale()
+    tale.activate(10.0)
+    tale.registry("heartbeat", 42.0)
+    tale.write(45.0, end=46.0, level=RR, began=41.0)  # in its snapshot the first one has lapsed
+    assert tale.kinds() == {"admitted while fresh"}
+
+
 def test_a_takeover_that_was_rolled_back_leaves_the_lease_to_the_machine() -> None:
     tale = Tale()
     tale.activate(10.0)

@@ -56,8 +56,10 @@ HANDOVERS = {
     "naive": "select count(*) from naive.handovers where epoch > 1",
 }
 
-#: What a decision table has to say about is not asked of rules that never had one.
+#: What a decision table has to say about is not asked of rules that never had one. Of these answers
+#: it is: no rule may give them, at any level. (Of arbiter they are wrong answers.)
 ONLY_ARBITERS = frozenset({"wrong answer"})
+NEVER_RIGHT = {"40P01": "deadlock"}
 
 
 @dataclass(slots=True)
@@ -153,6 +155,10 @@ def play_and_check(
             tally.violations[violation.kind] += 1
             if tally.first is None:
                 tally.first, tally.first_seed = render(violation), round_.seed
+    if round_.rule != "arbiter":
+        answers = [w.answer for t in history.transactions for w in t.writes]
+        answers += [entry.answer for entry in history.registry]
+        tally.violations.update(NEVER_RIGHT[a] for a in answers if a in NEVER_RIGHT)
     return tally
 
 
