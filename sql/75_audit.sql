@@ -46,6 +46,8 @@ begin atomic
            when (h.from_holder, h.from_machine_id)
                 is distinct from (lag(h.to_holder) over w, lag(h.to_machine_id) over w) then 'two_holders'
            when h.cluster = here.cluster and h.xid >= here.next_xid then 'out_of_order'
+           -- A snapshot takes its own transaction for one that is under way.
+           when h.xid < pg_snapshot_xmin(h.snapshot) then 'out_of_order'
            when h.cluster = lag(h.cluster) over w and (
              h.frontier < lag(h.frontier) over w
              or pg_snapshot_xmin(h.snapshot) < lag(pg_snapshot_xmin(h.snapshot)) over w
@@ -309,6 +311,7 @@ begin
              coalesce(p.low = p.high
                and p.low > p.elsewhere
                and p.holders[p.low - p.elsewhere] = coalesce(p.machine_id, '00000000-0000-0000-0000-000000000000')
+               and p.machine_id is distinct from '00000000-0000-0000-0000-000000000000'
                and (p.source = 'cloud') = (p.machine_id is not null)
                and p.was_counted_here
                and not p.is_broken, false) as is_plain

@@ -280,6 +280,15 @@ def test_a_local_row_that_names_a_machine_is_reported(owner: Conn) -> None:
     assert contradictions(owner) == {intruder: "wrong_machine"}
 
 
+def test_no_machine_has_an_id_that_stands_for_none(owner: Conn) -> None:
+    ada = story.add_user(owner)
+    signal = story.add_signal(owner, ada.trader)
+    owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
+    with unguarded(owner):
+        owner.execute("update public.signals set source = 'cloud', machine_id = %s", (UUID(int=0),))
+    assert contradictions(owner) == {signal: "wrong_environment"}
+
+
 def test_what_observe_admitted_is_reported(owner: Conn) -> None:
     owner.execute("select arbiter.protect('public.signals', p_mode => 'observe')")
     ada = story.add_user(owner)
@@ -539,6 +548,11 @@ TAMPERED = {
     "swapped": (
         "update arbiter.handovers h set xid = o.xid, snapshot = o.snapshot, frontier = o.frontier"
         " from arbiter.handovers o where o.epoch = 5 - h.epoch and h.epoch > 1",
+        [(3, "out_of_order")],
+    ),
+    "another transaction": (
+        "update arbiter.handovers set xid = (select o.xid from arbiter.handovers o"
+        " where o.epoch = 1) where epoch = 3",
         [(3, "out_of_order")],
     ),
     "future": (

@@ -460,7 +460,7 @@ DAMAGES = {
         function="arbiter._guard_1", new="return null", old="return new"
     ),
     "an older registry trigger function": OLDER.format(
-        function="arbiter.tg_registry_stamp", new="greatest(old", old="coalesce(old"
+        function="arbiter.tg_registry_stamp", new="clock_timestamp()", old="now()"
     ),
     "a definer with another search_path":
         "alter function arbiter.status(uuid) set search_path = public",
