@@ -721,7 +721,8 @@ def confirm(world: World, rival: Tx, user: UUID, now: datetime) -> World:
     assert lease is not None
     assert lease.claimant is not None
     if user in rival.leases:
-        raise Refused("handover_draining", user, lease, blockers=("rival",))
+        # Whoever waits for a lease that another transaction has changed is not told of it.
+        raise Refused("handover_draining", user, None, blockers=("rival",))
     machine = lease.claimant
     if lease.machine is None:
         world = _give(world, user, replace(lease, draining=False, draining_to=None), now)

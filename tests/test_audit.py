@@ -471,6 +471,25 @@ def test_a_restored_row_is_not_taken_for_one_of_here(owner: Conn) -> None:
     assert proved(owner) == 2
 
 
+def test_a_transaction_id_of_another_cluster_is_not_taken_for_the_own(
+    db: Database, owner: Conn
+) -> None:
+    """By chance it is the number of the transaction that takes over here: no reason to refuse."""
+    ada = story.add_user(owner)
+    machine = story.activate(owner, ada)
+    story.age(owner, machine, heartbeat=AN_HOUR)
+    tab = backend(db)
+    with tab.transaction():
+        xid = value(tab, "select pg_current_xact_id()::text")
+        with tampering(owner):
+            owner.execute(
+                "update arbiter.handovers set cluster = 1, xid = %s::text::xid8 where epoch = 2",
+                (xid,),
+            )
+        story.add_signal(tab, ada.trader)
+    assert story.lease(owner, ada).holder == "local"
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_rows_around_an_inexact_handover(db: Database, owner: Conn, level: str) -> None:
     """Those of transactions that were in flight are counted, if they are right before or after."""

@@ -1724,6 +1724,28 @@ def test_a_prepared_write_counts_as_in_flight(preparing: Templates, level: str) 
         stage.settle()
 
 
+def test_a_prepared_write_that_blocks_is_looked_for_where_it_is(preparing: Templates) -> None:
+    """It belongs to no session, so there is no process id to name."""
+    with preparing.clone("installed") as db:
+        owner = db.connect()
+        owner.execute("update arbiter.settings set drain_timeout = '100 milliseconds'")
+        ada = story.add_user(owner)
+        story.add_signal(owner, ada.trader)
+        tab = db.connect(autocommit=False)
+        story.add_signal(tab, ada.trader)
+        tab.execute("prepare transaction 'x'")
+        tab.close()
+        machine = story.add_machine(owner, ada, "running")
+        story.beat(owner, machine)
+        error = story.refusal(story.add_signal, owner, ada.trader, "cloud", machine)
+        assert error.sqlstate == "WX007"
+        assert story.detail_of(error)["blockers"] == []
+        assert error.diag.message_hint is not None
+        assert "pg_prepared_xacts" in error.diag.message_hint
+        owner.execute("rollback prepared 'x'")
+        story.add_signal(owner, ada.trader, "cloud", machine)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_naive_rule_does_not_see_a_prepared_write(preparing: Templates, level: str) -> None:
     with preparing.clone("trading") as db:

@@ -1130,8 +1130,9 @@ def stage(templates: Templates, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_arbiter_does_what_its_model_says(stage: Stage) -> None:
     """Random operations; the database and the model agree on every answer and every row."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: Arbiter(stage), settings=PROFILE
+    run_state_machine_as_test(  # type: ignore[no-untyped-call, unused-ignore]
+        lambda: Arbiter(stage),  # type: ignore[arg-type, unused-ignore]
+        settings=PROFILE,
     )
     # Else they would have agreed about little.
     codes = {"cloud_active", "not_holder", "wrong_identity", "handover_draining"}
