@@ -451,6 +451,8 @@ def update(
             raise Refused("foreign_key_violation")
         if protection:
             tx = _keep_provenance(world, tx, protection, old[key], row)
+            if protection.updates:  # looked at before the update and after it
+                tx = _keep_provenance(world, tx, protection, old[key], row)
     if protection and protection.updates:
         # A row whose machine has gone is nobody's write.
         writes = {
@@ -497,7 +499,7 @@ def _arbitrate(
         try:
             tx = _admit(world, tx, rival, protection, claim, now)
         except Refused as refusal:
-            tx = _refuse(_hold_all_the_same(world, tx, rival, claim), protection, refusal)
+            tx = _refuse(_hold_all_the_same(world, tx, rival, claim, refusal), protection, refusal)
     return tx
 
 
@@ -512,15 +514,17 @@ def _order(claim: Claim) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def _hold_all_the_same(world: World, tx: Tx, rival: Tx, claim: Claim) -> Tx:
-    # The lease is locked before the machine's health is looked at. That shows only where a holder's
-    # refusal is observed instead of raised.
+def _hold_all_the_same(world: World, tx: Tx, rival: Tx, claim: Claim, refusal: Refused) -> Tx:
+    # The lease is locked before the machine's health is looked at, and before it turns out that
+    # this transaction is itself in the way. Only where a refusal is observed, not raised, it stays.
     user, source, machine, forged = claim
     lease = tx.sees(world).leases.get(user) if user else None
-    holds = lease and not lease.draining and lease.machine == machine
-    if user and holds and source == source_of(machine) and not forged and user not in rival.leases:
-        return replace(tx, shared=tx.shared | {user})
-    return tx
+    if user is None or lease is None or user in rival.leases:
+        return tx
+    if refusal.blockers == ("self",):
+        return replace(tx, leases={**tx.leases, user: lease})
+    holds = not lease.draining and lease.machine == machine and source == source_of(machine)
+    return replace(tx, shared=tx.shared | {user}) if holds and not forged else tx
 
 
 def _admit(

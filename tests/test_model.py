@@ -851,6 +851,9 @@ class Arbiter(RuleBasedStateMachine):
                 self.nameless |= not undo
             else:
                 self.send(self.held, table, new, by_copy=False)
+            # Where it observes, arbiter itself makes one.
+            protection = self.world.protections.get(table)
+            self.nameless |= protection is not None and protection.mode == "observe"
 
         self.step(expect, run, self.held)
 
