@@ -19,6 +19,7 @@ returns boolean
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_type text;
@@ -61,6 +62,7 @@ returns void
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not arbiter._has_column(p_table, p_column, p_types) then
@@ -81,6 +83,7 @@ returns void
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_owner name;
@@ -112,6 +115,7 @@ returns record
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select k.confrelid::regclass, f.attname, k.conname
     from pg_catalog.pg_constraint k
@@ -139,6 +143,7 @@ returns record
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   select f.parent, f.parent_column, f.constraint_name
@@ -162,6 +167,7 @@ returns void
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_key record;
@@ -197,6 +203,7 @@ returns text
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paths text[];
@@ -238,6 +245,7 @@ returns boolean
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select exists (
     select from pg_catalog.pg_constraint k
@@ -257,6 +265,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_check record;
@@ -335,6 +344,7 @@ returns void
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform arbiter._need_owner(p_registry);
@@ -382,6 +392,7 @@ returns text
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_path text := p_user_path;
@@ -512,6 +523,7 @@ returns record
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_done boolean := false;

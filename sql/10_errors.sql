@@ -1,7 +1,5 @@
--- The eight rejections, in one place: code, SQLSTATE, message, hint, and the DETAIL that programs read.
---
--- Internal functions (names with _) run inside the entry points, which are security definer and pin
--- search_path; they take no settings of their own, because each would cost on every write.
+-- The eight rejections, in one place: code, SQLSTATE, message, hint, and the DETAIL that programs read;
+-- and how an error reaches its reader, as SQL or over HTTP.
 
 create or replace function arbiter._error(
   p_code text,
@@ -12,6 +10,7 @@ returns record
 language plpgsql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   case p_code
@@ -59,6 +58,7 @@ returns uuid
 language sql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 return case when (p_lease).draining_since is null then (p_lease).machine_id else (p_lease).draining_to end;
 revoke execute on function arbiter._claimant(arbiter.leases) from public;
 comment on function arbiter._claimant(arbiter.leases) is
@@ -75,6 +75,7 @@ returns jsonb
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_build_object(
     'code', p_code,
@@ -88,20 +89,57 @@ revoke execute on function arbiter._detail(text, uuid, arbiter.leases, timestamp
 comment on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) is
   'The DETAIL of a rejection: code, user_id, holder, machine_id, epoch, retry_at (UTC), and more where a code has more to say.';
 
+-- PostgREST answers HTTP 400 or 500 to a SQLSTATE that it does not know, and takes status and headers from
+-- one that is PGRST: inside its requests, for which it sets request.method, that is what it gets. Whoever
+-- sets that by hand is refused all the same, in other words. Status and headers hold nothing but numbers:
+-- what a client wrote, line ends and all, stays inside the JSON of the body.
+create or replace function arbiter._throw(
+  p_sqlstate text,
+  p_http_status integer,
+  p_message text,
+  p_detail jsonb,
+  p_hint text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seconds integer := greatest(1, ceil(extract(epoch from (p_detail ->> 'retry_at')::timestamptz - clock_timestamp())));
+begin
+  if coalesce(current_setting('request.method', true), '') = '' then
+    raise exception using
+      errcode = p_sqlstate,
+      message = p_message,
+      detail = p_detail::text,
+      hint = p_hint;
+  end if;
+  raise exception using
+    errcode = 'PGRST',
+    message = jsonb_build_object(
+      'code', p_sqlstate, 'message', p_message, 'details', p_detail::text, 'hint', p_hint)::text,
+    detail = jsonb_build_object(
+      'status', p_http_status,
+      'headers', case when p_detail ->> 'retry_at' is null then '{}'
+                 else jsonb_build_object('Retry-After', v_seconds::text) end)::text;
+end
+$$;
+revoke execute on function arbiter._throw(text, integer, text, jsonb, text) from public;
+comment on function arbiter._throw(text, integer, text, jsonb, text) is
+  'Raises an error: with its SQLSTATE, or for a request of PostgREST as that HTTP status, with Retry-After when the detail has retry_at.';
+
 create or replace function arbiter._raise(p_code text, p_detail jsonb, p_hint text default null)
 returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_error record := arbiter._error(p_code);
 begin
-  raise exception using
-    errcode = v_error.sqlstate,
-    message = v_error.message,
-    detail = p_detail::text,
-    hint = coalesce(p_hint, v_error.hint);
+  perform arbiter._throw(v_error.sqlstate, 409, v_error.message, p_detail, coalesce(p_hint, v_error.hint));
 end
 $$;
 revoke execute on function arbiter._raise(text, jsonb, text) from public;

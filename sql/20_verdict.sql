@@ -9,6 +9,7 @@ returns boolean
 language sql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   -- One that lies further in the future was stamped before the clock was set back: how long ago, nobody
   -- knows. Exclusion does not depend on it, but somebody must be able to write.
@@ -31,6 +32,7 @@ returns arbiter.verdict
 language plpgsql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claimant uuid := arbiter._claimant(p_lease);

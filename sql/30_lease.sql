@@ -29,6 +29,7 @@ returns arbiter.machine
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_machine arbiter.machine;
@@ -56,6 +57,7 @@ returns setof xid
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return next p_xmax;
@@ -74,6 +76,7 @@ returns jsonb
 language sql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select coalesce(jsonb_agg(distinct r.pid), '[]')
     from pg_catalog.pg_locks r
@@ -101,6 +104,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_current bigint := pg_current_xact_id()::text::bigint;
@@ -164,6 +168,7 @@ returns record
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_xmax xid;
@@ -190,6 +195,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_exact boolean := current_setting('transaction_isolation') = 'read committed';
@@ -230,6 +236,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '1ms'
 as $$
 begin
@@ -258,6 +265,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from arbiter.leases l
@@ -283,6 +291,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 as $$
 begin
@@ -317,6 +326,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_lease.holder = p_holder and p_lease.machine_id is not distinct from p_machine_id then
@@ -355,6 +365,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_seen boolean := true;
@@ -399,6 +410,7 @@ returns record
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
@@ -475,6 +487,7 @@ returns trigger
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform arbiter._raise('append_only', jsonb_build_object('code', 'append_only', 'operation', tg_op));

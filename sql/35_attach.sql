@@ -19,6 +19,7 @@ returns boolean
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   with recursive family (trigger_id) as (
     select t.oid from pg_catalog.pg_trigger t where t.tgrelid = p_table and t.tgname = p_trigger
@@ -75,6 +76,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_trigger name;
@@ -182,11 +184,12 @@ revoke execute on function arbiter._make_view(name, text, text) from public;
 comment on function arbiter._make_view(name, text, text) is
   'Makes a generated view anew, documents it with the hash of its query, and closes it.';
 
-create or replace function arbiter._history_triggers()
+create or replace function arbiter._own_triggers()
 returns table (table_name regclass, trigger_name name, definition text, meaning text)
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   values
     ('arbiter.handovers'::regclass, 'arbiter_append_only'::name,
@@ -194,15 +197,19 @@ begin atomic
       'The history of handovers is append-only.'),
     ('arbiter.handovers', 'arbiter_append_only_truncate',
       'before truncate on {table} for each statement execute function arbiter.tg_append_only()',
-      'The history of handovers is append-only.');
+      'The history of handovers is append-only.'),
+    ('arbiter.leases', 'arbiter_announce',
+      'after update on {table} for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
+        'execute function arbiter.tg_announce()',
+      'Announces handovers and drains.');
 end;
-revoke execute on function arbiter._history_triggers() from public;
-comment on function arbiter._history_triggers() is
-  'The triggers that the history must have. definition has {table} in the place of the table.';
+revoke execute on function arbiter._own_triggers() from public;
+comment on function arbiter._own_triggers() is
+  'The triggers that arbiter''s own tables must have. definition has {table} in the place of the table.';
 
-do $history$
+do $own$
 begin
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
-     from arbiter._history_triggers() t;
+     from arbiter._own_triggers() t;
 end
-$history$;
+$own$;

@@ -49,6 +49,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_same boolean := (p_old_user_id, p_old_machine_id) is not distinct from (p_new_user_id, p_new_machine_id);
@@ -94,6 +95,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
@@ -155,6 +157,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- What is noted already is left out, not just left alone: `do update` would lock it.
@@ -181,6 +184,7 @@ returns table (table_name regclass, trigger_name name, definition text, meaning 
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select r.registry, t.trigger_name, t.definition, t.meaning
     from arbiter.registry r
@@ -225,6 +229,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_protection_id integer;
@@ -243,7 +248,23 @@ $$;
 revoke execute on function arbiter._forget_dropped() from public;
 comment on function arbiter._forget_dropped() is 'Forgets the registry and protected tables that do not exist any more.';
 
--- Generates what depends on the registry's names: _state(), the view machines, the trigger functions.
+-- Written out wherever it is needed: a call for each row would cost more than the heartbeat itself.
+create or replace function arbiter._state_expression(p_registry arbiter.registry, p_row text)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('case %s.%I::text %s else ''running'' end', p_row, (p_registry).status_column,
+           string_agg(format('when %L then %L', s.key, s.value), ' ' order by s.key))
+    from jsonb_each_text((p_registry).states) s;
+end;
+revoke execute on function arbiter._state_expression(arbiter.registry, text) from public;
+comment on function arbiter._state_expression(arbiter.registry, text) is
+  'SQL for the machine state of a row of the registry; an unmapped word counts as running: unknown means possibly alive.';
+
+-- Generates what depends on the registry's names and words: the view machines, the trigger functions.
 create or replace function arbiter._build_registry()
 returns void
 language plpgsql
@@ -253,7 +274,6 @@ set search_path = pg_catalog, pg_temp
 as $build$
 declare
   v_registry arbiter.registry;
-  v_cases text;
   v_view text;
   v_user_id uuid;
   v_now timestamptz;
@@ -264,28 +284,11 @@ begin
     return;
   end if;
 
-  select string_agg(format('when %L then %L', s.key, s.value), ' ' order by s.key)
-    into v_cases
-    from jsonb_each_text(v_registry.states) s;
-  execute format($sql$
-    create or replace function arbiter._state(p_status text)
-    returns text
-    language sql
-    immutable
-    security invoker
-    return %s
-    $sql$,
-    case when v_cases is null then $$'running'$$ else format($$case p_status %s else 'running' end$$, v_cases) end);
-  -- The view machines calls it with the rights of its reader.
-  grant execute on function arbiter._state(text) to public;
-  comment on function arbiter._state(text) is
-    'The machine state of a status word of the registry; an unmapped word counts as running: unknown means possibly alive.';
-
   v_view := format(
-    'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, arbiter._state(r.%3$I::text) as state, '
+    'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, %6$s as state, '
     'r.%4$I as heartbeat_at from %5$s r',
     v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
-    v_registry.registry);
+    v_registry.registry, arbiter._state_expression(v_registry, 'r'));
   if not arbiter._is_current_view('machines', v_view, v_registry.registry) then
     perform arbiter._make_machines_view(v_view);
   end if;
@@ -326,13 +329,13 @@ begin
     begin
       case tg_op
         when 'INSERT' then
-          perform arbiter._note_machine(null, null, null, new.%2$I, new.%1$I, arbiter._state(new.%3$I::text));
+          perform arbiter._note_machine(null, null, null, new.%2$I, new.%1$I, %3$s);
         when 'UPDATE' then
           perform arbiter._note_machine(
-            old.%2$I, old.%1$I, arbiter._state(old.%3$I::text),
-            new.%2$I, new.%1$I, arbiter._state(new.%3$I::text));
+            old.%2$I, old.%1$I, %4$s,
+            new.%2$I, new.%1$I, %3$s);
         when 'DELETE' then
-          perform arbiter._note_machine(old.%2$I, old.%1$I, arbiter._state(old.%3$I::text), null, null, null);
+          perform arbiter._note_machine(old.%2$I, old.%1$I, %4$s, null, null, null);
         when 'TRUNCATE' then
           perform arbiter._note_absent_machines();
       end case;
@@ -340,7 +343,9 @@ begin
     end
     $tg$
     $sql$,
-    v_registry.id_column, v_registry.user_column, v_registry.status_column);
+    v_registry.id_column, v_registry.user_column,
+    arbiter._state_expression(v_registry, 'new'),
+    arbiter._state_expression(v_registry, 'old'));
 
   -- Definer: it reads and marks leases, which no client may. A scalar probe by primary key for each
   -- row, so that the plan is the same for one heartbeat and for many, whatever the statistics.
@@ -359,11 +364,10 @@ begin
       v_machine record;
     begin
       for v_machine in
-        select n.%1$I as machine_id, n.%2$I as user_id
+        select n.%1$I as machine_id, n.%2$I as user_id, n.%4$I as heartbeat_at
           from arbiter_rows n
          where n.%2$I is not null
-           and arbiter._state(n.%3$I::text) = 'running'
-           and arbiter._is_fresh(n.%4$I, v_timeout, clock_timestamp())
+           and %3$s = 'running'
            and n.%1$I is distinct from (
              select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null)
          -- The end of a drain first: a look at the lease for another machine locks it, and what this
@@ -371,13 +375,16 @@ begin
          order by n.%2$I, n.%1$I is distinct from (
              select l.draining_to from arbiter.leases l where l.user_id = n.%2$I), n.%1$I
       loop
-        perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
+        if arbiter._is_fresh(v_machine.heartbeat_at, v_timeout, clock_timestamp()) then
+          perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
+        end if;
       end loop;
       return null;
     end
     $tg$
     $sql$,
-    v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column);
+    v_registry.id_column, v_registry.user_column,
+    arbiter._state_expression(v_registry, 'n'), v_registry.heartbeat_column);
 
   perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
   perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');
@@ -443,6 +450,7 @@ returns setof regclass
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select i.indexrelid::regclass
     from pg_catalog.pg_index i
@@ -522,12 +530,13 @@ begin
   end if;
   perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
 
-  -- One registration at a time, and no write to the registry between here and its triggers.
+  -- One registration at a time, and no write to the registry between here and its triggers. The first time
+  -- exclusive at once: a policy needs that, and to ask for more later is to deadlock with who read first.
   lock table arbiter.registry in share row exclusive mode;
-  execute format('lock table %s in share row exclusive mode', p_registry);
-
   perform arbiter._forget_dropped();
   select r.* into v_old from arbiter.registry r where r.singleton;
+  execute format('lock table %s in %s mode', p_registry,
+    case v_old.registry when p_registry then 'share row exclusive' else 'access exclusive' end);
   if v_old.registry <> p_registry then
     perform arbiter._detach(v_old.registry);
   end if;
@@ -553,6 +562,7 @@ begin
         states = excluded.states;
   perform arbiter._build_registry();
   perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
+  perform arbiter._build_policies();
 
   select string_agg(i.name::text, ', ')
     into v_index
@@ -595,10 +605,9 @@ begin
       from unnest(p_machine_ids) as i (id)
      where not exists (select from arbiter.machines m where m.machine_id = i.id)
      limit 1;
-    raise exception using
-      errcode = 'no_data_found',
-      message = format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
-      hint = 'Check the id against the registry''s id column; no heartbeat of this call was written.';
+    perform arbiter._throw('P0002', 404, format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
+      jsonb_build_object('code', 'unknown_machine', 'machine_id', v_unknown),
+      'Check the id against the registry''s id column; no heartbeat of this call was written.');
   end if;
   return v_count;
 end

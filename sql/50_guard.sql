@@ -1,5 +1,5 @@
--- The guard of a protected table: what its generated triggers (60_protect.sql) call for each distinct
--- (user, environment, machine) of a statement. What is asked of the table (mode, unowned) comes with the
+-- The guard of a protected table: what its generated triggers (_build_guard, 60_protect.sql) call for each
+-- distinct (user, environment, machine) of a statement that is not the common case. What is asked of the table (mode, unowned) comes with the
 -- call, from the generated code: that is always the newest, while a row of arbiter.protections is read by
 -- the snapshot of the transaction, which may be older.
 
@@ -14,6 +14,7 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_mode = 'observe' then
@@ -43,6 +44,7 @@ returns text
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
@@ -78,32 +80,13 @@ returns void
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_hint text;
   v_decision record;
   v_more jsonb := '{}';
 begin
-  -- The common case: this environment, and machine, holds the lease and no drain is under way.
-  if p_flaw is null
-     and (p_source = 'local') = (p_machine_id is null)
-     and current_setting('transaction_isolation') = 'read committed'
-     and arbiter._share_lease(p_user_id, p_source, p_machine_id)
-  then
-    if p_source = 'local' then
-      return;
-    end if;
-    perform from arbiter.machines m, arbiter.settings s
-      where m.machine_id = p_machine_id
-        and m.user_id = p_user_id
-        and m.state = 'running'
-        and s.singleton
-        and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp());
-    if found then
-      return;
-    end if;
-  end if;
-
   v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, p_unowned);
   if v_hint is not null then
     perform arbiter._refuse(p_protection_id, p_mode, 'wrong_identity',

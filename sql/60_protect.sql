@@ -39,6 +39,7 @@ returns text
 language plpgsql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_steps text[] := parse_ident((p_protection).user_path);
@@ -65,6 +66,7 @@ returns setof regclass
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   with recursive family (member) as (
     select p_table::oid
@@ -84,6 +86,7 @@ returns table (table_name regclass, trigger_name name, definition text, meaning 
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_guard text := format('execute function arbiter.%I()', '_guard_' || p_protection.protection_id);
@@ -233,6 +236,23 @@ begin
            where %6$s
            order by 1, 2, 3, 4
         loop
+          -- The common case, without a call: this environment, and machine, holds the lease and no drain is
+          -- under way. Found means locked, to the end of the transaction (_share_lease).
+          if v_write.flaw is null and current_setting('transaction_isolation') = 'read committed' then
+            perform from arbiter.leases l
+              where l.user_id = v_write.user_id
+                and l.holder = v_write.source
+                and l.machine_id is not distinct from v_write.machine_id
+                and l.draining_since is null
+                for key share skip locked;
+            continue when found and (v_write.machine_id is null or exists (
+              select from arbiter.machines m, arbiter.settings s
+               where m.machine_id = v_write.machine_id
+                 and m.user_id = v_write.user_id
+                 and m.state = 'running'
+                 and s.singleton
+                 and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp())));
+          end if;
           perform arbiter._admit(%7$s, %8$L, %9$L, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
         end loop;
         return null;
@@ -510,8 +530,9 @@ begin
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
   perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
 
-  -- Every write from here on is judged by the new rules, and none is in flight under the old ones.
-  execute format('lock table %s in share row exclusive mode', p_table);
+  -- Every write from here on is judged by the new rules, and none is in flight under the old ones. Exclusive at
+  -- once: a default and a policy need that, and to ask for more later is to deadlock with who read first.
+  execute format('lock table %s in access exclusive mode', p_table);
   -- A constant default and nullable columns: no rewrite, and existing rows become local.
   perform arbiter._add_column(p_table, 'source', '{text,character varying}', $def$text not null default 'local'$def$,
     'the environment that wrote the row, local (browser) or cloud (machine).');
@@ -542,6 +563,7 @@ begin
         evidence = excluded.evidence
   returning protection_id into v_protection_id;
   perform arbiter._build_guard(v_protection_id);
+  perform arbiter._build_policies();
 end
 $$;
 revoke execute on function arbiter.protect(regclass, text, text[], name, text, text, boolean) from public;
@@ -604,6 +626,7 @@ begin
           and t.tgparentid = 0) as t;
   perform arbiter._drop_xid_default(p_table);
   perform arbiter._drop_guard(v_protection.protection_id);
+  perform arbiter._build_policies();
 end
 $$;
 revoke execute on function arbiter.unprotect(regclass) from public;
@@ -630,6 +653,8 @@ begin
   for v_table in delete from arbiter.registry r returning r.registry loop
     perform arbiter._detach(v_table);
   end loop;
+  perform arbiter._build_policies();
+  perform arbiter.unexpose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   -- It would hold the registry's columns back.
   drop view if exists arbiter.machines;
   for v_table, v_constraint in

@@ -5,54 +5,16 @@ returns text
 language sql
 immutable
 security invoker
+set search_path = pg_catalog, pg_temp
 return '0.1.0';
 comment on function arbiter.version() is 'The version of arbiter in this database.';
-
--- The user who asks: the session's, as auth.uid() reads it. Only a trusted role may ask about another.
-create or replace function arbiter._caller(p_user_id uuid)
-returns uuid
-language plpgsql
-stable
-security invoker
-as $$
-declare
-  -- Inside a definer function current_user is its owner; the setting is the role that the client took.
-  v_role name := coalesce(nullif(current_setting('role'), 'none'), session_user);
-  v_subject uuid := nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
-  v_user_id uuid := v_subject;
-begin
-  if p_user_id is distinct from v_subject and p_user_id is not null then
-    -- Whoever may act as the owner of arbiter, or is beyond row security anyway.
-    if not exists (
-      select from pg_catalog.pg_roles r
-       where r.rolname = v_role
-         and (r.rolsuper or r.rolbypassrls or pg_has_role(r.oid, current_user, 'usage')))
-    then
-      raise exception using
-        errcode = 'insufficient_privilege',
-        message = 'arbiter: only a trusted role may ask about another user',
-        hint = 'Leave p_user_id out: the user is the sub of request.jwt.claims.';
-    end if;
-    v_user_id := p_user_id;
-  end if;
-  if v_user_id is null then
-    raise exception using
-      errcode = 'invalid_parameter_value',
-      message = 'arbiter: no user',
-      hint = 'Pass p_user_id, or set request.jwt.claims with a sub.';
-  end if;
-  return v_user_id;
-end
-$$;
-revoke execute on function arbiter._caller(uuid) from public;
-comment on function arbiter._caller(uuid) is
-  'The user that a call is about. Error 42501 when that is another user and the role is not trusted, 22023 when there is none.';
 
 create or replace function arbiter._status(p_user_id uuid)
 returns arbiter.execution_status
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
@@ -123,6 +85,7 @@ returns arbiter.machine
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
@@ -132,11 +95,8 @@ begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   v_verdict := arbiter._verdict('local', null, p_lease, v_machine, v_settings, clock_timestamp());
   if v_verdict.code is null then
-    raise exception using
-      errcode = 'object_not_in_prerequisite_state',
-      message = 'arbiter: there is nothing to confirm',
-      detail = arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null)::text,
-      hint = 'The browser may write already.';
+    perform arbiter._throw('55000', 409, 'arbiter: there is nothing to confirm',
+      arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null), 'The browser may write already.');
   end if;
   if v_verdict.code <> 'takeover_unconfirmed' or v_verdict.retry_at is not null then
     perform arbiter._raise(v_verdict.code,

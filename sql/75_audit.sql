@@ -102,6 +102,7 @@ returns arbiter.audit_finding
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_verdict arbiter.audit_finding;
@@ -193,6 +194,7 @@ returns boolean
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise notice 'arbiter: audited % of % blocks', p_block, p_blocks;

@@ -6,6 +6,7 @@ returns text
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select format('select arbiter.register_machines(%L, %L, %L, %L, %L, %L)',
     (p_registry).registry, (p_registry).id_column, (p_registry).user_column,
@@ -19,6 +20,7 @@ returns text
 language sql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 begin atomic
   select format('select arbiter.protect(%L, %L, %L, %L, %L, %L, %L)',
     (p_protection).protected_table, (p_protection).user_path, (p_protection).verbs,
@@ -39,6 +41,7 @@ returns table (object text, state text, problem text, remedy text)
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_trigger record;
@@ -192,10 +195,26 @@ begin
        and a.privilege_type = 'TRIGGER'
        and a.grantee <> c.relowner;
   return query
+    select format('policy %I on %s', n.policy_name, n.table_name),
+           case when p.oid is null then 'missing' when c.relrowsecurity then 'outdated' else 'disabled' end,
+           case when p.oid is null then 'Browsers may claim to be what they are not.'
+                when c.relrowsecurity then 'It was made from another definition.'
+                else 'Row security is off: browsers may claim to be what they are not.' end,
+           case when p.oid is null or c.relrowsecurity then 'Run: arbiter-db install'
+                else format('alter table %s enable row level security', n.table_name) end
+      from arbiter._policies() n
+      join pg_catalog.pg_class c on c.oid = n.table_name
+      left join pg_catalog.pg_policy p on p.polrelid = n.table_name and p.polname = n.policy_name
+     where p.oid is null
+        or obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning)
+        or (not c.relrowsecurity
+          and (has_any_column_privilege('anon', c.oid, 'insert,update')
+            or has_any_column_privilege('authenticated', c.oid, 'insert,update')));
+  return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
       from arbiter._unvalidated() as u (statement);
   return query
-    select c.* from arbiter._history_triggers() t
+    select c.* from arbiter._own_triggers() t
      cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
        'Run: arbiter-db install') c;
 end

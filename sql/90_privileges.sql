@@ -43,18 +43,26 @@ grant execute on function
   arbiter.confirm_takeover(uuid),
   arbiter.heartbeat(uuid),
   arbiter.heartbeat(uuid[]),
-  arbiter.version()
+  arbiter.claimed_user_id(),
+  arbiter.claimed_machine_id(),
+  arbiter.version(),
+  -- heartbeat() runs as its caller, and raises.
+  arbiter._throw(text, integer, text, jsonb, text)
   to public;
 
 -- Periods are told to clients anyway; whether there is a registry is no secret.
 grant select on arbiter.settings, arbiter.registry to public;
 
-do $service_role$
+-- Users read what the policies (85_policies.sql) let them; the backend reads all.
+do $roles$
 begin
-  if exists (select from pg_catalog.pg_roles r where r.rolname = 'service_role') then
+  if to_regrole('anon') is not null and to_regrole('authenticated') is not null then
+    grant select on arbiter.leases, arbiter.handovers to authenticated;
+  end if;
+  if to_regrole('service_role') is not null then
     grant select on
       arbiter.leases, arbiter.handovers, arbiter.protections, arbiter.observations, arbiter.machine_notes
       to service_role;
   end if;
 end
-$service_role$;
+$roles$;

@@ -1,4 +1,4 @@
--- Runs last: generates again what depends on the app's names, and on the first installation adopts
+-- Runs last: generates again what depends on the app's names and roles, and on the first installation adopts
 -- the tables that the migrations have prepared.
 
 do $adopt$
@@ -9,6 +9,8 @@ begin
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
      from (select * from arbiter.protections order by protection_id) as p;
+  perform arbiter._build_policies();
+  perform arbiter.expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   v_adopt := arbiter._to_adopt();
   perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null));
   if v_adopt.registry is not null then

@@ -870,6 +870,9 @@ def test_what_browsers_may_not_read(shared: Rows, table: str) -> None:
         if table == "machines" and conn is shared.browser:
             found = rows(conn, "select machine_id from arbiter.machines")
             assert found == [(shared.machine,)]
+        elif table in ("leases", "handovers") and conn is shared.browser:
+            found = rows(conn, f"select distinct user_id from arbiter.{table}")
+            assert found == [(shared.user.id,)]
         else:
             assert refusal(conn.execute, f"select from arbiter.{table}").sqlstate == "42501"
 

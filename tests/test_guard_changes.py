@@ -170,6 +170,7 @@ CHANGES = {
     "type changed, machine": Change(
         "alter table public.orders drop constraint arbiter_machine_id_fkey;"
         "drop trigger arbiter_provenance on public.orders;"
+        "drop policy arbiter_claim on public.orders;"
         "alter table public.orders alter column machine_id type text",
         OTHER_TYPE,
         mend="alter table public.orders alter column machine_id type uuid using machine_id::uuid",
@@ -229,6 +230,7 @@ HARMLESS = {
     ),
     "source of another type": (
         "drop trigger arbiter_provenance on public.orders;"
+        "drop policy arbiter_claim on public.orders;"
         "alter table public.orders alter source type varchar(10)",
         "public.orders",
     ),

@@ -367,7 +367,9 @@ def test_set_role_changes_what_is_allowed_and_not_what_is_judged(at: Stage, role
         assert caught.value.sqlstate == "WX001"
     conn.execute(f"set role {role}".encode())
     assert at.refused(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
-    assert at.refused(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine) == IDENTITY
+    forged = at.refused(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
+    browser_role = role in ("anon", "authenticated")  # whose row security says it first
+    assert forged == (("42501", None) if browser_role else IDENTITY)
     add_signal(conn, at.ada.trader)
 
 

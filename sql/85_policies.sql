@@ -1,0 +1,167 @@
+-- Row security for the roles of Supabase's API: who may claim which environment. The guard decides who may
+-- write now; neither replaces the other. The restrictive ones hold whatever permissive policies the app has;
+-- like the server's own, they bind neither a table's owner nor roles beyond row security.
+--
+-- A token with a claim machine_id is that machine's and nobody else's; any other is a browser's.
+
+-- What must be there, where the roles are. definition has {table} in the place of the table.
+create or replace function arbiter._policies()
+returns table (table_name regclass, policy_name name, definition text, meaning text)
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_registry arbiter.registry;
+  v_protection arbiter.protections;
+begin
+  if to_regrole('anon') is null or to_regrole('authenticated') is null then
+    return;
+  end if;
+
+  for v_protection in
+    select p.*
+      from arbiter.protections p
+     -- Without its columns its guard refuses everything, until protect() is called again.
+     where 2 = (
+       select count(*) from pg_catalog.pg_attribute a
+        where a.attrelid = p.protected_table and a.attname in ('source', p.machine_column) and not a.attisdropped)
+     order by p.protection_id
+  loop
+    -- The rows of a partition are checked by the policies of the table that a statement names.
+    for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
+      policy_name := 'arbiter_claim';
+      definition := format(
+        'on {table} as restrictive for all to anon, authenticated using (true) with check ('
+        'case when (select arbiter.claimed_machine_id()) is null then source = ''local'' and %1$I is null '
+        'else source = ''cloud'' and %1$I = (select arbiter.claimed_machine_id()) end)',
+        v_protection.machine_column);
+      meaning := 'Browsers write as local, a machine''s token as that machine.';
+      return next;
+    end loop;
+  end loop;
+
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if found then
+    table_name := v_registry.registry;
+    policy_name := 'arbiter_registry_insert';
+    definition := 'on {table} as restrictive for insert to anon, authenticated with check (false)';
+    meaning := 'Machines are added by the backend.';
+    return next;
+    policy_name := 'arbiter_registry_delete';
+    definition := 'on {table} as restrictive for delete to anon, authenticated using (false)';
+    meaning := 'Machines are deleted by the backend.';
+    return next;
+    policy_name := 'arbiter_registry_update';
+    -- A browser passes `using`, so that it is told: what `using` hides is left out without an error.
+    definition := format(
+      'on {table} as restrictive for update to anon, authenticated '
+      'using ((select arbiter.claimed_machine_id()) is null or %1$I = (select arbiter.claimed_machine_id())) '
+      'with check (%1$I = (select arbiter.claimed_machine_id()) and %2$I = (select arbiter.claimed_user_id()))',
+      v_registry.id_column, v_registry.user_column);
+    meaning := 'A machine''s token changes that machine, and keeps its owner; browsers change none.';
+    return next;
+    -- The way for a machine, unless the app has one: two permissive policies are checked row by row, both.
+    if not exists (
+      select from pg_catalog.pg_policy p
+       where p.polrelid = v_registry.registry
+         and p.polpermissive
+         and p.polcmd in ('w', '*')
+         and p.polroles && array[0::oid, to_regrole('authenticated')]
+         and p.polname <> 'arbiter_machine_update')
+    then
+      policy_name := 'arbiter_machine_update';
+      definition := format(
+        'on {table} for update to authenticated using (%1$I = (select arbiter.claimed_machine_id()) '
+        'and %2$I = (select arbiter.claimed_user_id()))',
+        v_registry.id_column, v_registry.user_column);
+      meaning := 'A machine''s token may send its heartbeat.';
+      return next;
+    end if;
+  end if;
+
+  policy_name := 'arbiter_own';
+  definition := 'on {table} for select to authenticated using (user_id = (select arbiter.claimed_user_id()))';
+  meaning := 'Users read what is theirs.';
+  foreach table_name in array array['arbiter.leases', 'arbiter.handovers']::regclass[] loop
+    return next;
+  end loop;
+end
+$$;
+revoke execute on function arbiter._policies() from public;
+comment on function arbiter._policies() is
+  'The policies that must be there. definition has {table} in the place of the table.';
+
+-- What was asked for and what the server has made of it, as for triggers.
+create or replace function arbiter._policy_comment(p_policy_id oid, p_definition text, p_meaning text)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('%s [%s]', p_meaning, md5(concat_ws('|', p_definition, p.polcmd, p.polpermissive, p.polroles,
+           pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid))))
+    from pg_catalog.pg_policy p
+   where p.oid = p_policy_id;
+end;
+revoke execute on function arbiter._policy_comment(oid, text, text) from public;
+comment on function arbiter._policy_comment(oid, text, text) is
+  'The comment that a policy must have, with the hash of its definition.';
+
+-- A change waits for everybody who uses its table, so only what differs is made again.
+create or replace function arbiter._build_policies()
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_policy record;
+begin
+  for v_policy in
+    select coalesce(n.table_name, p.polrelid::regclass) as table_name,
+           coalesce(n.policy_name, p.polname) as name,
+           n.definition, n.meaning, p.oid as id
+      from arbiter._policies() n
+      full join (select * from pg_catalog.pg_policy where polname like 'arbiter\_%') p
+        on p.polrelid = n.table_name::oid and p.polname = n.policy_name
+     where case
+       when p.oid is null then true
+       -- Not wanted any more, if it was made here.
+       when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '\[[0-9a-f]{32}\]$'
+       else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end
+     order by 1, 2
+  loop
+    if v_policy.id is not null then
+      execute format('drop policy %I on %s', v_policy.name, v_policy.table_name);
+    end if;
+    if v_policy.definition is not null then
+      execute format('create policy %I ', v_policy.name)
+        || replace(v_policy.definition, '{table}', v_policy.table_name::text);
+      execute (
+        select format('comment on policy %I on %s is %L', v_policy.name, v_policy.table_name,
+                 arbiter._policy_comment(p.oid, v_policy.definition, v_policy.meaning))
+          from pg_catalog.pg_policy p
+         where p.polrelid = v_policy.table_name and p.polname = v_policy.name
+         -- A snapshot that is older than the drop of its predecessor shows both.
+         order by p.oid desc
+         limit 1);
+    end if;
+  end loop;
+  for v_policy in
+    select distinct n.table_name
+      from arbiter._policies() n
+      join pg_catalog.pg_class c on c.oid = n.table_name
+     where c.relnamespace = 'arbiter'::regnamespace
+       and not c.relrowsecurity
+  loop
+    execute format('alter table %s enable row level security', v_policy.table_name);
+  end loop;
+end
+$$;
+revoke execute on function arbiter._build_policies() from public;
+comment on function arbiter._build_policies() is
+  'Makes the policies that must be there, and drops those of arbiter that must not.';

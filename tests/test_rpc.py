@@ -1,0 +1,138 @@
+"""What arbiter.expose() makes in a schema that an API serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from story import (
+    SETTINGS,
+    activate,
+    add_user,
+    age,
+    backend,
+    browser,
+    refusal,
+    rows,
+    set_status,
+    value,
+)
+from story import status as ask
+
+import arbiter_db
+
+if TYPE_CHECKING:
+    from conftest import Database
+
+FUNCTIONS = """
+select p.oid::regprocedure::text
+  from pg_proc p
+  join pg_namespace n on n.oid = p.pronamespace
+ where p.proname in ('execution_status', 'confirm_takeover')
+   and n.nspname <> 'arbiter'
+ order by 1
+"""
+
+
+def exposed(db: Database) -> list[str]:
+    """The functions of those names outside arbiter."""
+    return [row[0] for row in rows(db.connect(), FUNCTIONS)]
+
+
+def test_nothing_is_exposed_unasked(db: Database) -> None:
+    """Opt-in."""
+    assert exposed(db) == []
+
+
+def test_a_browser_asks_for_itself(db: Database) -> None:
+    """The same answer as arbiter.status(), and the same refusal for another user."""
+    owner = db.connect()
+    owner.execute("select arbiter.expose()")
+    user, other = add_user(owner), add_user(owner)
+    activate(backend(db), user)
+    conn = browser(db, user)
+    found = ask(conn)
+    query = "select environment, can_write_local, message, epoch from public.execution_status()"
+    assert tuple(rows(conn, query)[0]) == ("cloud", False, "Cloud active", found["epoch"])
+    forged = "select public.execution_status(%s)"
+    assert refusal(conn.execute, forged, (other.id,)).sqlstate == "42501"
+    assert refusal(db.connect(role="anon").execute, query).sqlstate == "42501"
+    assert value(backend(db), "select (public.execution_status(%s)).environment", user.id)
+
+
+def test_the_users_yes(db: Database) -> None:
+    """It performs the takeover, for that user only."""
+    owner = db.connect()
+    owner.execute("select arbiter.expose('public')")
+    user, other = add_user(owner), add_user(owner)
+    machine = activate(backend(db), user)
+    set_status(backend(db), machine, "error")
+    long_ago = 2 * SETTINGS["error_takeover_delay"]
+    age(owner, machine, heartbeat=long_ago, left_running=long_ago, entered_error=long_ago)
+    forged = "select public.confirm_takeover(%s)"
+    stranger = browser(db, other)
+    assert refusal(stranger.execute, forged, (user.id,)).sqlstate == "42501"
+    assert refusal(stranger.execute, "select public.confirm_takeover()").sqlstate == "55000"
+    assert value(browser(db, user), "select (public.confirm_takeover()).environment") == "local"
+
+
+def test_exposing_twice_changes_nothing(db: Database) -> None:
+    """And an install keeps what was exposed."""
+    owner = db.connect()
+    query = "select oid, proacl, prosrc from pg_proc where pronamespace = 'public'::regnamespace"
+    owner.execute("select arbiter.expose()")
+    before = sorted(map(str, rows(owner, query)))
+    owner.execute("select arbiter.expose()")
+    arbiter_db.install(db.conninfo())
+    assert sorted(map(str, rows(owner, query))) == before
+
+
+def test_another_schema(db: Database) -> None:
+    """Each schema by itself."""
+    owner = db.connect()
+    owner.execute('create schema "My API"')
+    owner.execute("select arbiter.expose('My API')")
+    owner.execute("select arbiter.expose()")
+    assert len(exposed(db)) == 4
+    owner.execute("select arbiter.unexpose()")
+    assert exposed(db) == ['"My API".confirm_takeover(uuid)', '"My API".execution_status(uuid)']
+
+
+@pytest.mark.parametrize("name", ["execution_status", "confirm_takeover"])
+def test_a_function_of_the_app_is_not_replaced(db: Database, name: str) -> None:
+    """It is named, and stays."""
+    owner = db.connect()
+    owner.execute(
+        f"create function public.{name}(p_user_id uuid) returns text return 'the app''s'".encode()
+    )
+    error = refusal(owner.execute, "select arbiter.expose()")
+    assert error.sqlstate == "42723"
+    assert f"public.{name}(uuid)" in str(error)
+    assert exposed(db) == [f"{name}(uuid)"]
+    arbiter_db.uninstall(db.conninfo())
+    assert exposed(db) == [f"{name}(uuid)"]
+
+
+@pytest.mark.parametrize("schema", ["nowhere", "arbiter", None])
+def test_a_schema_that_will_not_do(db: Database, schema: str | None) -> None:
+    """Missing, arbiter's own, null."""
+    error = refusal(db.connect().execute, "select arbiter.expose(%s)", (schema,))
+    assert error.sqlstate == "3F000"
+    assert error.diag.message_hint == (
+        "Name a schema of the app that its API serves, such as public."
+    )
+
+
+def test_an_uninstall_takes_them_along(db: Database) -> None:
+    """They would be left without what they call."""
+    db.connect().execute("select arbiter.expose()")
+    arbiter_db.uninstall(db.conninfo())
+    assert exposed(db) == []
+
+
+def test_only_the_owner_exposes(db: Database) -> None:
+    """Not a browser, nor the backend."""
+    for role in ("anon", "authenticated", "service_role"):
+        for call in ("expose", "unexpose"):
+            conn = db.connect(role=role)
+            assert refusal(conn.execute, f"select arbiter.{call}()").sqlstate == "42501"
