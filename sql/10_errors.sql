@@ -55,11 +55,15 @@ comment on function arbiter._error(text) is 'SQLSTATE, message and hint of a rej
 -- Whom a lease is for: while it drains, the one it drains to.
 create or replace function arbiter._claimant(p_lease arbiter.leases)
 returns uuid
-language sql
+language plpgsql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
-return case when (p_lease).draining_since is null then (p_lease).machine_id else (p_lease).draining_to end;
+as $$
+begin
+  return case when p_lease.draining_since is null then p_lease.machine_id else p_lease.draining_to end;
+end
+$$;
 revoke execute on function arbiter._claimant(arbiter.leases) from public;
 comment on function arbiter._claimant(arbiter.leases) is
   'The machine that holds a lease or that it drains to; null when that is local, or there is no lease.';

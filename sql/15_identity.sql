@@ -3,11 +3,15 @@
 
 create or replace function arbiter.claimed_user_id()
 returns uuid
-language sql
+language plpgsql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
-return (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid;
+as $$
+begin
+  return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
+end
+$$;
 revoke execute on function arbiter.claimed_user_id() from public;
 comment on function arbiter.claimed_user_id() is
   'The user of the session''s token, its claim sub, as auth.uid() reads it; null without one. Error 22P02 when that is no uuid.';
@@ -16,11 +20,15 @@ comment on function arbiter.claimed_user_id() is
 -- no token with such a claim is a browser's.
 create or replace function arbiter.claimed_machine_id()
 returns uuid
-language sql
+language plpgsql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
-return (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'machine_id')::uuid;
+as $$
+begin
+  return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'machine_id';
+end
+$$;
 revoke execute on function arbiter.claimed_machine_id() from public;
 comment on function arbiter.claimed_machine_id() is
   'The machine of the session''s token, its claim machine_id; null for a browser. Error 22P02 when that is no uuid.';

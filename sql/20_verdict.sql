@@ -6,15 +6,17 @@ create or replace function arbiter._is_fresh(
   p_heartbeat_timeout interval,
   p_at timestamptz)
 returns boolean
-language sql
+language plpgsql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
-begin atomic
+as $$
+begin
   -- One that lies further in the future was stamped before the clock was set back: how long ago, nobody
   -- knows. Exclusion does not depend on it, but somebody must be able to write.
-  select coalesce(p_at - p_heartbeat_at < p_heartbeat_timeout and p_heartbeat_at - p_at < p_heartbeat_timeout, false);
-end;
+  return coalesce(p_at - p_heartbeat_at < p_heartbeat_timeout and p_heartbeat_at - p_at < p_heartbeat_timeout, false);
+end
+$$;
 revoke execute on function arbiter._is_fresh(timestamptz, interval, timestamptz) from public;
 comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
   'Whether the last heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';
