@@ -154,6 +154,23 @@ def test_a_broadcast_that_fails_fails_no_write(db: Database, breakage: str) -> N
     assert count_rows(owner, "public.signals") == 1
 
 
+def test_a_strangers_function_of_that_name_is_not_called(db: Database) -> None:
+    """It would run with the rights of arbiter's owner, whose own function is called."""
+    superuser = db.connect("postgres")
+    superuser.execute(REALTIME)
+    superuser.execute(
+        "alter function realtime.send owner to authenticator;"
+        "alter table realtime.messages owner to app_owner;"
+        "grant usage on schema realtime to app_owner"
+    )
+    owner = db.connect()
+    activate(backend(db), add_user(owner))
+    assert count_rows(owner, "realtime.messages") == 0
+    superuser.execute("alter function realtime.send owner to app_owner")
+    activate(backend(db), add_user(owner))
+    assert count_rows(owner, "realtime.messages") == 2
+
+
 def _lapse(owner: Conn, user: User) -> None:
     """The user's machine has been silent for long."""
     machine = lease(owner, user).machine_id
