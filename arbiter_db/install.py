@@ -6,8 +6,8 @@ An install is four steps, each of which can be repeated:
    app's tables have columns that do not fit;
 2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
 3. all other `sql/*.sql`, in order, in one transaction: clients see the old functions or the new;
-4. the validation of constraints that were added `not valid`, one transaction each: it reads the
-   whole table without blocking writers.
+4. what reads a whole table, one transaction each: an index on the column that names the machine,
+   for which writers wait, and the validation of constraints, for which they do not.
 
 Installs of one database queue behind an advisory lock, which a crash releases.
 """
@@ -34,7 +34,7 @@ from . import __version__
 from .errors import InstallError, OutdatedSchema
 from .queries import QUERIES
 
-__all__ = ["check_version", "install", "sql_text", "uninstall", "validate"]
+__all__ = ["check_version", "install", "migration_texts", "sql_text", "uninstall", "validate"]
 
 _OLDEST_SERVER = 15
 
@@ -92,12 +92,12 @@ def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
 def validate(
     conn: psycopg.Connection[Any], *, on_step: Callable[[str], None] = lambda step: None
 ) -> None:
-    """Validate the constraints that `protect` and the migrations added `not valid`.
+    """Finish what `protect` and the migrations have begun: an index, and constraints `not valid`.
 
-    Each in a transaction of its own, which reads the table once and does not block writers.
+    Each in a transaction of its own, which reads the table once. Writers wait for the index only.
     Needs a connection in autocommit mode.
     """
-    for statement in _column(conn, "unvalidated"):
+    for statement in _column(conn, "unfinished"):
         with _naming(statement), conn.transaction():
             conn.execute(QUERIES["unit_settings"])
             conn.execute(statement.encode())
@@ -109,24 +109,35 @@ def sql_text() -> str:
 
     yoyo's bookkeeping is not in it; a later `install` adds it, since every migration can run twice.
     """
-    preflight, *others = _sql_files()
-    units = [[preflight], *([Path(m.path)] for m in _migrations()), others]
     lock, settings = QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()
     parts = [
         f"-- arbiter {__version__}: what `arbiter-db install` runs, for psql.",
         "-- Run it as the owner of the tables to be protected; it can run again.",
         "\\set ON_ERROR_STOP on",
     ]
-    for unit in units:
+    for unit in _units():
         parts += ["begin;", lock, settings]
         for path in unit:
             parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
         parts += ["commit;"]
     parts += [
-        "-- Validate constraints, each in a transaction of its own.",
-        QUERIES["unvalidated"].decode() + " \\gexec",
+        "-- What reads a whole table, each in a transaction of its own.",
+        QUERIES["unfinished"].decode() + " \\gexec",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def migration_texts() -> tuple[str, str]:
+    """The same for tools that run a file in one transaction: two files, to be run in that order.
+
+    The first changes tables and functions, the second reads whole tables. Both can run again.
+    """
+    parts = [QUERIES["unit_settings"].decode()]
+    for path in (path for unit in _units() for path in unit):
+        parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
+    finish = [QUERIES["unit_settings"].decode(), QUERIES["finish"].decode() + ";"]
+    first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, finish))
+    return first, second
 
 
 def check_version(conn: psycopg.Connection[Any]) -> None:
@@ -180,6 +191,12 @@ def _yoyo(conninfo: str) -> Iterator[_Backend]:
         backend.break_lock()
         with backend.lock():
             yield backend
+
+
+def _units() -> list[list[Path]]:
+    """The files of an install, by transaction."""
+    preflight, *others = _sql_files()
+    return [[preflight], *([Path(m.path)] for m in _migrations()), others]
 
 
 def _migrations() -> Any:

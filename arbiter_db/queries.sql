@@ -94,8 +94,8 @@ select to_regprocedure('arbiter._leave_columns(boolean)') is not null
 -- name: leave_columns
 select * from arbiter._leave_columns(%(drop_columns)s::boolean)
 
--- name: unvalidated
-select * from arbiter._unvalidated()
+-- name: unfinished
+select * from arbiter._unfinished()
 
 -- name: lock_settings
 -- The connection that holds the installers' lock idles in its transaction while others work.
@@ -147,3 +147,15 @@ set statement_timeout to 0;
 -- name: script_lock
 -- The same lock, without a result that psql would print.
 do $lock$ begin perform pg_catalog.pg_advisory_xact_lock(27428839742530930); end $lock$;
+
+-- name: finish
+-- Where one transaction is all there is.
+do $finish$
+declare
+  v_statement text;
+begin
+  for v_statement in select u.statement from arbiter._unfinished() as u (statement) loop
+    execute v_statement;
+  end loop;
+end
+$finish$

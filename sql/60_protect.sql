@@ -665,6 +665,13 @@ begin
   loop
     execute format('alter table %s drop constraint %I', v_table, v_constraint);
   end loop;
+  for v_table in
+    select c.oid::regclass
+      from pg_catalog.pg_class c
+     where c.relkind = 'i' and c.relname ~ '^arbiter_.*_machine_idx$'
+  loop
+    execute format('drop index %s', v_table);
+  end loop;
   return query select arbiter._leave_columns(p_drop_columns);
 end
 $$;
@@ -672,21 +679,37 @@ revoke execute on function arbiter._detach_all(boolean) from public;
 comment on function arbiter._detach_all(boolean) is
   'Takes arbiter off every table of the app, and with true drops the columns that it added. One line for each column left or dropped.';
 
-create or replace function arbiter._unvalidated()
+-- What reads a whole table is left to the end, out of the transaction that takes the strong locks.
+create or replace function arbiter._unfinished()
 returns setof text
 language sql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('alter table %s validate constraint %I', k.conrelid::regclass, k.conname)
-    from pg_catalog.pg_constraint k
-   where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
-     and not k.convalidated
-     and k.conparentid = 0
-     and k.coninhcount = 0
-   order by k.conrelid, k.conname;
+  select s.statement
+    from (
+      -- For the foreign key, which is validated through it: without one, deleting a machine reads the whole table.
+      select 1, k.conrelid, k.conname,
+             format('create index %I on %s (%I) where %3$I is not null',
+               format('arbiter_%s_machine_idx', left(c.relname, 40)), k.conrelid::regclass, a.attname)
+        from pg_catalog.pg_constraint k
+        join pg_catalog.pg_class c on c.oid = k.conrelid
+        join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
+       where k.conname = 'arbiter_machine_id_fkey'
+         and k.coninhcount = 0
+         and not exists (
+           select from pg_catalog.pg_index i where i.indrelid = k.conrelid and i.indkey[0] = k.conkey[1])
+      union all
+      select 2, k.conrelid, k.conname, format('alter table %s validate constraint %I', k.conrelid::regclass, k.conname)
+        from pg_catalog.pg_constraint k
+       where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
+         and not k.convalidated
+         and k.conparentid = 0
+         and k.coninhcount = 0
+    ) as s (step, table_id, constraint_name, statement)
+   order by s.step, s.table_id, s.constraint_name;
 end;
-revoke execute on function arbiter._unvalidated() from public;
-comment on function arbiter._unvalidated() is
-  'Statements that validate the constraints that arbiter added; each scans its table without blocking writers and belongs into a transaction of its own.';
+revoke execute on function arbiter._unfinished() from public;
+comment on function arbiter._unfinished() is
+  'Statements that finish what protect() has begun, each for a transaction of its own: an index, which keeps writers waiting while it reads the table, and constraints to validate, which do not.';

@@ -212,7 +212,8 @@ begin
             or has_any_column_privilege('authenticated', c.oid, 'insert,update')));
   return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
-      from arbiter._unvalidated() as u (statement);
+      from arbiter._unfinished() as u (statement)
+     where u.statement like 'alter%';
   return query
     select c.* from arbiter._own_triggers() t
      cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,

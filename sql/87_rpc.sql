@@ -1,5 +1,6 @@
 -- For clients that reach one schema only, as PostgREST's do: what a browser asks and says, under names of that
--- schema. Opt-in. They run as their caller; identity is arbiter.status's to check.
+-- schema. Opt-in. They run as their caller; identity is arbiter.status's to check. With their columns written
+-- out, because generators of types for clients do not look into other schemas.
 
 create or replace function arbiter._exposed()
 returns table (function_name regprocedure, schema_name name)
@@ -50,7 +51,7 @@ begin
 
   execute format($sql$
     create or replace function %1$I.execution_status(p_user_id uuid default null)
-    returns arbiter.execution_status
+    returns table (environment text, can_write_local boolean, code text, message text, retry_at timestamptz, machine_id uuid, machine_state text, heartbeat_age interval, epoch bigint, draining boolean, as_of timestamptz, poll_interval interval)
     language sql
     stable
     security invoker
@@ -64,7 +65,7 @@ begin
     'arbiter: which environment is active for the user of the token, as arbiter.status() says.');
   execute format($sql$
     create or replace function %1$I.confirm_takeover(p_user_id uuid default null)
-    returns arbiter.execution_status
+    returns table (environment text, can_write_local boolean, code text, message text, retry_at timestamptz, machine_id uuid, machine_state text, heartbeat_age interval, epoch bigint, draining boolean, as_of timestamptz, poll_interval interval)
     language sql
     volatile
     security invoker

@@ -17,7 +17,6 @@ Conn = psycopg.Connection[Any]
 
 #: Advice about the app's own schema, which a fresh installation has, too.
 ADVICE = {
-    "index on public.signals (machine_id)": "missing",
     "triggers of service_role on public.cloud_machines": "foreign",
 }
 

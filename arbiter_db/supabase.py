@@ -1,0 +1,102 @@
+"""Migration files for the Supabase CLI: what `install` runs, as `<timestamp>_name.sql`.
+
+The CLI runs each file in one transaction, and takes every `<digits>_<anything>.sql` for a migration:
+rollbacks have no place there. It orders them by the digits as text, and refuses one that comes
+before another that a database has already.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+from psycopg.sql import Literal
+
+from . import __version__
+from .errors import InstallError
+from .install import migration_texts
+
+__all__ = ["export"]
+
+_NAME = re.compile(r"([0-9]+)_.*\.sql")
+_STAMP = "%Y%m%d%H%M%S"
+
+
+def export(directory: Path, *, expose: str | None = None) -> list[Path]:
+    """Write migration files into a Supabase project's `supabase/migrations`.
+
+    Two of them, since what reads whole tables belongs into a transaction of its own. Their
+    timestamps are later than the newest one there. Nothing is written when the newest export there
+    is of the same content; after an upgrade of the package, or with another `expose`, two more
+    files are: both can run on a database that has an older version already.
+
+    `expose` names a schema of the API, such as `public`: a browser's calls are created there
+    (`arbiter.expose`). Returns the files written. Raises `InstallError`, with none written, when
+    the directory is missing or cannot be written to.
+    """
+    if not directory.is_dir():
+        raise InstallError(
+            f"{directory} is not a directory",
+            hint="Name the project's supabase/migrations; `supabase init` makes a project.",
+        )
+    change, finish = migration_texts()
+    if expose is not None:
+        change += f"\nselect arbiter.expose({Literal(expose).as_string()});\n"
+    digest = sha256((change + finish).encode()).hexdigest()
+    mark = f"-- arbiter {__version__}, export {digest}."
+
+    present = {
+        path: match[1] for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))
+    }
+    exported = [path for path in present if path.name.endswith("_arbiter_finish.sql")]
+    newest_export = max(exported, key=lambda path: present[path], default=None)
+    if newest_export and mark in newest_export.read_text(encoding="utf-8"):
+        return []
+
+    first = _later_than(max(present.values(), default=""))
+    texts = {
+        f"{first:{_STAMP}}_arbiter.sql": (
+            f"{mark}\n-- Leave it as it is: `arbiter-db supabase export` adds what comes later.\n\n"
+            f"{change}"
+        ),
+        f"{first + timedelta(seconds=1):{_STAMP}}_arbiter_finish.sql": (
+            f"{mark}\n-- Reads whole tables, so it is a migration of its own.\n\n{finish}"
+        ),
+    }
+    return _write(directory, texts)
+
+
+def _later_than(newest: str) -> datetime:
+    """Now, or the second after the newest migration's, if that one is stamped with the future."""
+    now = datetime.now(UTC)
+    if f"{now:{_STAMP}}" > newest:
+        return now
+    try:
+        return datetime.strptime(newest, _STAMP).replace(tzinfo=UTC) + timedelta(seconds=1)
+    except (ValueError, OverflowError) as error:
+        raise InstallError(
+            f"no date comes after the newest migration, which is numbered {newest}",
+            hint="The CLI orders by that number as text: rename the file to <YYYYMMDDHHMMSS>_name.sql.",
+        ) from error
+
+
+def _write(directory: Path, texts: dict[str, str]) -> list[Path]:
+    """All or none, each under its name only when it is complete."""
+    written: list[Path] = []
+    try:
+        for name, text in texts.items():
+            path = directory / name
+            scratch = directory / f".{name}.part"
+            try:
+                scratch.write_text(text, encoding="utf-8")
+                scratch.rename(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+            written.append(path)
+    except OSError as error:
+        for path in written:
+            path.unlink()
+        raise InstallError(f"cannot write to {directory}: {error.strerror}") from error
+    return written
