@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -359,6 +360,12 @@ def supabase_export(directory: Path, expose: str | None) -> None:
         click.echo(path)
     if not written:
         click.echo(f"{directory} has arbiter {__version__} already")
+
+
+@main.command("web")
+def web_command() -> None:
+    """Print arbiter.js, the browser's module: > src/arbiter.js"""
+    click.echo(files(__package__).joinpath("web", "arbiter.js").read_text("utf-8"), nl=False)
 
 
 @main.command("demo")

@@ -562,7 +562,8 @@ begin
         states = excluded.states;
   perform arbiter._build_registry();
   perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
-  perform arbiter._build_policies();
+  perform arbiter._build_policies(p_registry);
+  perform arbiter._build_policies(v_old.registry) where v_old.registry <> p_registry;
 
   select string_agg(i.name::text, ', ')
     into v_index

@@ -563,7 +563,7 @@ begin
         evidence = excluded.evidence
   returning protection_id into v_protection_id;
   perform arbiter._build_guard(v_protection_id);
-  perform arbiter._build_policies();
+  perform arbiter._build_policies(p_table);
 end
 $$;
 revoke execute on function arbiter.protect(regclass, text, text[], name, text, text, boolean) from public;

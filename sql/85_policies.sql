@@ -21,13 +21,14 @@ begin
   end if;
 
   for v_protection in
-    select p.*
+    select distinct on (p.protected_table) p.*
       from arbiter.protections p
      -- Without its columns its guard refuses everything, until protect() is called again.
      where 2 = (
        select count(*) from pg_catalog.pg_attribute a
         where a.attrelid = p.protected_table and a.attname in ('source', p.machine_column) and not a.attisdropped)
-     order by p.protection_id
+     -- The newest: a snapshot that is older than an unprotect shows two.
+     order by p.protected_table, p.protection_id desc
   loop
     -- The rows of a partition are checked by the policies of the table that a statement names.
     for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
@@ -110,8 +111,9 @@ revoke execute on function arbiter._policy_comment(oid, text, text) from public;
 comment on function arbiter._policy_comment(oid, text, text) is
   'The comment that a policy must have, with the hash of its definition.';
 
--- A change waits for everybody who uses its table, so only what differs is made again.
-create or replace function arbiter._build_policies()
+-- A change waits for everybody who uses its table, so only what differs is made again. Above read committed the
+-- snapshot may be older than somebody else's change: there the given table gets its policies anew.
+create or replace function arbiter._build_policies(p_table regclass default null)
 returns void
 language plpgsql
 volatile
@@ -124,20 +126,20 @@ begin
   for v_policy in
     select coalesce(n.table_name, p.polrelid::regclass) as table_name,
            coalesce(n.policy_name, p.polname) as name,
-           n.definition, n.meaning, p.oid as id
+           n.definition, n.meaning
       from arbiter._policies() n
       full join (select * from pg_catalog.pg_policy where polname like 'arbiter\_%') p
         on p.polrelid = n.table_name::oid and p.polname = n.policy_name
-     where case
-       when p.oid is null then true
+     where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
+       and case
        -- Not wanted any more, if it was made here.
        when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '\[[0-9a-f]{32}\]$'
+       when p.oid is null then true
+       when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
        else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end
      order by 1, 2
   loop
-    if v_policy.id is not null then
-      execute format('drop policy %I on %s', v_policy.name, v_policy.table_name);
-    end if;
+    execute format('drop policy if exists %I on %s', v_policy.name, v_policy.table_name);
     if v_policy.definition is not null then
       execute format('create policy %I ', v_policy.name)
         || replace(v_policy.definition, '{table}', v_policy.table_name::text);
@@ -162,6 +164,6 @@ begin
   end loop;
 end
 $$;
-revoke execute on function arbiter._build_policies() from public;
-comment on function arbiter._build_policies() is
-  'Makes the policies that must be there, and drops those of arbiter that must not.';
+revoke execute on function arbiter._build_policies(regclass) from public;
+comment on function arbiter._build_policies(regclass) is
+  'Makes the policies that must be there, on a table and its partitions or on all, and drops those of arbiter that must not.';

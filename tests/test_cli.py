@@ -43,8 +43,10 @@ COMMANDS = [
     "register-machines",
     "sql",
     "status",
+    "supabase",
     "uninstall",
     "unprotect",
+    "web",
 ]
 
 
@@ -111,6 +113,12 @@ def test_help_and_version() -> None:
         assert command in overview
         assert f"Usage: arbiter-db {command}" in fine(command, "-h")
     assert fine("--version") == f"arbiter-db, version {arbiter_db.__version__}\n"
+
+
+def test_web_prints_the_module_as_it_is() -> None:
+    module = Path(arbiter_db.__file__).parent / "web" / "arbiter.js"
+    assert fine("web") == module.read_text("utf-8")
+    assert "export class Arbiter" in fine("web")
 
 
 @pytest.mark.parametrize(

@@ -517,12 +517,15 @@ def test_a_naive_join_scans_the_owners_table(trading_db: Database) -> None:
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 def test_a_snapshot_older_than_an_unprotect_can_protect_again(db: Database, level: str) -> None:
-    """It still sees the triggers that were dropped since, beside its own new ones."""
+    """It still sees the triggers and the policy that were dropped since, beside its own."""
     owner, other = db.connect(), db.connect()
     other.execute(f"begin isolation level {level}".encode())
     other.execute("select from public.traders")
     owner.execute("select arbiter.unprotect('public.signals')")
     other.execute("select arbiter.protect('public.signals')")
     other.execute("commit")
-    states = owner.execute("select state from arbiter.doctor() where object like '%guard%'")
-    assert {state for (state,) in states} == {"ok"}
+    query = "select object, state from arbiter.doctor() where object ~ 'guard|policy'"
+    found = owner.execute(query).fetchall()
+    assert {state for (_, state) in found} == {"ok"}, found
+    policies = "select count(*) from pg_policy where polname = 'arbiter_claim'"
+    assert value(owner, policies) == 1
