@@ -149,12 +149,12 @@ set statement_timeout to 0;
 do $lock$ begin perform pg_catalog.pg_advisory_xact_lock(27428839742530930); end $lock$;
 
 -- name: finish
--- Where one transaction is all there is.
+-- Where one transaction is all there is. The index last, because writers wait for it until the end.
 do $finish$
 declare
   v_statement text;
 begin
-  for v_statement in select u.statement from arbiter._unfinished() as u (statement) loop
+  for v_statement in select u.statement from arbiter._unfinished() as u (statement) order by u.statement loop
     execute v_statement;
   end loop;
 end

@@ -489,8 +489,14 @@ volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_row arbiter.handovers;
 begin
-  perform arbiter._raise('append_only', jsonb_build_object('code', 'append_only', 'operation', tg_op));
+  if tg_level = 'ROW' then
+    v_row := old;
+  end if;
+  perform arbiter._raise('append_only', arbiter._detail('append_only', v_row.user_id, null, null,
+    jsonb_build_object('operation', tg_op, 'epoch', v_row.epoch)));
   return null;
 end
 $$;

@@ -893,7 +893,18 @@ def test_history_is_append_only(shared: Rows) -> None:
             r"arbiter\.audit\(\)",
         )
         operation = statement.split()[0].upper()
-        assert detail_of(error) == {"code": "append_only", "operation": operation}
+        by_row = operation != "TRUNCATE"
+        detail = detail_of(error)
+        assert (detail["user_id"] is not None, detail["epoch"] is not None) == (by_row, by_row)
+        assert detail | {"user_id": None, "epoch": None} == {
+            "code": "append_only",
+            "operation": operation,
+            "user_id": None,
+            "holder": None,
+            "machine_id": None,
+            "epoch": None,
+            "retry_at": None,
+        }
 
 
 def test_browser_cannot_write_for_another_user(shared: Rows) -> None:
