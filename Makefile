@@ -37,7 +37,7 @@ supabase-tools: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PYTHONPATH=tests/supabase $(BIN)/python -m supabase_cli fetch
 	@command -v chromium >/dev/null \
-	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	  || { echo 'Chromium is needed: install the Debian package chromium' >&2; exit 1; }
 
 test-supabase: supabase-tools

@@ -770,7 +770,7 @@ export class ArbiterBadge extends ArbiterElement {
 }
 
 const TOAST_MS = 8_000;
-const MOST_TOASTS = 4;
+const MOST_TOASTS = 3;
 
 /** What a toast says when the cloud is active no longer, by the code of the new status. */
 const STOPPED = {
@@ -793,7 +793,7 @@ export class ArbiterToasts extends ArbiterElement {
     super(toasts);
     this.#toasts = toasts;
     toasts.addEventListener('focusin', ({ relatedTarget }) => {
-      if (!toasts.contains(relatedTarget)) this.#cameFrom = relatedTarget;
+      if (relatedTarget && !toasts.contains(relatedTarget)) this.#cameFrom = relatedTarget;
     });
   }
 
