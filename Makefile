@@ -8,7 +8,7 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test supabase-tools test-supabase prove lint dist clean
+.PHONY: help demo test supabase-tools test-supabase prove bench lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try hard to break it: a million writes, 200 faults, naive rules; half an hour and more'
+	@echo 'make bench [ARGS=...]  what a statement costs the server, beside what a user would pick instead'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
 	@echo 'make clean             remove what the others made'
@@ -48,6 +49,9 @@ prove: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PYTHONPATH=tests $(BIN)/python -m proof $(ARGS)
 	@PYTHONPATH=tests $(BIN)/python -m proof.interleavings
+
+bench: $(VENV)/test.stamp
+	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/test.stamp
 	@$(BIN)/ruff check .
