@@ -97,3 +97,23 @@ select * from public.cloud_machines where id = md5('machine' || %(user)s::int)::
 
 -- name: status
 select * from arbiter.status(md5('user' || %(user)s::int)::uuid)
+
+-- name: load_begin
+begin
+
+-- name: load_lock
+select pg_advisory_xact_lock(:user)
+
+-- name: load_ask
+select exists (
+  select from public.cloud_machines m
+   where m.user_id = md5('user' || :user::int)::uuid
+     and m.status = 'running'
+     and m.last_health_check > clock_timestamp() - interval '1 day')
+
+-- name: load_insert
+insert into public.signals (trader_id, symbol, interval, signal, bar_time)
+values (md5('trader' || :user::int)::uuid, 'C' || :client_id::int, '1m', 'buy', clock_timestamp())
+
+-- name: load_commit
+commit

@@ -2,39 +2,21 @@
 
 The time is the kernel's, from ``/proc/<pid>/schedstat``: what the client, the network and other
 processes do is not in it, but for what they do to caches. Variants take turns, round by round, and
-the first round, which warms up, does not count. ``unguarded`` plays twice: how far the two differ
-is the machine's noise.
+the first round, which warms up, does not count.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import psycopg
+from bench.samples import Samples
+from bench.stage import AGAIN, SQL, UNGUARDED, USERS, VARIANTS, Conn, Stage
 
-import arbiter_db
-from arbiter_db.embedded import EmbeddedServer
-from arbiter_db.queries import _load
-
-__all__ = ["COMPARISONS", "VARIANTS", "Comparison", "Samples", "Stage", "measure"]
-
-DEMO = Path(arbiter_db.__file__).parent / "demo"
-SQL = _load((Path(__file__).parent / "bench.sql").read_text(encoding="utf-8"))
-
-#: Each with a trader, every second one with a machine that runs.
-USERS = 1_000
-
-#: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
-VARIANTS = ("unguarded", "unguarded again", "exists", "check", "advisory", "arbiter")
-
-Conn = psycopg.Connection[Any]
+__all__ = ["COMPARISONS", "Comparison", "measure"]
 
 _bars = count(1)
 
@@ -60,7 +42,7 @@ class Comparison:
         return SQL[name]
 
 
-OWN = ("unguarded", "unguarded again", "arbiter")
+OWN = (UNGUARDED, AGAIN, "arbiter")
 
 COMPARISONS = {
     "local": Comparison("single-row insert, local", "insert_local"),
@@ -69,72 +51,12 @@ COMPARISONS = {
     "heartbeat": Comparison("heartbeat by UPDATE", "heartbeat", OWN, machines=True, writes=False),
     "status": Comparison(
         "status, against a row by primary key",
-        {"unguarded": "probe", "unguarded again": "probe", "arbiter": "status"},
+        {UNGUARDED: "probe", AGAIN: "probe", "arbiter": "status"},
         OWN,
         machines=True,
         writes=False,
     ),
 }
-
-
-@dataclass
-class Samples:
-    """CPU time in microseconds per statement, one value a round, by variant."""
-
-    comparison: Comparison
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-
-    def median(self, variant: str) -> float:
-        """Of the rounds that count."""
-        return statistics.median(self.rounds[variant])
-
-    def ratio(self, variant: str) -> float:
-        """Of the medians, to unguarded."""
-        return self.median(variant) / self.median("unguarded")
-
-    def spread(self, variant: str) -> float:
-        """Half the range between the quartiles, as a part of the median."""
-        low, _, high = statistics.quantiles(self.rounds[variant], n=4)
-        return (high - low) / 2 / self.median(variant)
-
-
-class Stage:
-    """A database for each variant, on one server, with a connection to each."""
-
-    def __init__(self, server: EmbeddedServer, stack: ExitStack) -> None:
-        with psycopg.connect(server.conninfo(), autocommit=True) as conn:
-            conn.execute((DEMO / "roles.sql").read_bytes())
-        self.connections: dict[str, Conn] = {}
-        for variant in VARIANTS:
-            conn = stack.enter_context(_prepare(server, variant))
-            self.connections[variant] = conn
-
-
-def _prepare(server: EmbeddedServer, variant: str) -> Conn:
-    """Make the database of a variant; returns a connection that does not wait for the disk."""
-    name = f"bench_{variant.replace(' ', '_')}"
-    with psycopg.connect(server.conninfo(), autocommit=True) as conn:
-        conn.execute(f"create database {name} owner app_owner".encode())
-    conninfo = server.conninfo(name, "app_owner")
-    conn = psycopg.connect(conninfo, autocommit=True)
-    conn.execute((DEMO / "trading.sql").read_bytes())
-    conn.execute(SQL["lean"])
-    psycopg.ClientCursor(conn).execute(SQL["people"], {"users": USERS})  # several statements
-    if variant == "arbiter":
-        arbiter_db.install(conninfo)
-        conn.execute(SQL["settings"])
-    else:
-        conn.execute(SQL["columns"])
-        if variant == "exists":
-            conn.execute(SQL["exists"])
-    conn.execute(SQL["run"])
-    conn.execute(SQL["run"])  # the second heartbeat ends the drain
-    conn.execute(SQL["first"])
-    conn.execute("vacuum analyze")
-    # The commit is the same for all of them, and disks are noisy.
-    conn.execute("set synchronous_commit = off")
-    conn.prepare_threshold = 0
-    return conn
 
 
 # Playing -----------------------------------------------------------------------------------------
@@ -147,7 +69,7 @@ def measure(
     on_round: Callable[[], None] = lambda: None,
 ) -> Samples:
     """Let the variants take turns; each plays ``comparison.count`` statements a round."""
-    samples = Samples(comparison, {variant: [] for variant in comparison.variants})
+    samples = Samples(comparison.title, "us of server CPU", comparison.variants)
     random = Random(comparison.title)
     first = 2 if comparison.machines else 1
     for number in range(rounds + 1):
