@@ -1,7 +1,7 @@
 -- The guard of a protected table: what its generated triggers (_build_guard, 60_protect.sql) call for each
--- distinct (user, environment, machine) of a statement that is not the common case. What is asked of the table (mode, unowned) comes with the
--- call, from the generated code: that is always the newest, while a row of arbiter.protections is read by
--- the snapshot of the transaction, which may be older.
+-- distinct (user, environment, machine) of a statement that is not the common case. What is asked of the
+-- table (mode, unowned) comes with the call, from the generated code: that is always the newest, while a row
+-- of arbiter.protections is read by the snapshot of the transaction, which may be older.
 
 -- enforce raises; observe records what enforce would have raised, and lets the write pass.
 create or replace function arbiter._refuse(

@@ -28,6 +28,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_function regprocedure;
+  v_columns text := (
+    select string_agg(format('%I %s', a.attname, format_type(a.atttypid, null)), ', ' order by a.attnum)
+      from pg_catalog.pg_attribute a
+     where a.attrelid = 'arbiter.execution_status'::regclass and a.attnum > 0 and not a.attisdropped);
 begin
   if p_schema is null or p_schema = 'arbiter' or to_regnamespace(quote_ident(p_schema)) is null then
     raise exception using
@@ -51,7 +55,7 @@ begin
 
   execute format($sql$
     create or replace function %1$I.execution_status(p_user_id uuid default null)
-    returns table (environment text, can_write_local boolean, code text, message text, retry_at timestamptz, machine_id uuid, machine_state text, heartbeat_age interval, epoch bigint, draining boolean, as_of timestamptz, poll_interval interval)
+    returns table (%2$s)
     language sql
     stable
     security invoker
@@ -60,12 +64,12 @@ begin
       select * from arbiter.status(p_user_id);
     end
     $sql$,
-    p_schema);
+    p_schema, v_columns);
   execute format('comment on function %I.execution_status(uuid) is %L', p_schema,
     'arbiter: which environment is active for the user of the token, as arbiter.status() says.');
   execute format($sql$
     create or replace function %1$I.confirm_takeover(p_user_id uuid default null)
-    returns table (environment text, can_write_local boolean, code text, message text, retry_at timestamptz, machine_id uuid, machine_state text, heartbeat_age interval, epoch bigint, draining boolean, as_of timestamptz, poll_interval interval)
+    returns table (%2$s)
     language sql
     volatile
     security invoker
@@ -74,7 +78,7 @@ begin
       select * from arbiter.confirm_takeover(p_user_id);
     end
     $sql$,
-    p_schema);
+    p_schema, v_columns);
   execute format('comment on function %I.confirm_takeover(uuid) is %L', p_schema,
     'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
 

@@ -20,7 +20,7 @@ import arbiter_db
 from ..embedded import EmbeddedServer
 from .stage import Client, Stage, UnexpectedError, make_console, sql_file
 
-__all__ = ["DEFAULT_ROWS", "run"]
+__all__ = ["DEFAULT_ROWS", "create_app", "run"]
 
 DEFAULT_ROWS = 10_000
 
@@ -75,7 +75,8 @@ def run(real_time: bool = False, rows: int = DEFAULT_ROWS, major: int = 18) -> i
     with ExitStack() as stack:
         with console.status("Starting a server ...") if console.is_terminal else nullcontext():
             server = stack.enter_context(EmbeddedServer(major))
-            cast = _create_app(stack, server)
+            create_app(server)
+            cast = _enter(stack, server)
         stage = Stage(console, cast.owner, cast.browser, since=FIRST_BAR)
         try:
             _play(stage, cast, server, real_time, rows)
@@ -86,11 +87,17 @@ def run(real_time: bool = False, rows: int = DEFAULT_ROWS, major: int = 18) -> i
     return 0
 
 
-def _create_app(stack: ExitStack, server: EmbeddedServer) -> Cast:
-    """The app before arbiter: roles, schema, people, and the clients' connections."""
+def create_app(server: EmbeddedServer) -> None:
+    """The app before arbiter, with nobody in it: roles, database and schema."""
     with psycopg.connect(server.conninfo("postgres", "postgres"), autocommit=True) as connection:
         connection.execute(sql_file("roles.sql"))
         connection.execute("create database trading owner app_owner")
+    with psycopg.connect(server.conninfo(DATABASE, "app_owner"), autocommit=True) as connection:
+        connection.execute(sql_file("trading.sql"))
+
+
+def _enter(stack: ExitStack, server: EmbeddedServer) -> Cast:
+    """The people, and the clients' connections."""
 
     def client(name: str, color: str, user: str, become: str | None, **params: Any) -> Client:
         connection = stack.enter_context(
@@ -108,7 +115,6 @@ def _create_app(stack: ExitStack, server: EmbeddedServer) -> Cast:
         machine=client("machine", "cyan", "authenticator", "become_service"),
         backend=client("backend", "yellow", "authenticator", "become_service"),
     )
-    cast.owner.connection.execute(sql_file("trading.sql"))
     cast.owner.connection.execute(sql_file("people.sql"))
     return cast
 

@@ -19,7 +19,7 @@ import arbiter_db
 from ..embedded import EmbeddedServer
 from .gateway import Gateway, GatewayError
 from .stage import STATEMENTS, make_console, sql_file
-from .story import DATABASE, TRADER, USER
+from .story import DATABASE, TRADER, USER, create_app
 
 __all__ = ["run", "site"]
 
@@ -43,7 +43,7 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
         with ExitStack() as stack:
             with console.status("Starting ...") if console.is_terminal else nullcontext():
                 server = stack.enter_context(EmbeddedServer(major))
-                _create_app(server)
+                create_app(server)
                 arbiter_db.install(server.conninfo(DATABASE, "app_owner"))
                 gateway = stack.enter_context(
                     site(lambda user: server.conninfo(DATABASE, user), port, real_time)
@@ -88,15 +88,6 @@ def site(
         gateway.config["userToken"] = gateway.token("authenticated", USER, expires_in=lifetime)
         gateway.config["serviceKey"] = gateway.token("service_role", expires_in=lifetime)
         yield gateway
-
-
-def _create_app(server: EmbeddedServer) -> None:
-    """The app before arbiter: roles and schema."""
-    with psycopg.connect(server.conninfo("postgres", "postgres"), autocommit=True) as connection:
-        connection.execute(sql_file("roles.sql"))
-        connection.execute("create database trading owner app_owner")
-    with psycopg.connect(server.conninfo(DATABASE, "app_owner"), autocommit=True) as connection:
-        connection.execute(sql_file("trading.sql"))
 
 
 def _milliseconds(period: timedelta) -> int:
