@@ -19,73 +19,76 @@ from rich.table import Table
 
 from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
 from bench import cpu, load
-from bench.samples import Samples
-from bench.stage import UNGUARDED, VARIANTS, Stage
+from bench.samples import Comparison, Group, Plan, Samples
+from bench.stage import Stage
+
+COMPARISONS: dict[str, Comparison] = {**cpu.COMPARISONS, **load.COMPARISONS}
 
 #: Commits reach the disk, unless a session says otherwise.
-DURABLE = {"fsync": "on", "full_page_writes": "on"}
+OPTIONS = {"fsync": "on", "full_page_writes": "on"}
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument(
-    "names",
-    metavar="[COMPARISON]...",
-    nargs=-1,
-    type=click.Choice([*cpu.COMPARISONS, *load.LOADS]),
-)
-@click.option("--rounds", type=click.IntRange(2, 1000), default=7, show_default=True)
+@click.argument("names", metavar="[COMPARISON]...", nargs=-1, type=click.Choice([*COMPARISONS]))
+@click.option("--rounds", type=click.IntRange(1, 1000), default=7, show_default=True)
 @click.option(
-    "--seconds", type=click.IntRange(1, 60), default=4, show_default=True, help="A run of pgbench."
+    "--seconds", type=click.IntRange(1, 3600), default=4, show_default=True, help="A turn by time."
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(0.0001, 1),
+    default=1.0,
+    show_default=True,
+    help="Size of big tables, as a part of the full size.",
 )
 @click.option("--pg", default=18, show_default=True, help="Major version of PostgreSQL: 16 or 18.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures.")
 def main(
-    names: tuple[str, ...], rounds: int, seconds: int, pg: int, json_file: Path | None
+    names: tuple[str, ...], rounds: int, seconds: int, scale: float, pg: int, json_file: Path | None
 ) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    chosen = names or (*cpu.COMPARISONS, *load.LOADS)
-    costs, rates = {}, {}
+    plan = Plan(rounds, seconds, scale)
+    found: dict[str, Samples] = {}
     try:
         with ExitStack() as stack:
-            server = stack.enter_context(EmbeddedServer(pg, DURABLE))
+            server = stack.enter_context(EmbeddedServer(pg, OPTIONS))
             console.print(f"PostgreSQL {server.version}, {platform.machine()}, {rounds} rounds")
             stage = Stage(server, stack)
             progress = stack.enter_context(
                 Progress(console=console, transient=True, disable=not console.is_terminal)
             )
-            for name in chosen:
+            for name in names or COMPARISONS:
                 task = progress.add_task(name, total=rounds + 1)
                 advance = partial(progress.advance, task)
-                if name in cpu.COMPARISONS:
-                    costs[name] = cpu.measure(stage, cpu.COMPARISONS[name], rounds, advance)
-                else:
-                    rates[name] = load.measure(stage, load.LOADS[name], rounds, seconds, advance)
+                found[name] = COMPARISONS[name].measure(stage, plan, advance)
                 progress.remove_task(task)
     except (EmbeddedServerError, load.BenchError) as error:
         sys.exit(f"bench: {error}")
-    if costs:
-        console.print(_table("Server CPU per statement, as a multiple of unguarded", costs))
-    if rates:
-        console.print(_table("Single-row local inserts, throughput as a part of unguarded", rates))
+    groups = {COMPARISONS[name].group: None for name in found}
+    for group in groups:
+        members = [samples for name, samples in found.items() if COMPARISONS[name].group == group]
+        console.print(_table(group, members))
     if json_file:
-        json_file.write_text(json.dumps(_figures({**costs, **rates}), indent=2) + "\n")
+        json_file.write_text(json.dumps(_figures(found), indent=2) + "\n")
 
 
-def _table(title: str, found: dict[str, Samples]) -> Table:
-    """Ratios of the medians to unguarded, with the spread of the rounds."""
-    table = Table(title=title, title_justify="left")
+def _table(group: Group, members: list[Samples]) -> Table:
+    """The medians, as ratios where the group has them so, with the spread of the rounds."""
+    table = Table(title=group.title, title_justify="left")
     table.add_column("")
-    table.add_column(f"{UNGUARDED}, {next(iter(found.values())).unit}", justify="right")
-    for variant in VARIANTS[1:]:
+    columns = list(dict.fromkeys(variant for samples in members for variant in samples.variants))
+    for variant in columns:
         table.add_column(variant, justify="right")
-    for samples in found.values():
-        cells = [
-            f"{samples.ratio(variant):.2f} ±{samples.spread(variant):.0%}"
-            if variant in samples.rounds
-            else ""
-            for variant in VARIANTS[1:]
-        ]
-        table.add_row(samples.title, f"{samples.median(UNGUARDED):,.0f}", *cells)
+    for samples in members:
+        cells = []
+        for variant in columns:
+            if variant not in samples.variants:
+                cells.append("")
+            elif group.ratios and variant != samples.base:
+                cells.append(f"{samples.ratio(variant):.2f} ±{samples.spread(variant):.0%}")
+            else:
+                cells.append(f"{samples.median(variant):,.4g} {samples.unit}")
+        table.add_row(samples.title, *cells)
     return table
 
 
@@ -95,8 +98,9 @@ def _figures(found: dict[str, Samples]) -> dict[str, object]:
             "title": samples.title,
             "unit": samples.unit,
             "rounds": samples.rounds,
-            "median": {variant: samples.median(variant) for variant in samples.rounds},
-            "ratio": {variant: samples.ratio(variant) for variant in samples.rounds},
+            "median": {variant: samples.median(variant) for variant in samples.variants},
+            "ratio": {variant: samples.ratio(variant) for variant in samples.variants},
+            "facts": samples.facts,
         }
         for name, samples in found.items()
     }

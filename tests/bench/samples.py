@@ -1,37 +1,118 @@
-"""What was measured, and what is said about it."""
+"""What a comparison is, what it measured, and what is said about that."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from bench.stage import UNGUARDED
+import psycopg
 
-__all__ = ["Samples"]
+if TYPE_CHECKING:
+    from bench.stage import Stage
+
+__all__ = ["Comparison", "Conn", "Cost", "Group", "Plan", "Samples", "cpu_time"]
+
+Conn = psycopg.Connection[Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Comparisons that belong in one table.
+
+    With ``ratios`` the table shows the first variant's figure and the others as multiples of it,
+    otherwise every figure.
+    """
+
+    title: str
+    ratios: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often the variants take turns, and how long a turn by time lasts.
+
+    ``scale`` is the part of their full size that big tables are played with.
+    """
+
+    rounds: int = 7
+    seconds: int = 4
+    scale: float = 1.0
 
 
 @dataclass
 class Samples:
-    """One value a round for each variant, in ``unit``."""
+    """One value a round for each variant, in ``unit``; the others are held against the first."""
 
     title: str
     unit: str
-    variants: Sequence[str]
+    variants: tuple[str, ...]
     rounds: dict[str, list[float]] = field(init=False)
+    #: What else was found, by name: a part that is not a round's value.
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rounds = {variant: [] for variant in self.variants}
+
+    @property
+    def base(self) -> str:
+        return self.variants[0]
 
     def median(self, variant: str) -> float:
         """Of the rounds."""
         return statistics.median(self.rounds[variant])
 
     def ratio(self, variant: str) -> float:
-        """Of the medians, to unguarded."""
-        return self.median(variant) / self.median(UNGUARDED)
+        """Of the medians, to the first variant's."""
+        return self.median(variant) / self.median(self.base)
 
     def spread(self, variant: str) -> float:
         """Half the range between the quartiles, as a part of the median."""
+        if len(self.rounds[variant]) < 2:
+            return 0.0
         low, _, high = statistics.quantiles(self.rounds[variant], n=4)
         return (high - low) / 2 / self.median(variant)
+
+
+class Comparison(Protocol):
+    """Something that is measured under several variants, which take turns."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
+        """Play a round that warms up and does not count, then ``plan.rounds`` that do.
+
+        Calls ``on_round`` after each of them.
+        """
+        ...
+
+
+# The server's CPU time ---------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """CPU time in microseconds, once it is known."""
+
+    spent: float = 0.0
+
+
+@contextmanager
+def cpu_time(conn: Conn) -> Iterator[Cost]:
+    """What the connection's backend spends on a CPU inside the ``with`` block.
+
+    The time is the kernel's, from ``/proc/<pid>/schedstat``: what the client, the network and
+    other processes do is not in it, but for what they do to caches.
+    """
+    file = Path(f"/proc/{conn.info.backend_pid}/schedstat")
+    cost = Cost()
+    before = int(file.read_text().split()[0])
+    yield cost
+    cost.spent = (int(file.read_text().split()[0]) - before) / 1_000

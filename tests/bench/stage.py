@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
 import arbiter_db
 from arbiter_db.embedded import EmbeddedServer
 from arbiter_db.queries import _load
+from bench.samples import Conn
 
-__all__ = ["AGAIN", "SQL", "UNGUARDED", "USERS", "VARIANTS", "Conn", "Stage"]
+__all__ = ["AGAIN", "SQL", "UNGUARDED", "USERS", "VARIANTS", "Stage", "load_sql"]
 
 DEMO = Path(arbiter_db.__file__).parent / "demo"
-SQL = _load((Path(__file__).parent / "bench.sql").read_text(encoding="utf-8"))
+
+
+def load_sql(name: str) -> dict[str, bytes]:
+    """The statements of a file beside this one, by name."""
+    return _load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+SQL = load_sql("bench.sql")
 
 #: Each with a trader, every second one with a machine that runs.
 USERS = 1_000
@@ -26,27 +33,38 @@ UNGUARDED, AGAIN = "unguarded", "unguarded again"
 #: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
 VARIANTS = (UNGUARDED, AGAIN, "exists", "check", "advisory", "arbiter")
 
-Conn = psycopg.Connection[Any]
-
 
 class Stage:
-    """A database for each variant, on one server, with a connection to each."""
+    """A server, with a database for each variant that is asked for."""
 
     def __init__(self, server: EmbeddedServer, stack: ExitStack) -> None:
+        self.server = server
+        self._stack = stack
+        self._connections: dict[str, Conn] = {}
         with psycopg.connect(server.conninfo(), autocommit=True) as conn:
             conn.execute((DEMO / "roles.sql").read_bytes())
-        self.bindir = server.bindir
-        self.connections = {
-            variant: stack.enter_context(_prepare(server, variant)) for variant in VARIANTS
-        }
+
+    def conninfo(self, variant: str) -> str:
+        """How to reach the database of a variant, as the app's owner."""
+        self.connection(variant)
+        return self.server.conninfo(_name(variant), "app_owner")
+
+    def connection(self, variant: str) -> Conn:
+        """The stage's own connection to a variant's database; it does not wait for the disk."""
+        if variant not in self._connections:
+            self._connections[variant] = self._stack.enter_context(_prepare(self.server, variant))
+        return self._connections[variant]
+
+
+def _name(variant: str) -> str:
+    return f"bench_{variant.replace(' ', '_')}"
 
 
 def _prepare(server: EmbeddedServer, variant: str) -> Conn:
-    """Make the database of a variant; returns a connection that does not wait for the disk."""
-    name = f"bench_{variant.replace(' ', '_')}"
+    """Make the database of a variant."""
     with psycopg.connect(server.conninfo(), autocommit=True) as conn:
-        conn.execute(f"create database {name} owner app_owner".encode())
-    conninfo = server.conninfo(name, "app_owner")
+        conn.execute(f"create database {_name(variant)} owner app_owner".encode())
+    conninfo = server.conninfo(_name(variant), "app_owner")
     conn = psycopg.connect(conninfo, autocommit=True)
     conn.execute((DEMO / "trading.sql").read_bytes())
     conn.execute(SQL["lean"])
