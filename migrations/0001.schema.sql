@@ -187,6 +187,7 @@ create table if not exists arbiter.leases (
   draining_to uuid,
   draining_since timestamptz,
   held_since timestamptz not null,
+  claimant uuid generated always as (case when draining_since is null then machine_id else draining_to end) stored,
   constraint leases_pkey primary key (user_id),
   -- Unique so that the epoch is a key column: a handover then conflicts with `for key share` on an
   -- older version of the row, also for a writer whose snapshot is older than the handover.
@@ -212,6 +213,8 @@ comment on column arbiter.leases.draining_to is
 comment on column arbiter.leases.draining_since is
   'When a drain was marked: from then on the old holder is refused. Null when no drain is under way. Database clock.';
 comment on column arbiter.leases.held_since is 'When this epoch began. Database clock.';
+comment on column arbiter.leases.claimant is
+  'Whom the lease is for: the machine that holds it, or while it drains the one it drains to; null when that is local.';
 
 create table if not exists arbiter.handovers (
   user_id uuid not null,

@@ -52,22 +52,6 @@ $$;
 revoke execute on function arbiter._error(text) from public;
 comment on function arbiter._error(text) is 'SQLSTATE, message and hint of a rejection''s code.';
 
--- Whom a lease is for: while it drains, the one it drains to.
-create or replace function arbiter._claimant(p_lease arbiter.leases)
-returns uuid
-language plpgsql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return case when p_lease.draining_since is null then p_lease.machine_id else p_lease.draining_to end;
-end
-$$;
-revoke execute on function arbiter._claimant(arbiter.leases) from public;
-comment on function arbiter._claimant(arbiter.leases) is
-  'The machine that holds a lease or that it drains to; null when that is local, or there is no lease.';
-
 -- One JSON object. The instant is printed in UTC, whatever the session's time zone.
 create or replace function arbiter._detail(
   p_code text,
@@ -84,8 +68,8 @@ begin atomic
   select jsonb_build_object(
     'code', p_code,
     'user_id', p_user_id,
-    'holder', case when arbiter._claimant(p_lease) is not null then 'cloud' when (p_lease).user_id is not null then 'local' end,
-    'machine_id', arbiter._claimant(p_lease),
+    'holder', case when (p_lease).claimant is not null then 'cloud' when (p_lease).user_id is not null then 'local' end,
+    'machine_id', (p_lease).claimant,
     'epoch', (p_lease).epoch,
     'retry_at', to_char(p_retry_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) || p_more;
 end;

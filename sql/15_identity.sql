@@ -49,11 +49,10 @@ declare
 begin
   if p_user_id is distinct from v_subject and p_user_id is not null then
     -- Whoever may act as the owner of arbiter, or is beyond row security anyway.
-    if not exists (
-      select from pg_catalog.pg_roles r
-       where r.rolname = v_role
-         and (r.rolsuper or r.rolbypassrls or pg_has_role(r.oid, current_user, 'usage')))
-    then
+    if pg_has_role(v_role, current_user, 'usage') then
+      return p_user_id;
+    end if;
+    if not exists (select from pg_catalog.pg_roles r where r.rolname = v_role and r.rolbypassrls) then
       raise exception using
         errcode = 'insufficient_privilege',
         message = 'arbiter: only a trusted role may ask about another user',

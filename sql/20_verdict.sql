@@ -1,27 +1,46 @@
 -- The verdict: who may write, as one pure function of (lease, machine, settings, instant).
 -- No table is read here and no clock; the callers in 30_lease.sql and 70_status.sql bring both.
 
-create or replace function arbiter._is_fresh(
-  p_heartbeat_at timestamptz,
-  p_heartbeat_timeout interval,
-  p_at timestamptz)
-returns boolean
-language plpgsql
+-- Written out in the generated code that runs with every write: a call there would cost more than the question.
+-- A heartbeat that lies further in the future was stamped before the clock was set back: how long ago, nobody
+-- knows. Exclusion does not depend on it, but somebody must be able to write.
+create or replace function arbiter._fresh_expression(p_heartbeat_at text, p_heartbeat_timeout text, p_at text)
+returns text
+language sql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
-as $$
+return format('coalesce(%3$s - %1$s < %2$s and %1$s - %3$s < %2$s, false)', p_heartbeat_at, p_heartbeat_timeout, p_at);
+revoke execute on function arbiter._fresh_expression(text, text, text) from public;
+comment on function arbiter._fresh_expression(text, text, text) is
+  'SQL for whether a heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';
+
+do $is_fresh$
 begin
-  -- One that lies further in the future was stamped before the clock was set back: how long ago, nobody
-  -- knows. Exclusion does not depend on it, but somebody must be able to write.
-  return coalesce(p_at - p_heartbeat_at < p_heartbeat_timeout and p_heartbeat_at - p_at < p_heartbeat_timeout, false);
+  execute format($sql$
+    create or replace function arbiter._is_fresh(
+      p_heartbeat_at timestamptz,
+      p_heartbeat_timeout interval,
+      p_at timestamptz)
+    returns boolean
+    language plpgsql
+    immutable
+    security invoker
+    set search_path = pg_catalog, pg_temp
+    as $body$
+    begin
+      return %s;
+    end
+    $body$
+    $sql$,
+    arbiter._fresh_expression('p_heartbeat_at', 'p_heartbeat_timeout', 'p_at'));
 end
-$$;
+$is_fresh$;
 revoke execute on function arbiter._is_fresh(timestamptz, interval, timestamptz) from public;
 comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
-  'Whether the last heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';
+  '_fresh_expression as a function.';
 
--- p_machine is the machine that the lease is for (_claimant). At any instant at most one environment
+-- p_machine is the machine that the lease is for (its claimant). At any instant at most one environment
 -- is admitted: once a browser may take over, the machine may not write any more, whatever it believes.
 create or replace function arbiter._verdict(
   p_source text,
@@ -37,7 +56,6 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_claimant uuid := arbiter._claimant(p_lease);
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
   -- An instant that was never noted counts as this very moment: unknown means possibly alive. One that
   -- lies further in the future than its period was noted before the clock was set back: its time is over.
@@ -50,7 +68,7 @@ declare
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
 begin
-  if v_claimant is not null then
+  if p_lease.claimant is not null then
     case p_machine.state
       when 'stopping' then
         if v_fresh or p_at < v_grace_ends_at then
@@ -89,7 +107,7 @@ begin
     return v_local;
   end if;
   -- Until a takeover is possible whatever the status: signals in flight may complete during a stop.
-  if v_claimant is null or v_claimant is distinct from p_machine_id or not v_fresh or v_local.takeover is not null then
+  if p_lease.claimant is null or p_lease.claimant is distinct from p_machine_id or not v_fresh or v_local.takeover is not null then
     v_cloud.code := 'not_holder';
   end if;
   return v_cloud;

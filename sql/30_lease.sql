@@ -34,14 +34,21 @@ as $$
 declare
   v_machine arbiter.machine;
 begin
-  select p_machine_id, p_user_id, coalesce(m.state, 'deleted'), m.heartbeat_at,
-         n.left_running_at, n.entered_error_at
-    into v_machine
-    from (select) as one
-    left join arbiter.machines m
-      on m.machine_id = p_machine_id and m.user_id = p_user_id
-    left join arbiter.machine_notes n
-      on n.machine_id = p_machine_id and n.user_id = p_user_id;
+  v_machine.machine_id := p_machine_id;
+  v_machine.user_id := p_user_id;
+  if p_machine_id is not null then
+    select m.state, m.heartbeat_at
+      into v_machine.state, v_machine.heartbeat_at
+      from arbiter.machines m
+     where m.machine_id = p_machine_id and m.user_id = p_user_id;
+    if v_machine.state is distinct from 'running' then
+      select n.left_running_at, n.entered_error_at
+        into v_machine.left_running_at, v_machine.entered_error_at
+        from arbiter.machine_notes n
+       where n.machine_id = p_machine_id and n.user_id = p_user_id;
+    end if;
+  end if;
+  v_machine.state := coalesce(v_machine.state, 'deleted');
   return v_machine;
 end
 $$;
@@ -423,7 +430,7 @@ begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   loop
     select l.* into lease from arbiter.leases l where l.user_id = p_user_id;
-    v_machine := arbiter._machine(p_user_id, arbiter._claimant(lease));
+    v_machine := arbiter._machine(p_user_id, lease.claimant);
     verdict := arbiter._verdict(p_source, p_machine_id, lease, v_machine, v_settings, clock_timestamp());
     if verdict.code is not null then
       return;
@@ -452,7 +459,7 @@ begin
       if v_attempt.locked then
         -- Again, by what nobody can change any more.
         lease := v_attempt.lease;
-        v_machine := arbiter._machine(p_user_id, arbiter._claimant(lease));
+        v_machine := arbiter._machine(p_user_id, lease.claimant);
         verdict := arbiter._verdict(p_source, p_machine_id, lease, v_machine, v_settings, clock_timestamp());
         if verdict.code is not null then
           return;

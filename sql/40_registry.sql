@@ -127,7 +127,7 @@ begin
   if not found then
     return;
   end if;
-  v_incumbent := arbiter._claimant(v_lease);
+  v_incumbent := v_lease.claimant;
   if v_incumbent = p_machine_id then
     return;
   end if;
@@ -200,12 +200,19 @@ begin atomic
       ('arbiter_note',
        'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
        'Notes machines that come and go.'),
+      -- Whatever an update names: a trigger of the app may change the status. The server reads a condition anew
+      -- in every statement, so this one is short; the other is only read where its columns are named.
       ('arbiter_note_update',
-       format('after update on {table} for each row '
-         'when (old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I or old.%3$I is distinct from new.%3$I) '
+       format('after update on {table} for each row when (old.%1$I is distinct from new.%1$I) '
+         'execute function arbiter.tg_registry_note()',
+         r.status_column),
+       'Notes when a machine changes its state.'),
+      ('arbiter_note_owner',
+       format('after update of %1$I, %2$I on {table} for each row '
+         'when ((old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I) and old.%3$I is not distinct from new.%3$I) '
          'execute function arbiter.tg_registry_note()',
          r.id_column, r.user_column, r.status_column),
-       'Notes when a machine changes its state or its owner.'),
+       'Notes when a machine changes its owner, and not its state.'),
       ('arbiter_note_truncate',
        'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
        'Notes that all machines are gone.'),
@@ -302,13 +309,13 @@ begin
     set search_path = pg_catalog, pg_temp
     as $tg$
     begin
-      -- Never the client's clock, and never back, unless the clock itself was: a heartbeat too far ahead is
-      -- none (_is_fresh).
       new.%1$I := clock_timestamp();
-      if tg_op = 'UPDATE' and old.%1$I > new.%1$I and old.%1$I - new.%1$I < (
-        select s.heartbeat_timeout from arbiter.settings s where s.singleton)
-      then
-        new.%1$I := old.%1$I;
+      -- Never the client's clock, and never back, unless the clock itself was: a heartbeat too far ahead is
+      -- none (_is_fresh). Two questions: one that holds a query is planned and run as one, each time.
+      if tg_op = 'UPDATE' and old.%1$I > new.%1$I then
+        if old.%1$I - new.%1$I < (select s.heartbeat_timeout from arbiter.settings s where s.singleton) then
+          new.%1$I := old.%1$I;
+        end if;
       end if;
       return new;
     end
@@ -360,14 +367,21 @@ begin
     set enable_seqscan = off
     as $tg$
     declare
-      v_timeout interval := (select s.heartbeat_timeout from arbiter.settings s where s.singleton);
+      v_timeout interval;
       v_machine record;
     begin
+      -- The common case is the heartbeat of the machine that holds the lease, and asks no more than this.
+      perform from arbiter_rows n
+        where (select l.machine_id = n.%1$I from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null) is not true;
+      if not found then
+        return null;
+      end if;
+      select s.heartbeat_timeout into strict v_timeout from arbiter.settings s where s.singleton;
       for v_machine in
-        select n.%1$I as machine_id, n.%2$I as user_id, n.%4$I as heartbeat_at
+        select n.%1$I as machine_id, n.%2$I as user_id, n.%3$I as heartbeat_at
           from arbiter_rows n
          where n.%2$I is not null
-           and %3$s = 'running'
+           and %4$s = 'running'
            and n.%1$I is distinct from (
              select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null)
          -- The end of a drain first: a look at the lease for another machine locks it, and what this
@@ -383,8 +397,8 @@ begin
     end
     $tg$
     $sql$,
-    v_registry.id_column, v_registry.user_column,
-    arbiter._state_expression(v_registry, 'n'), v_registry.heartbeat_column);
+    v_registry.id_column, v_registry.user_column, v_registry.heartbeat_column,
+    arbiter._state_expression(v_registry, 'n'));
 
   perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
   perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');

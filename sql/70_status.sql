@@ -19,7 +19,7 @@ as $$
 declare
   v_settings arbiter.settings;
   v_lease arbiter.leases;
-  v_claimant uuid;
+  v_machine_id uuid;
   v_machine arbiter.machine;
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
@@ -27,16 +27,23 @@ declare
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
-  v_claimant := arbiter._claimant(v_lease);
-  -- While the browser holds: the machine that is on its way.
-  v_machine := arbiter._machine(p_user_id, coalesce(v_claimant, (
-    select m.machine_id from arbiter.machines m
+  v_machine_id := v_lease.claimant;
+  if v_machine_id is null then
+    -- While the browser holds: the machine that is on its way.
+    select m.machine_id
+      into v_machine_id
+      from arbiter.machines m
      where m.user_id = p_user_id
      order by m.heartbeat_at desc nulls last
-     limit 1)));
+     limit 1;
+  end if;
+  v_machine := arbiter._machine(p_user_id, v_machine_id);
   v_status.as_of := clock_timestamp();
   v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_status.as_of);
-  v_cloud := arbiter._verdict('cloud', v_claimant, v_lease, v_machine, v_settings, v_status.as_of);
+  -- A fresh machine that runs may write: that is what cloud_active says.
+  if v_local.code <> 'cloud_active' then
+    v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, v_status.as_of);
+  end if;
 
   v_status.can_write_local := v_local.code is null;
   v_status.environment := case
@@ -48,7 +55,7 @@ begin
     when 'cloud_active' then 'Cloud active'
     when 'cooling_down' then 'Cooling down'
     when 'takeover_unconfirmed' then 'Cloud failed'
-    else case when v_claimant is null and v_machine.state = 'starting' then 'Cloud starting' else 'Browser mode' end end;
+    else case when v_lease.claimant is null and v_machine.state = 'starting' then 'Cloud starting' else 'Browser mode' end end;
   v_status.retry_at := v_local.retry_at;
   v_status.machine_id := v_machine.machine_id;
   v_status.machine_state := case when v_machine.machine_id is not null then v_machine.state end;
@@ -89,7 +96,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
-  v_machine arbiter.machine := arbiter._machine(p_user_id, arbiter._claimant(p_lease));
+  v_machine arbiter.machine := arbiter._machine(p_user_id, p_lease.claimant);
   v_verdict arbiter.verdict;
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;

@@ -156,7 +156,7 @@ LOOK = {
         " cross join unnest(array_append(%(machines)s::uuid[], null)) as w (machine_id)"
         " cross join lateral arbiter._verdict("
         "   case when w.machine_id is null then 'local' else 'cloud' end, w.machine_id, l,"
-        "   arbiter._machine(u.id, arbiter._claimant(l)), s, clock_timestamp()) as v"
+        "   arbiter._machine(u.id, l.claimant), s, clock_timestamp()) as v"
     ),
     "status": (
         "select u.id as user_id, s.* from unnest(%(users)s::uuid[]) as u (id)"

@@ -103,9 +103,7 @@ def verdict(
         """,
         source,
         machine_id,
-        _record(
-            {"user_id": USER, "epoch": 7, "held_since": AT - DELAY, **lease} if lease else None
-        ),
+        _lease(lease),
         _record(machine.as_record() if machine else None),
         _record({**SETTINGS, **(settings or {})}),
         AT,
@@ -116,6 +114,16 @@ def verdict(
 def _record(record: dict[str, Any] | None) -> str:
     """The record as JSON; an absent one is a record of nulls, which is what the callers pass."""
     return json.dumps(record or {}, default=str)
+
+
+def _lease(lease: dict[str, Any] | None) -> str:
+    """A lease as it stands in the table, which generates the claimant."""
+    if lease is None:
+        return _record(None)
+    claimant = lease.get("draining_to" if lease.get("draining_since") else "machine_id")
+    return _record(
+        {"user_id": USER, "epoch": 7, "held_since": AT - DELAY, "claimant": claimant, **lease}
+    )
 
 
 # A local write -----------------------------------------------------------------------------------
@@ -432,7 +440,7 @@ def test_verdict_is_pure(conn: psycopg.Connection[Any]) -> None:
                 jsonb_populate_record(null::arbiter.machine, %s::jsonb),
                 jsonb_populate_record(null::arbiter.settings_of_before, %s::jsonb), %s) as v
             """,
-            _record(MACHINE_HOLDS["holds"]),
+            _lease(MACHINE_HOLDS["holds"]),
             _record(machine.as_record()),
             _record(SETTINGS),
             AT,
