@@ -1,5 +1,43 @@
 -- protect() and unprotect(): columns, generated guards, triggers.
 
+-- Asked by the views below while a query is planned, not each time it runs: whoever drops or makes a foreign key
+-- invalidates all plans over its two tables. Hence immutable, though it reads the catalog. The answer must be
+-- today's even where the snapshot is old, since a plan outlives the transaction that made it.
+create or replace function arbiter._key_stands(p_table regclass, p_constraint name, p_parent regclass)
+returns boolean
+language plpgsql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key oid;
+  v_parent oid;
+begin
+  begin
+    -- These two look things up as the server itself does, past the snapshot.
+    select k.objid
+      into v_key
+      from pg_identify_object_as_address('pg_class'::regclass, p_table, 0) t,
+           pg_get_object_address('table constraint', t.object_names || p_constraint::text, '{}') k;
+  exception
+    when undefined_object or undefined_table then
+      return false;
+  end;
+  select k.confrelid into v_parent from pg_catalog.pg_constraint k where k.oid = v_key;
+  if not found then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = format('arbiter: foreign key %I of %s was made after the snapshot of this transaction', p_constraint, p_table),
+      hint = 'Try again in a new transaction.';
+  end if;
+  return v_parent = p_parent;
+end
+$$;
+revoke execute on function arbiter._key_stands(regclass, name, regclass) from public;
+comment on function arbiter._key_stands(regclass, name, regclass) is
+  'Whether a table has a foreign key of this name to the parent, as of the planning of the query that asks. Error 55000 when that is newer than the snapshot.';
+
 -- Each step of a path but the first is a view of two columns, bound to the table that the foreign key
 -- leads to today, and empty once that key is gone or leads elsewhere.
 create or replace function arbiter._path_views(p_protection arbiter.protections)
@@ -18,9 +56,8 @@ begin
     v_key := arbiter._need_foreign_key(v_table, v_steps[i], (p_protection).user_path);
     view_name := format('_path_%s_%s', (p_protection).protection_id, i);
     query := format(
-      'select p.%I as key, p.%I as value from %s p where exists ('
-      'select from pg_catalog.pg_constraint k where k.conname = %L and k.confrelid = %L::regclass)',
-      v_key.parent_column, v_steps[i + 1], v_key.parent, v_key.constraint_name, v_key.parent);
+      'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%L::regclass, %L, %L::regclass)',
+      v_key.parent_column, v_steps[i + 1], v_key.parent, v_table, v_key.constraint_name, v_key.parent);
     parent := v_key.parent;
     return next;
     v_table := v_key.parent;
@@ -223,11 +260,53 @@ begin
       as $tg$
       #variable_conflict use_variable
       declare
+        v_held record;
         v_write record;
+        v_is_common boolean := true;
+        -- Above that the lock may wait (_share_lease_bounded).
+        v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
       begin
+        -- The common case, without a call: the environment, and machine, that writes holds the lease and no drain
+        -- is under way. Found means locked, to the end of the transaction (_share_lease). Once for what is
+        -- distinct in the rows themselves: the way to the user is walked afterwards.
+        if v_shares then
+          for v_held in
+            select w.arbiter_machine, w.arbiter_user
+              from (
+                select d.arbiter_machine,
+                       case when d.arbiter_fits then (
+                         select l.user_id
+                           from arbiter.leases l
+                          where l.user_id = %10$s
+                            and l.machine_id is not distinct from d.arbiter_machine
+                            and l.draining_since is null
+                            for key share skip locked) end as arbiter_user
+                  from (
+                    -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+                    select distinct n.%11$I, n.%3$I as arbiter_machine, %12$s as arbiter_fits
+                      from %5$s as n
+                     where %6$s) d
+                offset 0) w
+             where w.arbiter_user is null or w.arbiter_machine is not null
+          loop
+            v_is_common := v_held.arbiter_user is not null and exists (
+              select from arbiter.machines m, arbiter.settings s
+               where m.machine_id = v_held.arbiter_machine
+                 and m.user_id = v_held.arbiter_user
+                 and m.state = 'running'
+                 and s.singleton
+                 and %13$s);
+            exit when not v_is_common;
+          end loop;
+          if v_is_common then
+            return null;
+          end if;
+        end if;
+
+        -- Whoever else writes is judged one by one, in the order of the users.
         for v_write in
           select distinct
-                 -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+                 -- If this statement fails: call arbiter.protect() again.
                  %2$s as user_id,
                  n.source::text as source,
                  n.%3$I as machine_id,
@@ -236,22 +315,9 @@ begin
            where %6$s
            order by 1, 2, 3, 4
         loop
-          -- The common case, without a call: this environment, and machine, holds the lease and no drain is
-          -- under way. Found means locked, to the end of the transaction (_share_lease).
-          if v_write.flaw is null and current_setting('transaction_isolation') = 'read committed' then
-            perform from arbiter.leases l
-              where l.user_id = v_write.user_id
-                and l.holder = v_write.source
-                and l.machine_id is not distinct from v_write.machine_id
-                and l.draining_since is null
-                for key share skip locked;
-            continue when found and (v_write.machine_id is null or exists (
-              select from arbiter.machines m, arbiter.settings s
-               where m.machine_id = v_write.machine_id
-                 and m.user_id = v_write.user_id
-                 and m.state = 'running'
-                 and s.singleton
-                 and arbiter._is_fresh(m.heartbeat_at, s.heartbeat_timeout, clock_timestamp())));
+          -- Among many users one new one must not make it dear for all.
+          if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
+            continue when arbiter._share_lease(v_write.user_id, 'local', null);
           end if;
           perform arbiter._admit(%7$s, %8$L, %9$L, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
         end loop;
@@ -270,7 +336,14 @@ begin
         else 'true' end,
       p_protection_id,
       v_protection.mode,
-      v_protection.unowned);
+      v_protection.unowned,
+      arbiter._path_expression(v_protection, 'd', 'user'),
+      (parse_ident(v_protection.user_path))[1],
+      -- What else a row of the common case says: its source fits its machine, and it names its transaction. The
+      -- lease with that machine, or without one, then has that holder.
+      format($$n.source = case when n.%I is null then 'local' else 'cloud' end$$, v_protection.machine_column)
+        || case when v_protection.evidence then ' and n.arbiter_xid = pg_current_xact_id()' else '' end,
+      arbiter._fresh_expression('m.heartbeat_at', 's.heartbeat_timeout', 'clock_timestamp()'));
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
       format('Arbitrates writes to %s.', v_table));
   end loop;

@@ -320,6 +320,37 @@ def test_another_owner_table_is_not_believed(at: Stage, swap: str) -> None:
     assert refusal(at.insert, at.db.connect(), whose).sqlstate == "WX001"
 
 
+#: A change, what a snapshot from before it gets, and what the session gets afterwards.
+KEYS = {
+    "dropped": ("drop constraint orders_owner_id_fkey", "WX005", "WX005"),
+    "made anew": (
+        "drop constraint orders_owner_id_fkey, add constraint orders_owner_id_fkey"
+        " foreign key (owner_id) references public.owners (id)",
+        "55000",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", KEYS)
+def test_an_old_snapshot_does_not_bring_a_key_back(at: Stage, change: str) -> None:
+    """Nor does what a session plans under one stay with it."""
+    ddl, by_old_snapshot, afterwards = KEYS[change]
+    before = count_rows(at.owner, "public.orders")
+    at.old.execute("begin isolation level repeatable read")
+    at.old.execute("select 1")  # takes the snapshot, and no lock that would keep the change waiting
+    at.owner.execute(f"alter table public.orders {ddl}".encode())
+
+    assert refusal(at.insert, at.old, at.adas).sqlstate == by_old_snapshot
+    at.old.execute("rollback")
+
+    if afterwards:
+        assert refusal(at.insert, at.old, at.adas).sqlstate == afterwards
+    else:
+        at.insert(at.old, at.adas)
+    assert count_rows(at.owner, "public.orders") == before + (afterwards is None)
+
+
 @pytest.mark.parametrize("column", ["machine_id", "owner_id", "arbiter_xid"])
 def test_provenance_is_not_left_open_by_a_column_that_goes(at: Stage, column: str) -> None:
     # What remains of a row's provenance must not become free because one part of it has gone.
