@@ -250,6 +250,8 @@ comment on function arbiter._audit_rows(arbiter.protections, boolean) is
   'SQL for the rows of a protected table with their users; with true it tells how far it is.';
 
 -- With row security off a row that is hidden from the caller is an error, not a row that is fine.
+-- The planner knows neither how many rows a step has nor how many users there are: guessed too low, all users
+-- were gone through for each row.
 create or replace function arbiter.audit(p_table regclass, p_verbose boolean default false)
 returns setof arbiter.audit_finding
 language plpgsql
@@ -257,6 +259,7 @@ volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = off
+set enable_nestloop = off
 as $$
 declare
   v_protection arbiter.protections;
@@ -301,18 +304,21 @@ begin
       select pg_snapshot_xmax(pg_current_snapshot()) as next_xid,
              exists (select from terms t where t.elsewhere > 0) as is_restored
     ), placed as (
-      select r.*, t.is_broken, coalesce(t.elsewhere, 0) as elsewhere, t.holders,
-             coalesce(t.elsewhere, 0) + coalesce(width_bucket(r.xid, t.frontiers), 0) as low,
-             coalesce(t.elsewhere, 0) + coalesce(width_bucket(r.xid, t.floors), 0) as high,
+      -- Of the holders the one that matters: all of them, written down for each row, would fill the disk.
+      select r.*, t.is_broken, coalesce(t.elsewhere, 0) as elsewhere, t.holders[i.low] as holder,
+             coalesce(t.elsewhere, 0) + i.low as low,
+             coalesce(t.elsewhere, 0) + i.high as high,
              r.xid < d.next_xid and (not d.is_restored or r.xid::xid = r.xmin) as was_counted_here
         from (%1$s) as r
         left join terms t on t.user_id = r.user_id
        cross join database d
+       cross join lateral (
+         select coalesce(width_bucket(r.xid, t.frontiers), 0) as low, coalesce(width_bucket(r.xid, t.floors), 0) as high) as i
     ), plain as (
       select p.*,
              coalesce(p.low = p.high
                and p.low > p.elsewhere
-               and p.holders[p.low - p.elsewhere] = coalesce(p.machine_id, '00000000-0000-0000-0000-000000000000')
+               and p.holder = coalesce(p.machine_id, '00000000-0000-0000-0000-000000000000')
                and p.machine_id is distinct from '00000000-0000-0000-0000-000000000000'
                and (p.source = 'cloud') = (p.machine_id is not null)
                and p.was_counted_here
