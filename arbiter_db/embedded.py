@@ -350,7 +350,8 @@ class EmbeddedServer:
     ``options`` are server settings; they override DEFAULT_OPTIONS, which trade durability for
     speed. ``tcp=True`` makes it listen on 127.0.0.1 too, on a free port: authentication is
     ``trust``, so every user of this machine may then log in. Without it only the user who started
-    the server can, since the socket lies in a directory with mode 0700.
+    the server can, since the socket lies in a directory with mode 0700. ``in_memory=False`` puts
+    the data on a disk, in the directory for temporary files.
 
     The superuser is ``postgres``; encoding UTF8, locale C, time zone UTC. Nothing is started
     before ``start()`` or the ``with`` block. Raises ServerNotFoundError when there is no server of
@@ -364,12 +365,18 @@ class EmbeddedServer:
     """
 
     def __init__(
-        self, major: int = 18, options: Mapping[str, str] | None = None, *, tcp: bool = False
+        self,
+        major: int = 18,
+        options: Mapping[str, str] | None = None,
+        *,
+        tcp: bool = False,
+        in_memory: bool = True,
     ) -> None:
         self.major = major
         self.version = ""
         self.options = {**DEFAULT_OPTIONS, **(options or {})}
         self.tcp = tcp
+        self.in_memory = in_memory
         self.port = 5432  # names the socket, in a directory of its own: no clash
         self._installation = find_installation(major)
         self.bindir = self._installation.bindir
@@ -500,7 +507,7 @@ class EmbeddedServer:
         atexit.register(self.close)
         account = self._account
         self._scratch = self._make_directory(self._scratch_parent())
-        if _has_room(MEMORY_DIRECTORY, account):
+        if self.in_memory and _has_room(MEMORY_DIRECTORY, account):
             self._data = self._make_directory(MEMORY_DIRECTORY)
         else:
             self._data = self._scratch / "data"

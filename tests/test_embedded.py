@@ -175,6 +175,10 @@ class TestDirectories:
         with EmbeddedServer(MAJOR) as server:
             assert server.data_directory.parent == Path(server.host)
 
+    def test_the_data_is_on_a_disk_on_demand(self) -> None:
+        with EmbeddedServer(MAJOR, in_memory=False) as server:
+            assert server.data_directory.parent == Path(server.host)
+
     def test_a_deep_temporary_directory_is_not_used_for_the_socket(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

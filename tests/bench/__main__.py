@@ -5,8 +5,6 @@ PYTHONPATH=tests python -m bench
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -15,16 +13,38 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
-from bench import cpu, load
-from bench.samples import Comparison, Group, Plan, Samples
+from bench import (
+    audit,
+    bulk,
+    clients,
+    cpu,
+    growth,
+    handover,
+    heartbeats,
+    load,
+    polling,
+    rejects,
+    report,
+)
+from bench.samples import Comparison, Plan
 from bench.stage import Stage
 
-COMPARISONS: dict[str, Comparison] = {**cpu.COMPARISONS, **load.COMPARISONS}
+COMPARISONS: dict[str, Comparison] = {
+    **cpu.COMPARISONS,
+    **load.COMPARISONS,
+    **clients.COMPARISONS,
+    **bulk.COMPARISONS,
+    **rejects.COMPARISONS,
+    **heartbeats.COMPARISONS,
+    **polling.COMPARISONS,
+    **handover.COMPARISONS,
+    **growth.COMPARISONS,
+    **audit.COMPARISONS,
+}
 
-#: Commits reach the disk, unless a session says otherwise.
+#: Commits reach the disk, unless a session says otherwise; the data is on one.
 OPTIONS = {"fsync": "on", "full_page_writes": "on"}
 
 
@@ -42,17 +62,22 @@ OPTIONS = {"fsync": "on", "full_page_writes": "on"}
     help="Size of big tables, as a part of the full size.",
 )
 @click.option("--pg", default=18, show_default=True, help="Major version of PostgreSQL: 16 or 18.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures.")
+@click.option(
+    "--report",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep JSON, tables and plots there; figures of other comparisons in it stay.",
+)
 def main(
-    names: tuple[str, ...], rounds: int, seconds: int, scale: float, pg: int, json_file: Path | None
+    names: tuple[str, ...], rounds: int, seconds: int, scale: float, pg: int, folder: Path | None
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(stderr=True)
     plan = Plan(rounds, seconds, scale)
-    found: dict[str, Samples] = {}
+    found: dict[str, report.Figures] = {}
     try:
         with ExitStack() as stack:
-            server = stack.enter_context(EmbeddedServer(pg, OPTIONS))
-            console.print(f"PostgreSQL {server.version}, {platform.machine()}, {rounds} rounds")
+            server = stack.enter_context(EmbeddedServer(pg, OPTIONS, in_memory=False))
+            about = f"PostgreSQL {server.version}"
             stage = Stage(server, stack)
             progress = stack.enter_context(
                 Progress(console=console, transient=True, disable=not console.is_terminal)
@@ -60,50 +85,18 @@ def main(
             for name in names or COMPARISONS:
                 task = progress.add_task(name, total=rounds + 1)
                 advance = partial(progress.advance, task)
-                found[name] = COMPARISONS[name].measure(stage, plan, advance)
+                samples = COMPARISONS[name].measure(stage, plan, advance)
+                found[name] = report.as_figures(COMPARISONS[name], samples, about)
                 progress.remove_task(task)
     except (EmbeddedServerError, load.BenchError) as error:
         sys.exit(f"bench: {error}")
-    groups = {COMPARISONS[name].group: None for name in found}
-    for group in groups:
-        members = [samples for name, samples in found.items() if COMPARISONS[name].group == group]
-        console.print(_table(group, members))
-    if json_file:
-        json_file.write_text(json.dumps(_figures(found), indent=2) + "\n")
-
-
-def _table(group: Group, members: list[Samples]) -> Table:
-    """The medians, as ratios where the group has them so, with the spread of the rounds."""
-    table = Table(title=group.title, title_justify="left")
-    table.add_column("")
-    columns = list(dict.fromkeys(variant for samples in members for variant in samples.variants))
-    for variant in columns:
-        table.add_column(variant, justify="right")
-    for samples in members:
-        cells = []
-        for variant in columns:
-            if variant not in samples.variants:
-                cells.append("")
-            elif group.ratios and variant != samples.base:
-                cells.append(f"{samples.ratio(variant):.2f} ±{samples.spread(variant):.0%}")
-            else:
-                cells.append(f"{samples.median(variant):,.4g} {samples.unit}")
-        table.add_row(samples.title, *cells)
-    return table
-
-
-def _figures(found: dict[str, Samples]) -> dict[str, object]:
-    return {
-        name: {
-            "title": samples.title,
-            "unit": samples.unit,
-            "rounds": samples.rounds,
-            "median": {variant: samples.median(variant) for variant in samples.variants},
-            "ratio": {variant: samples.ratio(variant) for variant in samples.variants},
-            "facts": samples.facts,
-        }
-        for name, samples in found.items()
-    }
+    for title, table in report.tables(found):
+        click.echo(f"\n{title}\n\n{table}")
+    for name, figures in found.items():
+        for fact, value in figures["facts"].items():
+            click.echo(f"{name}: {fact}: {value}")
+    if folder:
+        report.keep(found, folder)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ select md5('machine' || n)::uuid, md5('user' || n)::uuid, 'm' || n, 'provisionin
 -- What arbiter adds, for those who have to do without it.
 alter table public.cloud_machines add column last_health_check timestamptz;
 alter table public.signals
-  add column source text not null default 'local',
+  add column source text not null default 'local' check (source in ('local', 'cloud')),
   add column machine_id uuid references public.cloud_machines (id) on delete set null;
 create index on public.signals (machine_id) where machine_id is not null;
 
@@ -49,6 +49,28 @@ $$;
 create trigger signals_ask before insert on public.signals
   for each row execute function public.tg_ask();
 
+-- name: policy
+-- The same question in row security, with the rights of a function's owner: a browser may not read the registry.
+create function public.may_write(p_trader_id uuid, p_source text)
+returns boolean
+language sql
+stable
+security definer
+set search_path = ''
+begin atomic
+  select (p_source = 'cloud') = exists (
+    select from public.cloud_machines m
+      join public.traders t on t.user_id = m.user_id
+     where t.id = p_trader_id
+       and m.status = 'running'
+       and m.last_health_check > clock_timestamp() - interval '1 day');
+end;
+-- The benchmark's clients are the owner, whom row security passes by unless it is forced.
+alter table public.signals enable row level security, force row level security;
+create policy signals_all on public.signals using (true) with check (true);
+create policy signals_one_environment on public.signals as restrictive
+  using (true) with check (public.may_write(trader_id, source));
+
 -- name: settings
 update arbiter.settings set heartbeat_timeout = '24 hours', drain_timeout = '10 seconds'
 
@@ -65,6 +87,10 @@ select t.id, 'BTCUSDT', '1m', 'buy', to_timestamp(0)
 -- name: insert_local
 insert into public.signals (trader_id, symbol, interval, signal, bar_time)
 values (md5('trader' || %(user)s::int)::uuid, 'BTCUSDT', '1m', 'buy', to_timestamp(%(bar)s))
+
+-- name: insert_now
+insert into public.signals (trader_id, symbol, interval, signal, bar_time)
+values (md5('trader' || %(user)s::int)::uuid, 'C' || %(client)s::int, '1m', 'buy', clock_timestamp())
 
 -- name: insert_cloud
 insert into public.signals (trader_id, symbol, interval, signal, bar_time, source, machine_id)
@@ -111,9 +137,14 @@ select exists (
      and m.status = 'running'
      and m.last_health_check > clock_timestamp() - interval '1 day')
 
--- name: load_insert
+-- name: load_local
 insert into public.signals (trader_id, symbol, interval, signal, bar_time)
 values (md5('trader' || :user::int)::uuid, 'C' || :client_id::int, '1m', 'buy', clock_timestamp())
+
+-- name: load_cloud
+insert into public.signals (trader_id, symbol, interval, signal, bar_time, source, machine_id)
+values (md5('trader' || :user::int)::uuid, 'C' || :client_id::int, '1m', 'buy', clock_timestamp(),
+        'cloud', md5('machine' || :user::int)::uuid)
 
 -- name: load_commit
 commit

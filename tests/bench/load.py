@@ -15,18 +15,22 @@ from bench.stage import SQL, USERS, VARIANTS, Stage
 
 __all__ = ["COMPARISONS", "BenchError", "Load"]
 
-GROUP = Group("Single-row inserts, throughput as a part of unguarded")
-
-#: What the client of a variant sends for one signal.
-SENDS = {
-    "check": ("load_ask", "load_insert"),
-    "advisory": ("load_begin", "load_lock", "load_ask", "load_insert", "load_commit"),
+LOCAL, CLOUD = "local", "cloud"
+GROUPS = {
+    source: Group(f"Single-row inserts, {source}: throughput as a part of unguarded")
+    for source in (LOCAL, CLOUD)
 }
-ALONE = ("load_insert",)
 
-#: Users without a machine have odd numbers.
-MANY = rf"\set user random(0, {USERS // 2 - 1}) * 2 + 1"
-ONE = r"\set user 1"
+#: What the client of a variant sends before one signal; the schemes of clients ask themselves.
+BEFORE = {"check": ("load_ask",), "advisory": ("load_begin", "load_lock", "load_ask")}
+AFTER = {"advisory": ("load_commit",)}
+
+#: Users with a machine have even numbers.
+MANY = {
+    LOCAL: rf"\set user random(0, {USERS // 2 - 1}) * 2 + 1",
+    CLOUD: rf"\set user random(1, {USERS // 2}) * 2",
+}
+ONE = {LOCAL: r"\set user 1", CLOUD: r"\set user 2"}
 
 
 class BenchError(Exception):
@@ -35,16 +39,25 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """Single-row local inserts by so many clients at once."""
+    """Single-row inserts by so many clients at once."""
 
-    title: str
     clients: int
-    users: str = MANY
-    durable: bool = False
-    group: Group = GROUP
+    source: str = LOCAL
+    is_hot: bool = False
+    is_durable: bool = False
+
+    @property
+    def group(self) -> Group:
+        return GROUPS[self.source]
+
+    @property
+    def title(self) -> str:
+        clients = f"{self.clients} client{'s' if self.clients > 1 else ''}"
+        users = ", one user" if self.is_hot else ""
+        return f"{clients}{users}{', durable commit' if self.is_durable else ''}"
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
-        samples = Samples(self.title, "transactions per second", VARIANTS)
+        samples = Samples(self.title, "transactions/s", VARIANTS)
         for number in range(plan.rounds + 1):
             for variant in VARIANTS:
                 rate = self._run(stage, variant, plan.seconds)
@@ -54,7 +67,9 @@ class Load:
         return samples
 
     def _run(self, stage: Stage, variant: str, seconds: int) -> float:
-        lines = [self.users, *(SQL[name].decode() + ";" for name in SENDS.get(variant, ALONE))]
+        sends = (*BEFORE.get(variant, ()), f"load_{self.source}", *AFTER.get(variant, ()))
+        users = (ONE if self.is_hot else MANY)[self.source]
+        lines = [users, *(SQL[name].decode() + ";" for name in sends)]
         info = stage.connection(variant).info
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder, "script.sql")
@@ -68,7 +83,7 @@ class Load:
                 ],
                 env={
                     **os.environ,
-                    "PGOPTIONS": f"-c synchronous_commit={'on' if self.durable else 'off'}",
+                    "PGOPTIONS": f"-c synchronous_commit={'on' if self.is_durable else 'off'}",
                 },
                 capture_output=True,
                 text=True,
@@ -81,9 +96,16 @@ class Load:
 
 
 COMPARISONS: dict[str, Comparison] = {
-    "load1": Load("1 client", 1),
-    "load8": Load("8 clients", 8),
-    "load32": Load("32 clients", 32),
-    "hot16": Load("16 clients, one user", 16, ONE),
-    "durable8": Load("8 clients, durable commit", 8, durable=True),
+    "local1": Load(1),
+    "local8": Load(8),
+    "local32": Load(32),
+    "local_hot16": Load(16, is_hot=True),
+    "local_durable1": Load(1, is_durable=True),
+    "local_durable8": Load(8, is_durable=True),
+    "local_durable32": Load(32, is_durable=True),
+    "cloud1": Load(1, CLOUD),
+    "cloud8": Load(8, CLOUD),
+    "cloud32": Load(32, CLOUD),
+    "cloud_hot16": Load(16, CLOUD, is_hot=True),
+    "cloud_durable8": Load(8, CLOUD, is_durable=True),
 }

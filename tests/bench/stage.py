@@ -31,7 +31,7 @@ USERS = 1_000
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 #: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
-VARIANTS = (UNGUARDED, AGAIN, "exists", "check", "advisory", "arbiter")
+VARIANTS = (UNGUARDED, AGAIN, "exists", "policy", "check", "advisory", "arbiter")
 
 
 class Stage:
@@ -74,8 +74,8 @@ def _prepare(server: EmbeddedServer, variant: str) -> Conn:
         conn.execute(SQL["settings"])
     else:
         conn.execute(SQL["columns"])
-        if variant == "exists":
-            conn.execute(SQL["exists"])
+        if variant in ("exists", "policy"):
+            conn.execute(SQL[variant])
     conn.execute(SQL["run"])
     conn.execute(SQL["run"])  # the second heartbeat ends the drain
     conn.execute(SQL["first"])

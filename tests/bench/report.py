@@ -1,0 +1,124 @@
+"""What a run leaves behind: one JSON file, its tables in Markdown, and a plot for each table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.samples import Comparison, Samples
+
+__all__ = ["as_figures", "keep", "tables"]
+
+#: The figures of a comparison, as JSON has them.
+Figures = dict[str, Any]
+
+#: A bar's height in inches, and what a plot has around its bars.
+BAR, MARGIN = 0.16, 1.1
+
+#: The measure is gray, what is measured stands out; the others get a color each.
+COLORS = {"unguarded": "0.55", "unguarded again": "0.75", "arbiter": "tab:blue"}
+
+
+def as_figures(comparison: Comparison, samples: Samples, server: str) -> Figures:
+    """All that is known of a comparison that was measured."""
+    return {
+        "group": comparison.group.title,
+        "ratios": comparison.group.ratios,
+        "title": samples.title,
+        "unit": samples.unit,
+        "server": server,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "variants": list(samples.variants),
+        "rounds": samples.rounds,
+        "median": {variant: samples.median(variant) for variant in samples.variants},
+        "spread": {variant: samples.spread(variant) for variant in samples.variants},
+        "ratio": {variant: samples.ratio(variant) for variant in samples.variants},
+        "facts": samples.facts,
+    }
+
+
+def tables(found: Mapping[str, Figures]) -> Iterator[tuple[str, str]]:
+    """The title of each group, and its table: medians, or ratios of medians to the first one.
+
+    Behind a figure stands half the range between the quartiles of its rounds.
+    """
+    for title, members in _groups(found):
+        columns = list(dict.fromkeys(variant for one in members for variant in one["variants"]))
+        rows = [[one["title"], *(_cell(one, variant) for variant in columns)] for one in members]
+        align = ("left", *("right" for _ in columns))
+        yield title, tabulate(rows, ["", *columns], tablefmt="github", colalign=align)
+
+
+def keep(found: Mapping[str, Figures], folder: Path) -> None:
+    """Write all of it into a folder; what is there of other comparisons stays and is shown, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "bench.json"
+    kept: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
+    kept.update(found)
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in tables(kept))
+    (folder / "tables.md").write_text(text + "\n")
+    for number, (title, members) in enumerate(_groups(kept), 1):
+        _plot(title, members, folder / f"{number:02}.svg")
+
+
+def _groups(found: Mapping[str, Figures]) -> Iterator[tuple[str, list[Figures]]]:
+    order = list(dict.fromkeys(one["group"] for one in found.values()))
+    members = sorted(found.values(), key=lambda one: order.index(one["group"]))
+    for title, group in groupby(members, key=lambda one: str(one["group"])):
+        yield title, list(group)
+
+
+def _cell(one: Figures, variant: str) -> str:
+    if variant not in one["variants"]:
+        return ""
+    if one["ratios"] and variant != one["variants"][0]:
+        value = f"{one['ratio'][variant]:.2f}"
+    else:
+        value = f"{one['median'][variant]:,.4g} {one['unit']}"
+    return f"{value} ±{one['spread'][variant]:.0%}"
+
+
+def _plot(title: str, members: list[Figures], file: Path) -> None:
+    """Bars of what the table shows, for each comparison one of each variant."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    columns = list(dict.fromkeys(variant for one in members for variant in one["variants"]))
+    others = iter(plt.get_cmap("Set2")(range(8)))
+    colors = {variant: COLORS.get(variant) or next(others) for variant in columns}
+    bars = sum(len(one["variants"]) + 1 for one in members)
+    figure, axes = plt.subplots(figsize=(9, MARGIN + BAR * bars), layout="constrained")
+    position = 0.0
+    ticks = []
+    for one in members:
+        key = "ratio" if one["ratios"] else "median"
+        first = position
+        for variant in one["variants"]:
+            value = one[key][variant]
+            label = None if variant in axes.get_legend_handles_labels()[1] else variant
+            error = value * one["spread"][variant]
+            axes.barh(position, value, xerr=error, color=colors[variant], label=label, height=0.9)
+            position += 1
+        ticks.append((first + position - 1) / 2)
+        position += 1
+    axes.set_yticks(ticks, [one["title"] for one in members])
+    axes.invert_yaxis()
+    if members[0]["ratios"]:
+        axes.axvline(1, color="black", linewidth=0.8)
+    else:
+        axes.set_xlabel(members[0]["unit"])
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
