@@ -18,7 +18,7 @@ help:
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try hard to break it: a million writes, 200 faults, naive rules; half an hour and more'
-	@echo 'make bench [ARGS=...]  what a statement costs the server, beside what a user would pick instead'
+	@echo 'make bench [ARGS=...]  what a statement costs the server, beside what a user would pick instead; hours, ARGS=--help'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
 	@echo 'make clean             remove what the others made'
@@ -51,6 +51,9 @@ prove: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.interleavings
 
 bench: $(VENV)/test.stamp
+	@command -v redis-server >/dev/null \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server >/dev/null; } \
+	  || { echo 'Redis is needed: install the Debian package redis-server' >&2; exit 1; }
 	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/test.stamp

@@ -1,6 +1,6 @@
 """Measures what a statement costs the server, under arbiter and under what a user would pick.
 
-PYTHONPATH=tests python -m bench
+A NAME is a comparison or a suite of them; without one all are played, which takes hours.
 """
 
 from __future__ import annotations
@@ -31,25 +31,21 @@ from bench import (
 from bench.samples import Comparison, Plan
 from bench.stage import Stage
 
-COMPARISONS: dict[str, Comparison] = {
-    **cpu.COMPARISONS,
-    **load.COMPARISONS,
-    **clients.COMPARISONS,
-    **bulk.COMPARISONS,
-    **rejects.COMPARISONS,
-    **heartbeats.COMPARISONS,
-    **polling.COMPARISONS,
-    **handover.COMPARISONS,
-    **growth.COMPARISONS,
-    **audit.COMPARISONS,
+SUITES: dict[str, dict[str, Comparison]] = {
+    module.__name__.removeprefix("bench."): module.COMPARISONS
+    for module in (
+        *(cpu, load, clients, bulk, rejects),
+        *(heartbeats, polling, handover, growth, audit),
+    )
 }
+COMPARISONS = {name: one for suite in SUITES.values() for name, one in suite.items()}
 
 #: Commits reach the disk, unless a session says otherwise; the data is on one.
 OPTIONS = {"fsync": "on", "full_page_writes": "on"}
 
 
-@click.command(help=__doc__.partition("\n")[0])
-@click.argument("names", metavar="[COMPARISON]...", nargs=-1, type=click.Choice([*COMPARISONS]))
+@click.command(help=__doc__)
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=click.Choice([*SUITES, *COMPARISONS]))
 @click.option("--rounds", type=click.IntRange(1, 1000), default=7, show_default=True)
 @click.option(
     "--seconds", type=click.IntRange(1, 3600), default=4, show_default=True, help="A turn by time."
@@ -73,7 +69,11 @@ def main(
 ) -> None:
     console = Console(stderr=True)
     plan = Plan(rounds, seconds, scale)
+    chosen = dict.fromkeys(
+        name for given in names or SUITES for name in SUITES.get(given, {given: None})
+    )
     found: dict[str, report.Figures] = {}
+    failure = ""
     try:
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedServer(pg, OPTIONS, in_memory=False))
@@ -82,21 +82,22 @@ def main(
             progress = stack.enter_context(
                 Progress(console=console, transient=True, disable=not console.is_terminal)
             )
-            for name in names or COMPARISONS:
+            for name in chosen:
                 task = progress.add_task(name, total=rounds + 1)
                 advance = partial(progress.advance, task)
                 samples = COMPARISONS[name].measure(stage, plan, advance)
-                found[name] = report.as_figures(COMPARISONS[name], samples, about)
                 progress.remove_task(task)
+                found[name] = report.as_figures(COMPARISONS[name], samples, about)
+                if folder:  # at once: what comes next may take hours, and fail
+                    report.keep(found, folder)
     except (EmbeddedServerError, load.BenchError) as error:
-        sys.exit(f"bench: {error}")
+        failure = f"bench: {error}"
     for title, table in report.tables(found):
         click.echo(f"\n{title}\n\n{table}")
     for name, figures in found.items():
         for fact, value in figures["facts"].items():
             click.echo(f"{name}: {fact}: {value}")
-    if folder:
-        report.keep(found, folder)
+    sys.exit(failure or None)
 
 
 if __name__ == "__main__":
