@@ -413,12 +413,19 @@ class _Play:
                 await client.cursor.execute(_BATCH, (*row, statement.rows))
             case "copy":
                 trader, _, number, source, _ = row
-                async with client.cursor.copy(_COPY) as copy:
-                    for n in range(number, number + statement.rows):
-                        bar = datetime.fromtimestamp(n, UTC)
-                        await copy.write_row(
-                            (trader, "BTCUSDT", "1m", "buy", tag, bar, source, machine)
-                        )
+                bars = (
+                    datetime.fromtimestamp(n, UTC) for n in range(number, number + statement.rows)
+                )
+                try:
+                    async with client.cursor.copy(_COPY) as copy:
+                        for bar in bars:
+                            await copy.write_row(
+                                (trader, "BTCUSDT", "1m", "buy", tag, bar, source, machine)
+                            )
+                except ValueError as error:
+                    # An answer and, at once behind it, the session's end are two results, and the
+                    # driver expects one: what the answer was is lost with the session.
+                    raise psycopg.OperationalError("the session ended as COPY did") from error
 
     def _row(
         self, client: Client, machine: UUID | None, tag: int, number: int
