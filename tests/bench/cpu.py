@@ -8,11 +8,12 @@ from itertools import count
 from random import Random
 
 from bench.samples import Comparison, Conn, Group, Plan, Samples, cpu_time
-from bench.stage import AGAIN, SQL, UNGUARDED, USERS, VARIANTS, Stage
+from bench.stage import AGAIN, SQL, STEPS, UNGUARDED, USERS, VARIANTS, Stage
 
 __all__ = ["COMPARISONS", "Statements"]
 
 GROUP = Group("Server CPU per statement, as a multiple of unguarded")
+ANATOMY = Group("What a guard is made of: server CPU per insert, as a multiple of unguarded")
 
 _bars = count(1)
 
@@ -80,6 +81,7 @@ class Statements:
 
 
 OWN = (UNGUARDED, AGAIN, "arbiter")
+MADE_OF = (UNGUARDED, AGAIN, "exists", *STEPS, "each_row", "arbiter")
 
 COMPARISONS: dict[str, Comparison] = {
     "local": Statements("single-row insert, local", "insert_local"),
@@ -93,4 +95,6 @@ COMPARISONS: dict[str, Comparison] = {
         machines=True,
         writes=False,
     ),
+    "anatomy_local": Statements("local", "insert_local", MADE_OF, group=ANATOMY),
+    "anatomy_cloud": Statements("cloud", "insert_cloud", MADE_OF, machines=True, group=ANATOMY),
 }

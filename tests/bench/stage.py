@@ -12,7 +12,7 @@ from arbiter_db.embedded import EmbeddedServer
 from arbiter_db.queries import _load
 from bench.samples import Conn
 
-__all__ = ["AGAIN", "SQL", "UNGUARDED", "USERS", "VARIANTS", "Stage", "load_sql"]
+__all__ = ["AGAIN", "SQL", "STEPS", "UNGUARDED", "USERS", "VARIANTS", "Stage", "load_sql"]
 
 DEMO = Path(arbiter_db.__file__).parent / "demo"
 
@@ -32,6 +32,22 @@ UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 #: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
 VARIANTS = (UNGUARDED, AGAIN, "exists", "policy", "check", "advisory", "arbiter")
+
+#: Guards in the making: each does what the one before does, and a little more.
+STEPS = ("column", "trigger", "rows", "owner", "lease")
+
+_ANATOMY = load_sql("anatomy.sql")
+
+#: What makes the database of a variant another one than unguarded.
+_SCRIPTS = {
+    "exists": (SQL["exists"],),
+    "policy": (SQL["policy"],),
+    "each_row": tuple(_ANATOMY[name] for name in ("leases", "column", "each_row")),
+    **{
+        step: tuple(_ANATOMY[name] for name in ("leases", *STEPS[:number]))
+        for number, step in enumerate(STEPS, 1)
+    },
+}
 
 
 class Stage:
@@ -74,8 +90,8 @@ def _prepare(server: EmbeddedServer, variant: str) -> Conn:
         conn.execute(SQL["settings"])
     else:
         conn.execute(SQL["columns"])
-        if variant in ("exists", "policy"):
-            conn.execute(SQL[variant])
+        for script in _SCRIPTS.get(variant, ()):
+            conn.execute(script)
     conn.execute(SQL["run"])
     conn.execute(SQL["run"])  # the second heartbeat ends the drain
     conn.execute(SQL["first"])
