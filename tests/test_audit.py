@@ -678,6 +678,21 @@ def test_it_tells_how_far_it_is_when_asked(owner: Conn) -> None:
     assert notices == ["arbiter: audited 0 of 1 blocks"]
 
 
+def test_no_plan_of_it_is_compiled(db: Database, owner: Conn) -> None:
+    """That takes seconds a query, and nothing here is worth it; before 18 it was done for all."""
+    story.add_signal(owner, story.add_user(owner).trader)
+    said: list[str] = []
+    with db.connect() as conn:  # in which nothing has been compiled yet
+        conn.execute("set client_min_messages = debug1")
+        conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+        assert proved(conn) == 1
+        assert not [text for text in said if "JIT" in text]
+        conn.execute(
+            "set jit = on; set jit_above_cost = 0; select sum(n) from generate_series(1, 9) n"
+        )
+        assert [text for text in said if "JIT" in text]  # what that would have looked like
+
+
 def test_findings_are_json(owner: Conn) -> None:
     """The key of a row is what a client can put into a where clause."""
     ada = story.add_user(owner)
