@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -41,6 +41,7 @@ __all__ = [
     "detail_of",
     "handovers",
     "lease",
+    "next_bar",
     "one",
     "refusal",
     "rows",
@@ -207,6 +208,11 @@ def _set_heartbeat(conn: Conn, machine: UUID, ago: timedelta) -> None:
 # Writes ------------------------------------------------------------------------------------------
 
 
+def next_bar() -> datetime:
+    """When a bar begins that no other signal here has: one signal a trader and bar is the rule."""
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=next(_bars))
+
+
 def add_signal(
     conn: Conn, trader: UUID | None, source: str = "local", machine: UUID | None = None
 ) -> UUID:
@@ -215,9 +221,9 @@ def add_signal(
         conn,
         "insert into public.signals"
         " (trader_id, symbol, interval, signal, bar_time, source, machine_id)"
-        " values (%s, 'BTCUSDT', '1m', 'buy', timestamptz '2026-01-01' + %s, %s, %s) returning id",
+        " values (%s, 'BTCUSDT', '1m', 'buy', %s, %s, %s) returning id",
         trader,
-        timedelta(minutes=next(_bars)),
+        next_bar(),
         source,
         machine,
     )

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -32,6 +30,7 @@ from story import (
     count_rows,
     detail_of,
     lease,
+    next_bar,
     one,
     refusal,
     rows,
@@ -132,8 +131,6 @@ HUNDRED = "values " + ", ".join(
 )
 INSERT = f"insert into public.signals {COLUMNS}"
 
-_bars = count(1)
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -149,7 +146,7 @@ class Claim:
             "trader": self.user.trader,
             "source": self.source,
             "machine": self.machine,
-            "bar": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=next(_bars)),
+            "bar": next_bar(),
         }
 
 

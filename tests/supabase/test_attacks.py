@@ -11,9 +11,8 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cached_property
-from itertools import count
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -28,6 +27,7 @@ from story import (
     activate,
     add_user,
     age,
+    next_bar,
     refusal,
     rows,
     set_status,
@@ -60,8 +60,6 @@ TABLES = (
     "arbiter.protections",
     "arbiter.machine_notes",
 )
-
-_bars = count(1)
 
 
 class Stage:
@@ -112,13 +110,12 @@ def at(generous_app: App) -> Stage:
 
 def signal(user: User, machine: UUID | None = None, **columns: Any) -> dict[str, Any]:
     """A signal for a bar of its own: of the machine, or local."""
-    bar = datetime(2026, 1, 1) + timedelta(minutes=next(_bars))
     return {
         "trader_id": str(user.trader),
         "symbol": "BTCUSDT",
         "interval": "1m",
         "signal": "buy",
-        "bar_time": f"{bar}Z",
+        "bar_time": next_bar().isoformat(),
         "source": "local" if machine is None else "cloud",
         "machine_id": machine and str(machine),
         **columns,

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -33,6 +32,7 @@ from story import (
     beat,
     clock,
     detail_of,
+    next_bar,
     refusal,
     rows,
     set_status,
@@ -47,8 +47,6 @@ HEADERS = {"date", "server", "content-type", "transfer-encoding", "connection", 
 
 #: Line ends in all the ways that a reader might take for one, and a header to be recognised by.
 NASTY = "BTC\r\nX-Owned: 1\nX-Owned: 2\r\n\r\n<script>%0d%0aX-Owned: 3\u010d\u010a"
-
-_bars = count(1)
 
 
 class Refusal(NamedTuple):
@@ -80,13 +78,12 @@ class Scene:
 
     def signal(self, source: str = "local", **columns: Any) -> dict[str, Any]:
         """A signal for a bar of its own; of the cloud, with the machine."""
-        bar = datetime(2026, 1, 1) + timedelta(minutes=next(_bars))
         return {
             "trader_id": str(self.user.trader),
             "symbol": "BTCUSDT",
             "interval": "1m",
             "signal": "buy",
-            "bar_time": f"{bar}Z",
+            "bar_time": next_bar().isoformat(),
             "source": source,
             "machine_id": str(self.machine) if source == "cloud" else None,
             **columns,

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -31,7 +30,7 @@ from playwright.sync_api import (
     expect,
     sync_playwright,
 )
-from story import User, activate, backend, beat, count_rows, lease, set_status
+from story import User, activate, backend, beat, count_rows, lease, next_bar, set_status
 
 from arbiter_db.demo.gateway import Gateway
 from arbiter_db.demo.story import TRADER, USER
@@ -67,18 +66,15 @@ RESUMED = "Browser mode - signals are generated here again"
 #: The Arbiter of the page.
 ARBITER = "document.querySelector('arbiter-badge').arbiter"
 
-_bars = count(1)
-
 
 def new_signal() -> dict[str, str]:
     """A row of the browser, for a bar of its own."""
-    bar = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=next(_bars))
     return {
         "trader_id": TRADER,
         "symbol": "NEWUSDT",
         "interval": "1m",
         "signal": "buy",
-        "bar_time": bar.isoformat(),
+        "bar_time": next_bar().isoformat(),
     }
 
 
