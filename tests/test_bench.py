@@ -1,0 +1,115 @@
+"""The benchmark measures what it says: a short one for real, and a report of known figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from bench import report
+from bench.__main__ import main
+from bench.samples import Comparison, Group, Plan, Samples
+from bench.stage import Stage
+from click.testing import CliRunner
+
+INSERTS = Group("Inserts, as a multiple of unguarded")
+STEPS = Group("Steps", ratios=False)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A comparison whose figures are known beforehand."""
+
+    group: Group
+    title: str
+
+    def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
+        raise NotImplementedError
+
+
+def figures(group: Group, title: str, **rounds: list[float]) -> dict[str, object]:
+    samples = Samples(title, "us", tuple(rounds))
+    for variant, values in rounds.items():
+        samples.rounds[variant] += values
+    samples.facts["server"] = "idle"
+    known: Comparison = Known(group, title)
+    return report.as_figures(known, samples, "PostgreSQL 18.4")
+
+
+ONE = figures(INSERTS, "one", unguarded=[100.0, 90.0, 110.0], arbiter=[150.0, 165.0, 135.0])
+MANY = figures(INSERTS, "many", unguarded=[10.0], exists=[20.0], arbiter=[12.5])
+DRAIN = figures(STEPS, "drain", one_step=[5.0], arbiter=[2.0])
+
+
+def test_a_table_has_medians_ratios_and_spreads() -> None:
+    (table,) = report.tables({"one": ONE, "many": MANY})
+    assert table[0] == INSERTS.title
+    header, _, one, many = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table[1].splitlines()
+    )
+    assert header == ["", "unguarded", "arbiter", "exists"]
+    assert one == ["one", "100 us ±10%", "1.50 ±10%", ""]
+    assert many == ["many", "10 us ±0%", "1.25 ±0%", "2.00 ±0%"]
+
+
+def test_a_table_of_figures_has_no_ratios() -> None:
+    ((_, table),) = report.tables({"drain": DRAIN})
+    row = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    assert row == ["drain", "5 us ±0%", "2 us ±0%"]
+
+
+def test_what_was_kept_of_others_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    report.keep({"one": ONE, "drain": DRAIN}, folder)
+    report.keep({"one": ONE | {"title": "again"}, "many": MANY}, folder)
+    kept = json.loads((folder / "bench.json").read_text())
+    assert list(kept) == ["one", "drain", "many"]
+    assert kept["one"]["title"] == "again"
+    assert kept["drain"]["facts"] == {"server": "idle"}
+    assert kept["many"]["rounds"] == {"unguarded": [10.0], "exists": [20.0], "arbiter": [12.5]}
+    text = (folder / "tables.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        f"### {INSERTS.title}",
+        f"### {STEPS.title}",
+    ]
+    # A plot for each table, with each comparison in it.
+    first, second = ((folder / name).read_text() for name in ("01.svg", "02.svg"))
+    assert "<!-- again -->" in first
+    assert "<!-- many -->" in first
+    assert "<!-- drain -->" in second
+
+
+def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
+    names = ["status", "rejects"]
+    short = ["--rounds", "2", "--seconds", "1", "--scale", "0.001", "--report", str(tmp_path)]
+    done = CliRunner().invoke(main, [*names, *short])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found) == names
+    for name in names:
+        assert found[name]["variants"][-1] == "arbiter"
+        for rounds in found[name]["rounds"].values():
+            assert len(rounds) == 2
+            assert min(rounds) > 0
+        assert found[name]["title"] in done.output
+    # What is measured are rejections: the naive trigger's come before the row, arbiter's after it.
+    left = found["rejects"]["facts"]
+    assert left["exists"]["xids each"] == 0
+    assert left["arbiter"]["xids each"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "'nothing' is not one of"),
+        (["local", "--rounds", "0"], "0 is not in the range"),
+        (["local", "--scale", "2"], "2.0 is not in the range"),
+        (["local", "--pg", "9"], "9"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code != 0
+    assert said in done.output
