@@ -333,5 +333,5 @@ COMPARISONS: dict[str, Comparison] = {
     "heartbeat1000": Many(1_000),
     "heartbeat100000": Many(100_000),
     "heartbeat8": Throughput(8),
-    "heartbeats": Steady(),
+    "heartbeats_steady": Steady(),
 }
