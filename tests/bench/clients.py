@@ -1,7 +1,9 @@
 """What clients that arbitrate among themselves get done, and those that leave it to the database.
 
 pgbench speaks to PostgreSQL only, so here all variants are driven by the same Python clients, each
-a process with a connection of its own.
+a process with a connection of its own. Clients are seldom on the server's machine: there is a
+distance, too. It is waited for by the client, once for each message that needs an answer; nothing
+else of a network is imitated.
 """
 
 from __future__ import annotations
@@ -42,14 +44,16 @@ Write = Callable[[dict[str, object]], None]
 
 @dataclass(frozen=True)
 class Clients:
-    """Single-row local inserts, many users."""
+    """Single-row local inserts, many users; ``away`` is the time of a round trip, in ms."""
 
     clients: int
+    away: int = 0
     group: Group = GROUP
 
     @property
     def title(self) -> str:
-        return f"{self.clients} clients"
+        clients = f"{self.clients} client{'s' if self.clients > 1 else ''}"
+        return f"{clients}, {self.away} ms away" if self.away else clients
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         samples = Samples(self.title, "inserts/s", VARIANTS)
@@ -67,7 +71,7 @@ class Clients:
         before = _count(conn)
         start = multiprocessing.Barrier(self.clients)
         jobs = [
-            (variant, stage.conninfo(variant), socket, client, seconds)
+            (variant, stage.conninfo(variant), socket, client, self.away / 1_000, seconds)
             for client in range(self.clients)
         ]
         with multiprocessing.Pool(self.clients, _meet, (start,)) as pool:
@@ -92,11 +96,11 @@ def _meet(start: Barrier) -> None:
     _start = start
 
 
-def _run(variant: str, conninfo: str, socket: str, client: int, seconds: int) -> int:
+def _run(variant: str, conninfo: str, socket: str, client: int, away: float, seconds: int) -> int:
     """Insert for so long; returns how often."""
     random = Random(client)
     with connect(conninfo) as conn, redis.Redis(unix_socket_path=socket) as lock_server:
-        write = _scheme(variant, conn, lock_server)
+        write = _scheme(variant, conn, lock_server, away)
         _start.wait(START_S)
         end = time.monotonic() + seconds
         done = 0
@@ -106,24 +110,35 @@ def _run(variant: str, conninfo: str, socket: str, client: int, seconds: int) ->
         return done
 
 
-def _scheme(variant: str, conn: Conn, lock_server: redis.Redis) -> Write:
+def _scheme(variant: str, conn: Conn, lock_server: redis.Redis, away: float) -> Write:
     """One signal, with what the variant's client says around it."""
+
+    def travel() -> None:
+        if away:
+            Event().wait(away)
 
     def insert(turn: dict[str, object]) -> None:
         conn.execute(SQL["insert_now"], turn)
+        travel()
 
     def after_asking(turn: dict[str, object]) -> None:
         conn.execute(SQL["ask"], turn).fetchone()
+        travel()
         insert(turn)
 
     def under_advisory_lock(turn: dict[str, object]) -> None:
         with conn.transaction():
+            travel()
             conn.execute(SQL["lock"], turn)
+            travel()
             after_asking(turn)
+        travel()
 
     def under_redis_lock(turn: dict[str, object]) -> None:
         with lock_server.lock(f"{turn['user']}", timeout=LOCK_S, blocking_timeout=PATIENCE_S):
+            travel()
             after_asking(turn)
+        travel()
 
     schemes: dict[str, Write] = {
         "check": after_asking,
@@ -169,4 +184,9 @@ def _wait_for(socket: str) -> None:
             Event().wait(0.05)
 
 
-COMPARISONS: dict[str, Comparison] = {"clients1": Clients(1), "clients8": Clients(8)}
+COMPARISONS: dict[str, Comparison] = {
+    "clients1": Clients(1),
+    "clients8": Clients(8),
+    "clients1_away": Clients(1, away=1),
+    "clients8_away": Clients(8, away=1),
+}
