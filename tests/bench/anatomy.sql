@@ -1,5 +1,5 @@
--- What a guard is made of, by name: each does what the one before does, and a little more. None of them decides
--- anything, so each is less than a guard; the last but one is the least that could fence at all.
+-- What arbiter's triggers and functions are made of, by name: each step does what the one before does, and a little
+-- more. None of them decides anything; lease is the least that could fence at all.
 
 -- name: leases
 -- Who holds: for every user the running machine, or the browser.
@@ -102,3 +102,102 @@ end
 $$;
 create trigger signals_guard_row before insert on public.signals
   for each row execute function public.tg_guard_row();
+
+-- name: stamped
+-- A heartbeat gets the server's time.
+create function public.tg_stamp()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  new.last_health_check := clock_timestamp();
+  return new;
+end
+$$;
+create trigger machines_stamp before update of last_health_check on public.cloud_machines
+  for each row execute function public.tg_stamp();
+
+-- name: told
+-- A statement trigger is handed the machines, with rights of its own.
+create function public.tg_activate()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+begin
+  return null;
+end
+$$;
+create trigger machines_activate after update on public.cloud_machines
+  referencing new table as new_rows for each statement execute function public.tg_activate();
+
+-- name: held
+-- It looks whether each of them holds its user's lease.
+create or replace function public.tg_activate()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+begin
+  perform
+     from new_rows n
+    where (select l.machine_id = n.id from public.leases l where l.user_id = n.user_id) is not true;
+  return null;
+end
+$$;
+
+-- name: call
+-- A function with rights of its own that answers with a composite, and has looked at nothing.
+create table public.settings (singleton boolean primary key, heartbeat_timeout interval);
+insert into public.settings values (true, '24 hours');
+create type public.status as (
+  can_write_local boolean, environment text, code text, message text, retry_at timestamptz, machine_id uuid,
+  machine_state text, heartbeat_age interval, epoch bigint, draining boolean, poll_interval interval,
+  as_of timestamptz
+);
+create function public.ask_status(p_user_id uuid)
+returns public.status
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_status public.status;
+begin
+  v_status.as_of := clock_timestamp();
+  return v_status;
+end
+$$;
+
+-- name: reads
+-- It has read what an answer depends on, each by its key: settings, lease, machine.
+create or replace function public.ask_status(p_user_id uuid)
+returns public.status
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings public.settings;
+  v_lease public.leases;
+  v_machine public.cloud_machines;
+  v_status public.status;
+begin
+  select s.* into strict v_settings from public.settings s where s.singleton;
+  select l.* into v_lease from public.leases l where l.user_id = p_user_id;
+  select m.* into v_machine from public.cloud_machines m where m.id = v_lease.machine_id;
+  v_status.machine_id := v_machine.id;
+  v_status.as_of := clock_timestamp();
+  return v_status;
+end
+$$;
+
+-- name: ask_status
+select * from public.ask_status(md5('user' || %(user)s::int)::uuid)

@@ -8,12 +8,25 @@ from itertools import count
 from random import Random
 
 from bench.samples import Comparison, Conn, Group, Plan, Samples, cpu_time
-from bench.stage import AGAIN, SQL, STEPS, UNGUARDED, USERS, VARIANTS, Stage
+from bench.stage import (
+    AGAIN,
+    ANATOMY,
+    HEARTBEAT_STEPS,
+    SQL,
+    STATUS_STEPS,
+    STEPS,
+    UNGUARDED,
+    USERS,
+    VARIANTS,
+    Stage,
+)
 
 __all__ = ["COMPARISONS", "Statements"]
 
 GROUP = Group("Server CPU per statement, as a multiple of unguarded")
-ANATOMY = Group("What a guard is made of: server CPU per insert, as a multiple of unguarded")
+GUARD = Group("What a guard is made of: server CPU per insert, as a multiple of unguarded")
+HEARTBEAT = Group("What a heartbeat is made of: server CPU, as a multiple of a plain UPDATE")
+STATUS = Group("What status is made of: server CPU, as a multiple of a row by primary key")
 
 _bars = count(1)
 
@@ -22,8 +35,9 @@ _bars = count(1)
 class Statements:
     """Statements of one kind, under all variants or some.
 
-    ``statement`` is the name of one in ``bench.sql``, or one for each variant; ``machines`` says
-    that it is about users with a machine, otherwise those without. A round is ``count`` of them.
+    ``statement`` is the name of one in ``bench.sql`` or ``anatomy.sql``, or one for each variant;
+    ``machines`` says that it is about users with a machine, otherwise those without. A round is
+    ``count`` of them.
     """
 
     title: str
@@ -37,7 +51,7 @@ class Statements:
     def of(self, variant: str) -> bytes:
         """The statement under that variant."""
         name = self.statement if isinstance(self.statement, str) else self.statement[variant]
-        return SQL[name]
+        return (SQL | ANATOMY)[name]
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         samples = Samples(self.title, "us", self.variants)
@@ -80,21 +94,27 @@ class Statements:
         return {"check": after_asking, "advisory": under_lock}.get(variant, alone)
 
 
-OWN = (UNGUARDED, AGAIN, "arbiter")
-MADE_OF = (UNGUARDED, AGAIN, "exists", *STEPS, "each_row", "arbiter")
+TWICE = (UNGUARDED, AGAIN)
+MADE_OF = (*TWICE, "exists", *STEPS, "each_row", "arbiter")
+ASKED = {
+    **dict.fromkeys(TWICE, "probe"),
+    **dict.fromkeys(STATUS_STEPS, "ask_status"),
+    "arbiter": "status",
+}
 
 COMPARISONS: dict[str, Comparison] = {
     "local": Statements("single-row insert, local", "insert_local"),
     "cloud": Statements("single-row insert, cloud", "insert_cloud", machines=True),
     "batch": Statements("batch of 100, local", "batch_local", count=40),
-    "heartbeat": Statements("heartbeat by UPDATE", "heartbeat", OWN, machines=True, writes=False),
-    "status": Statements(
-        "status, against a row by primary key",
-        {UNGUARDED: "probe", AGAIN: "probe", "arbiter": "status"},
-        OWN,
+    "anatomy_local": Statements("local", "insert_local", MADE_OF, group=GUARD),
+    "anatomy_cloud": Statements("cloud", "insert_cloud", MADE_OF, machines=True, group=GUARD),
+    "heartbeat": Statements(
+        "heartbeat by UPDATE",
+        "heartbeat",
+        (*TWICE, *HEARTBEAT_STEPS, "arbiter"),
         machines=True,
         writes=False,
+        group=HEARTBEAT,
     ),
-    "anatomy_local": Statements("local", "insert_local", MADE_OF, group=ANATOMY),
-    "anatomy_cloud": Statements("cloud", "insert_cloud", MADE_OF, machines=True, group=ANATOMY),
+    "status": Statements("status", ASKED, tuple(ASKED), machines=True, writes=False, group=STATUS),
 }

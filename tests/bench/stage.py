@@ -12,7 +12,19 @@ from arbiter_db.embedded import EmbeddedServer
 from arbiter_db.queries import _load
 from bench.samples import Conn
 
-__all__ = ["AGAIN", "SQL", "STEPS", "UNGUARDED", "USERS", "VARIANTS", "Stage", "load_sql"]
+__all__ = [
+    "AGAIN",
+    "ANATOMY",
+    "HEARTBEAT_STEPS",
+    "SQL",
+    "STATUS_STEPS",
+    "STEPS",
+    "UNGUARDED",
+    "USERS",
+    "VARIANTS",
+    "Stage",
+    "load_sql",
+]
 
 DEMO = Path(arbiter_db.__file__).parent / "demo"
 
@@ -33,19 +45,22 @@ UNGUARDED, AGAIN = "unguarded", "unguarded again"
 #: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
 VARIANTS = (UNGUARDED, AGAIN, "exists", "policy", "check", "advisory", "arbiter")
 
-#: Guards in the making: each does what the one before does, and a little more.
+#: Guards, heartbeats and status in the making: each does what the one before does, and more.
 STEPS = ("column", "trigger", "rows", "owner", "lease")
+HEARTBEAT_STEPS = ("stamped", "told", "held")
+STATUS_STEPS = ("call", "reads")
 
-_ANATOMY = load_sql("anatomy.sql")
+ANATOMY = load_sql("anatomy.sql")
 
 #: What makes the database of a variant another one than unguarded.
 _SCRIPTS = {
     "exists": (SQL["exists"],),
     "policy": (SQL["policy"],),
-    "each_row": tuple(_ANATOMY[name] for name in ("leases", "column", "each_row")),
+    "each_row": tuple(ANATOMY[name] for name in ("leases", "column", "each_row")),
     **{
-        step: tuple(_ANATOMY[name] for name in ("leases", *STEPS[:number]))
-        for number, step in enumerate(STEPS, 1)
+        step: tuple(ANATOMY[name] for name in ("leases", *steps[:number]))
+        for steps in (STEPS, HEARTBEAT_STEPS, STATUS_STEPS)
+        for number, step in enumerate(steps, 1)
     },
 }
 
