@@ -75,10 +75,11 @@ def test_what_was_kept_of_others_stays(tmp_path: Path) -> None:
         f"### {STEPS.title}",
     ]
     # A plot for each table, with each comparison in it.
-    first, second = ((folder / name).read_text() for name in ("01.svg", "02.svg"))
-    assert "<!-- again -->" in first
-    assert "<!-- many -->" in first
-    assert "<!-- drain -->" in second
+    inserts, steps = ((folder / name).read_text() for name in ("inserts.svg", "steps.svg"))
+    assert ">again</text>" in inserts
+    assert ">many</text>" in inserts
+    assert ">drain</text>" in steps
+    assert f"![{INSERTS.title}](inserts.svg)" in text
 
 
 def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:

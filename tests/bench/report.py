@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,9 @@ Figures = dict[str, Any]
 
 #: A bar's height in inches, and what a plot has around its bars.
 BAR, MARGIN = 0.16, 1.1
+
+#: Figures that are this many times apart do not fit on a linear scale.
+WIDE = 100
 
 #: The measure is gray, what is measured stands out; the others get a color each.
 COLORS = {"unguarded": "0.55", "unguarded again": "0.75", "arbiter": "tab:blue"}
@@ -63,10 +67,19 @@ def keep(found: Mapping[str, Figures], folder: Path) -> None:
     kept: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
     kept.update(found)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in tables(kept))
+    text = "\n\n".join(
+        f"### {title}\n\n{table}\n\n![{title}]({_plot_name(title)})"
+        for title, table in tables(kept)
+    )
     (folder / "tables.md").write_text(text + "\n")
-    for number, (title, members) in enumerate(_groups(kept), 1):
-        _plot(title, members, folder / f"{number:02}.svg")
+    for title, members in _groups(kept):
+        _plot(title, members, folder / _plot_name(title))
+
+
+def _plot_name(title: str) -> str:
+    """What a group is about, without how it is counted."""
+    about = re.split(r":|,? as an? ", title)[0]
+    return re.sub(r"\W+", "-", about.lower()) + ".svg"
 
 
 def _groups(found: Mapping[str, Figures]) -> Iterator[tuple[str, list[Figures]]]:
@@ -91,6 +104,8 @@ def _plot(title: str, members: list[Figures], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    # Text stays text, and the same figures make the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "arbiter"})
     import matplotlib.pyplot as plt
 
     columns = list(dict.fromkeys(variant for one in members for variant in one["variants"]))
@@ -112,11 +127,15 @@ def _plot(title: str, members: list[Figures], file: Path) -> None:
         ticks.append((first + position - 1) / 2)
         position += 1
     axes.set_yticks(ticks, [one["title"] for one in members])
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     if members[0]["ratios"]:
         axes.axvline(1, color="black", linewidth=0.8)
     else:
         axes.set_xlabel(members[0]["unit"])
+        values = [value for one in members for value in one["median"].values()]
+        if max(values) > WIDE * min(values):
+            axes.set_xscale("log")
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
