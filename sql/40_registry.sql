@@ -602,6 +602,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_asked_at timestamptz := clock_timestamp();
   v_count bigint;
   v_unknown uuid;
 begin
@@ -615,10 +616,12 @@ begin
   get diagnostics v_count = row_count;
   -- A null among them counts as unknown, too.
   if p_machine_ids is null or v_count <> (select count(distinct coalesce(i.id::text, '')) from unnest(p_machine_ids) as i (id)) then
+    -- One that the caller may see but not update has no heartbeat of this call, either.
     select i.id
       into v_unknown
       from unnest(p_machine_ids) as i (id)
-     where not exists (select from arbiter.machines m where m.machine_id = i.id)
+     where not exists (
+       select from arbiter.machines m where m.machine_id = i.id and m.heartbeat_at >= v_asked_at)
      limit 1;
     perform arbiter._throw('P0002', 404, format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
       jsonb_build_object('code', 'unknown_machine', 'machine_id', v_unknown),
@@ -629,7 +632,7 @@ end
 $$;
 revoke execute on function arbiter.heartbeat(uuid[]) from public;
 comment on function arbiter.heartbeat(uuid[]) is
-  'Heartbeats of many machines in one statement; returns how many. Error P0002 when one is unknown or not visible to the caller: then none is written.';
+  'Heartbeats of many machines in one statement; returns how many. Error P0002 when one is unknown, or not visible to the caller or not for him to update: then none is written.';
 
 create or replace function arbiter.heartbeat(p_machine_id uuid)
 returns timestamptz
@@ -645,4 +648,4 @@ end
 $$;
 revoke execute on function arbiter.heartbeat(uuid) from public;
 comment on function arbiter.heartbeat(uuid) is
-  'Heartbeat of one machine; returns the instant that the database stamped. Error P0002 when it is unknown or not visible to the caller.';
+  'Heartbeat of one machine; returns the instant that the database stamped. Error P0002 when it is unknown, or not visible to the caller or not for him to update.';
