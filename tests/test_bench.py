@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from bench import report
-from bench.__main__ import main
+from bench.__main__ import COMPARISONS, main
 from bench.samples import Comparison, Group, Plan, Samples
 from bench.stage import Stage
 from click.testing import CliRunner
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "bench" / "results"
 
 INSERTS = Group("Inserts, as a multiple of unguarded")
 STEPS = Group("Steps", ratios=False)
@@ -99,6 +103,26 @@ def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
     left = found["rejects"]["facts"]
     assert left["exists"]["xids each"] == 0
     assert left["arbiter"]["xids each"] == 1
+
+
+def test_the_results_are_those_of_every_comparison(tmp_path: Path) -> None:
+    kept = json.loads((RESULTS / "bench.json").read_text())
+    assert list(kept) == list(COMPARISONS)
+    report.keep(kept, tmp_path)
+    made = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert made["tables.md"] == (RESULTS / "tables.md").read_text()
+    assert set(made) == {file.name for file in RESULTS.iterdir()}
+
+
+def test_the_readme_shows_tables_of_the_results() -> None:
+    results = (RESULTS / "tables.md").read_text()
+    chapter = README.read_text(encoding="utf-8").split("\n## Cost\n")[1].split("\n## ")[0]
+    shown = re.findall(r"^(?:\|.*\n)+", chapter, re.MULTILINE)
+    assert len(shown) > 3
+    for table in shown:
+        assert f"\n{table}" in results
+    for link in re.findall(r"\((tests/.*?)\)", chapter):
+        assert (README.parent / link).exists()
 
 
 @pytest.mark.parametrize(

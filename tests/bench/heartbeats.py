@@ -179,7 +179,7 @@ class Throughput:
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         variants = (UNGUARDED, AGAIN, "arbiter")
-        samples = Samples(self.title, "transactions per second", variants)
+        samples = Samples(self.title, "transactions/s", variants)
         script = Script((SQL["load_heartbeat"],), self.clients, BY_MACHINE)
         with ExitStack() as stack:
             places = {v: stack.enter_context(_machines(stage, v, MACHINES)) for v in variants}

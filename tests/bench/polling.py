@@ -42,7 +42,7 @@ class Polling:
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         sends = {UNGUARDED: self.probe, AGAIN: self.probe, "arbiter": self.status}
-        samples = Samples(self.title, "transactions per second", tuple(sends))
+        samples = Samples(self.title, "transactions/s", tuple(sends))
         for number in range(plan.rounds + 1):
             for variant, rate in self._play(stage, sends, plan.seconds).items():
                 if number > 0:

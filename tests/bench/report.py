@@ -95,7 +95,9 @@ def _cell(one: Figures, variant: str) -> str:
     if one["ratios"] and variant != one["variants"][0]:
         value = f"{one['ratio'][variant]:.2f}"
     else:
-        value = f"{one['median'][variant]:,.4g} {one['unit']}"
+        median = one["median"][variant]
+        value = f"{median:,.0f}" if median >= 1_000 else f"{median:.4g}"
+        value = f"{value} {one['unit']}"
     return f"{value} ±{one['spread'][variant]:.0%}"
 
 
