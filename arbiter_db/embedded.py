@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -692,6 +693,13 @@ def _free_port() -> int:
         return port
 
 
+def _until_interrupted() -> NoReturn:
+    """Do nothing until KeyboardInterrupt, which Ctrl-C raises."""
+    # A wait without limit misses an interrupt that comes just before it, or to another thread.
+    while True:
+        threading.Event().wait(1.0)
+
+
 def _last_lines(text: str) -> str:
     lines = text.strip().splitlines()[-LOG_LINES_SHOWN:]
     return "\n  ".join(["", *lines]) if len(lines) > 1 else "".join(lines)
@@ -732,7 +740,7 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
         if server.psql:
             click.echo(f'{server.psql} "{server.conninfo()}"')
         sys.stdout.flush()
-        signal.pause()
+        _until_interrupted()
 
 
 @_cli.command("fetch", help="Download a server, unless one is on this machine already.")

@@ -492,6 +492,25 @@ class TestCommandLine:
         assert errors == ""
         assert not host.exists()
 
+    def test_an_interrupt_that_another_thread_gets_ends_it(self) -> None:
+        # What the main thread sees is the same as of one that comes just before it begins to wait.
+        script = (
+            "import signal, threading\n"
+            "from arbiter_db.embedded import _until_interrupted\n"
+            "def interrupt():\n"
+            "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "threading.Timer(0.5, interrupt).start()\n"
+            "try:\n"
+            "    _until_interrupted()\n"
+            "except KeyboardInterrupt:\n"
+            "    print('interrupted')\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
     def test_a_setting_without_a_value_is_wrong_usage(self) -> None:
         done = command_line("run", str(MAJOR), "-c", "work_mem")
         assert done.returncode == 2

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Event
 
 import psycopg
 from psycopg.rows import dict_row
 
 import arbiter_db
 
-from ..embedded import EmbeddedServer
+from ..embedded import EmbeddedServer, _until_interrupted
 from .gateway import Gateway, GatewayError
 from .stage import STATEMENTS, make_console, sql_file
 from .story import DATABASE, TRADER, USER, create_app
@@ -48,9 +47,9 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
                 gateway = stack.enter_context(
                     site(lambda user: server.conninfo(DATABASE, user), port, real_time)
                 )
-            console.print(f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)")
             with suppress(KeyboardInterrupt):
-                Event().wait()
+                console.print(f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)")
+                _until_interrupted()
     except (GatewayError, arbiter_db.InstallError) as error:
         console.print(f"This must not happen: {error}", style="red")
         return 1
