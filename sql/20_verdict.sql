@@ -10,7 +10,7 @@ language sql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
-return format('coalesce(%3$s - %1$s < %2$s and %1$s - %3$s < %2$s, false)', p_heartbeat_at, p_heartbeat_timeout, p_at);
+return format('coalesce(greatest(%3$s - %1$s, %1$s - %3$s) < %2$s, false)', p_heartbeat_at, p_heartbeat_timeout, p_at);
 revoke execute on function arbiter._fresh_expression(text, text, text) from public;
 comment on function arbiter._fresh_expression(text, text, text) is
   'SQL for whether a heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';

@@ -255,7 +255,8 @@ $$;
 revoke execute on function arbiter._forget_dropped() from public;
 comment on function arbiter._forget_dropped() is 'Forgets the registry and protected tables that do not exist any more.';
 
--- Written out wherever it is needed: a call for each row would cost more than the heartbeat itself.
+-- Written out wherever it is needed: a call for each row would cost more than the heartbeat itself. A lookup, not a
+-- CASE: the executor sets up every branch of one for each statement, 28,000 instructions for the default words.
 create or replace function arbiter._state_expression(p_registry arbiter.registry, p_row text)
 returns text
 language sql
@@ -263,9 +264,8 @@ stable
 security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('case %s.%I::text %s else ''running'' end', p_row, (p_registry).status_column,
-           string_agg(format('when %L then %L', s.key, s.value), ' ' order by s.key))
-    from jsonb_each_text((p_registry).states) s;
+  select format('coalesce(%L::jsonb ->> %s.%I::text, ''running'')',
+           (p_registry).states, p_row, (p_registry).status_column);
 end;
 revoke execute on function arbiter._state_expression(arbiter.registry, text) from public;
 comment on function arbiter._state_expression(arbiter.registry, text) is

@@ -274,28 +274,28 @@ begin
             select w.arbiter_machine, w.arbiter_user
               from (
                 select d.arbiter_machine,
-                       case when d.arbiter_fits then (
-                         select l.user_id
-                           from arbiter.leases l
-                          where l.user_id = %10$s
-                            and l.machine_id is not distinct from d.arbiter_machine
-                            and l.draining_since is null
-                            for key share skip locked) end as arbiter_user
+                       (select l.user_id
+                          from arbiter.leases l
+                         where l.user_id = %10$s
+                           and l.machine_id is not distinct from d.arbiter_machine
+                           and l.draining_since is null
+                           for key share skip locked) as arbiter_user
                   from (
-                    -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
-                    select distinct n.%11$I, n.%3$I as arbiter_machine, %12$s as arbiter_fits
+                    -- A row that does not fit is nobody's. If this statement fails, the table has changed under its
+                    -- guard: call arbiter.protect() again.
+                    select distinct case when %12$s then n.%11$I end as %11$I, n.%3$I as arbiter_machine
                       from %5$s as n
                      where %6$s) d
                 offset 0) w
              where w.arbiter_user is null or w.arbiter_machine is not null
           loop
-            v_is_common := v_held.arbiter_user is not null and exists (
-              select from arbiter.machines m, arbiter.settings s
-               where m.machine_id = v_held.arbiter_machine
-                 and m.user_id = v_held.arbiter_user
-                 and m.state = 'running'
-                 and s.singleton
-                 and %13$s);
+            perform
+               from arbiter.machines m
+              where m.machine_id = v_held.arbiter_machine
+                and m.user_id = v_held.arbiter_user
+                and m.state = 'running'
+                and %13$s;
+            v_is_common := found;
             exit when not v_is_common;
           end loop;
           if v_is_common then
@@ -343,7 +343,8 @@ begin
       -- lease with that machine, or without one, then has that holder.
       format($$n.source = case when n.%I is null then 'local' else 'cloud' end$$, v_protection.machine_column)
         || case when v_protection.evidence then ' and n.arbiter_xid = pg_current_xact_id()' else '' end,
-      arbiter._fresh_expression('m.heartbeat_at', 's.heartbeat_timeout', 'clock_timestamp()'));
+      arbiter._fresh_expression(
+        'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
       format('Arbitrates writes to %s.', v_table));
   end loop;
