@@ -288,11 +288,12 @@ revoke execute on function arbiter._share_lease(uuid, text, uuid) from public;
 comment on function arbiter._share_lease(uuid, text, uuid) is
   'Locks the lease for a write if this environment, and machine, holds it. Never waits at read committed.';
 
--- Above read committed the snapshot may show a version of the row that was replaced since. The lock
--- then follows the row to its newest version, and waits there for a handover under way, whatever
--- `skip locked` says. The bound is drain_timeout; the setting ends with the function. The lock is tried
--- in a savepoint first and undone: one that was released would have no name in pg_locks for those whom
--- it keeps waiting.
+-- The same for those who may have to try again. The lock is tried in a savepoint first and undone, for two
+-- reasons. When the row was replaced since the snapshot, the server locks its newest version before it finds that it
+-- does not fit: that lock would count as a write of this transaction (_wrote_in_epoch). And above read committed
+-- it waits there for a handover under way, whatever `skip locked` says; the bound is drain_timeout, and the setting ends
+-- with the function. The savepoint is never released: a lock of one that was has no name in pg_locks for those
+-- whom it keeps waiting.
 create or replace function arbiter._share_lease_bounded(p_user_id uuid, p_source text, p_machine_id uuid)
 returns boolean
 language plpgsql
@@ -301,16 +302,20 @@ security invoker
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 as $$
+declare
+  v_found boolean;
 begin
   perform set_config('lock_timeout', ceil(extract(epoch from s.drain_timeout) * 1000)::text, true)
      from arbiter.settings s
     where s.singleton;
   begin
-    perform arbiter._share_lease(p_user_id, p_source, p_machine_id);
+    v_found := arbiter._share_lease(p_user_id, p_source, p_machine_id);
     raise exception using errcode = 'WX000', message = 'undo the lock';
   exception
     when sqlstate 'WX000' then
-      null;
+      if not v_found then
+        return false;
+      end if;
     when lock_not_available then
       return null;
   end;
@@ -319,7 +324,7 @@ end
 $$;
 revoke execute on function arbiter._share_lease_bounded(uuid, text, uuid) from public;
 comment on function arbiter._share_lease_bounded(uuid, text, uuid) is
-  'The same at repeatable read and above: null when a handover under way has kept it waiting for drain_timeout.';
+  'Locks the lease for a write like _share_lease, without a trace when it cannot; null when a handover under way has kept it waiting for drain_timeout.';
 
 -- Needs the row locked by _lock_lease. False, and nothing done, when this transaction has itself
 -- written in the epoch that would end. A drain that ends without a change of holder is no handover.
@@ -423,6 +428,7 @@ declare
   v_settings arbiter.settings;
   v_machine arbiter.machine;
   v_attempt record;
+  v_locked boolean := false;
   v_created boolean;
   v_shared boolean;
   v_give_up_at timestamptz;
@@ -444,19 +450,19 @@ begin
       -- False: somebody else just did; decide by that one.
       continue when not v_created;
     elsif verdict.takeover is null and lease.draining_since is null then
-      if current_setting('transaction_isolation') = 'read committed' then
-        v_shared := arbiter._share_lease(p_user_id, p_source, p_machine_id);
-      else
-        v_shared := arbiter._share_lease_bounded(p_user_id, p_source, p_machine_id);
-      end if;
+      v_shared := arbiter._share_lease_bounded(p_user_id, p_source, p_machine_id);
       if v_shared then
         return;
       end if;
       -- Null: it has waited long enough.
       v_give_up_at := case when v_shared is null then clock_timestamp() else v_give_up_at end;
     else
-      v_attempt := arbiter._lock_lease(p_user_id);
-      if v_attempt.locked then
+      -- Once: afterwards the row names this transaction, as if it had written in the epoch.
+      if not v_locked then
+        v_attempt := arbiter._lock_lease(p_user_id);
+        v_locked := v_attempt.locked;
+      end if;
+      if v_locked then
         -- Again, by what nobody can change any more.
         lease := v_attempt.lease;
         v_machine := arbiter._machine(p_user_id, lease.claimant);

@@ -785,6 +785,22 @@ SCENARIOS = [
         twin_levels=ABOVE,
     ),
     Scenario(
+        "a takeover comes while the heartbeat is open, with a snapshot, and it is rolled back",
+        """
+        fly   begin     | ok    | =
+        fly   heartbeat | ok    | =
+        tab   begin     | ok    | =
+        tab   write     | waits | ok
+        fly   rollback  | ok    | =
+        tab   ends      | ok    | .
+        tab   commit    | ok    | =
+        """,
+        twin="exists",
+        wrong="",
+        given="stale",
+        levels=ABOVE,
+    ),
+    Scenario(
         "a takeover whose snapshot is older than the heartbeat",
         """
         tab   begin     | ok          | =
