@@ -51,9 +51,9 @@ prove: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.interleavings
 
 bench: $(VENV)/test.stamp
-	@command -v redis-server >/dev/null \
-	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server >/dev/null; } \
-	  || { echo 'Redis is needed: install the Debian package redis-server' >&2; exit 1; }
+	@{ command -v redis-server && command -v valgrind; } >/dev/null \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server valgrind >/dev/null; } \
+	  || { echo 'Redis and valgrind are needed: install the Debian packages redis-server and valgrind' >&2; exit 1; }
 	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/test.stamp

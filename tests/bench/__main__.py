@@ -23,6 +23,7 @@ from bench import (
     growth,
     handover,
     heartbeats,
+    instructions,
     load,
     polling,
     rejects,
@@ -34,7 +35,7 @@ from bench.stage import Stage
 SUITES: dict[str, dict[str, Comparison]] = {
     module.__name__.removeprefix("bench."): module.COMPARISONS
     for module in (
-        *(cpu, load, clients, bulk, rejects),
+        *(cpu, instructions, load, clients, bulk, rejects),
         *(heartbeats, polling, handover, growth, audit),
     )
 }
