@@ -202,7 +202,6 @@ declare
   v_guard record;
   v_provenance name := '_provenance_' || p_protection_id;
   v_updates boolean;
-  v_flaw text;
   v_view record;
 begin
   select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
@@ -228,14 +227,6 @@ begin
     execute format('comment on column arbiter.%I.value is %L', v_view.name, 'The user, or the next key on the way.');
   end loop;
 
-  v_flaw := 'null::text';
-  if v_protection.unowned = 'allow' then
-    v_flaw := format($$case when %s then 'parent' end$$,
-      arbiter._path_expression(v_protection, 'n', 'broken'));
-  end if;
-  if v_protection.evidence then
-    v_flaw := format($$case when n.arbiter_xid is distinct from pg_current_xact_id() then 'evidence' else %s end$$, v_flaw);
-  end if;
 
   -- Definer: it locks leases and reads the registry and the path to the user, which the client may not
   -- be allowed to. With row security off a hidden row is an error, not a missing one. One function
@@ -283,9 +274,11 @@ begin
                   from (
                     -- A row that does not fit is nobody's. If this statement fails, the table has changed under its
                     -- guard: call arbiter.protect() again.
-                    select distinct case when %12$s then n.%11$I end as %11$I, n.%3$I as arbiter_machine
+                    select distinct
+                           case when n.source = case when n.%3$I is null then 'local' else 'cloud' end and %12$s then n.%11$I end as %11$I,
+                           n.%3$I as arbiter_machine
                       from %5$s as n
-                     where %6$s) d
+                     where not %6$s or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%3$I is not null) d
                 offset 0) w
              where w.arbiter_user is null or w.arbiter_machine is not null
           loop
@@ -310,9 +303,9 @@ begin
                  %2$s as user_id,
                  n.source::text as source,
                  n.%3$I as machine_id,
-                 %4$s as flaw
+                 case when (%12$s) is not true then 'evidence' when %4$s then 'parent' end as flaw
             from %5$s as n
-           where %6$s
+           where not %6$s or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%3$I is not null
            order by 1, 2, 3, 4
         loop
           -- Among many users one new one must not make it dear for all.
@@ -328,12 +321,10 @@ begin
       v_guard.name,
       arbiter._path_expression(v_protection, 'n', 'user'),
       v_protection.machine_column,
-      v_flaw,
+      case v_protection.unowned when 'allow' then arbiter._path_expression(v_protection, 'n', 'broken') else 'false' end,
       v_guard.rows,
       -- Rows whose machine has gone are judged by the provenance trigger, which sees the old row too.
-      case when v_updates
-        then format($$tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%I is not null$$, v_protection.machine_column)
-        else 'true' end,
+      v_updates::text,
       p_protection_id,
       v_protection.mode,
       v_protection.unowned,
@@ -341,8 +332,7 @@ begin
       (parse_ident(v_protection.user_path))[1],
       -- What else a row of the common case says: its source fits its machine, and it names its transaction. The
       -- lease with that machine, or without one, then has that holder.
-      format($$n.source = case when n.%I is null then 'local' else 'cloud' end$$, v_protection.machine_column)
-        || case when v_protection.evidence then ' and n.arbiter_xid = pg_current_xact_id()' else '' end,
+      case when v_protection.evidence then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
       arbiter._fresh_expression(
         'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
@@ -366,7 +356,11 @@ begin
       v_user_id uuid;
       v_machine_gone boolean;
     begin
-      if %8$s then
+      -- Nothing of it has changed.
+      if new.%10$I is not distinct from old.%10$I
+        and (case when %5$s then new.source is distinct from 'cloud' or new.%4$I is not null
+          else new.source is not distinct from old.source and new.%4$I is not distinct from old.%4$I and %6$s end)
+      then
         return new;
       end if;
       v_user_id := %2$s;
@@ -375,10 +369,26 @@ begin
         and old.%4$I is not null
         and new.%4$I is null
         and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
-      if (%3$s) is distinct from v_user_id %5$s then
+      if (%3$s) is distinct from v_user_id
+        or not %5$s and (new.source is distinct from old.source or not (%6$s)
+          or new.%4$I is distinct from old.%4$I and not v_machine_gone)
+      then
         perform arbiter._refuse(%7$s, %9$L, 'provenance_immutable',
           arbiter._detail('provenance_immutable', v_user_id, null, null));
-      %6$s
+      -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
+      -- says who he is. Without such a key nobody has a reason to come from inside a trigger.
+      elsif %5$s and new.source = 'cloud' and new.%4$I is null
+        and not (v_machine_gone
+          and (tg_when = 'AFTER'
+            or to_jsonb(new) - %8$L = to_jsonb(old) - %8$L
+            or pg_trigger_depth() > 1 and exists (
+              select from pg_catalog.pg_constraint k
+                join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+               where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = %8$L)))
+      then
+        perform arbiter._refuse(%7$s, %9$L, 'wrong_identity',
+          arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
+          'A cloud write names its machine.');
       end if;
       return new;
     end
@@ -388,36 +398,12 @@ begin
     arbiter._path_expression(v_protection, 'old', 'user'),
     arbiter._path_expression(v_protection, 'new', 'user'),
     v_protection.machine_column,
-    case when v_updates then '' else
-      format($$or new.source is distinct from old.source %s or (new.%2$I is distinct from old.%2$I and not v_machine_gone)$$,
-        case when v_protection.evidence then 'or new.arbiter_xid is distinct from old.arbiter_xid' else '' end,
-        v_protection.machine_column) end,
-    -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
-    -- says who he is. Without such a key nobody has a reason to come from inside a trigger.
-    case when v_updates then
-      format($$
-      elsif new.source = 'cloud' and new.%1$I is null
-        and not (v_machine_gone
-          and (tg_when = 'AFTER'
-            or to_jsonb(new) - %1$L = to_jsonb(old) - %1$L
-            or pg_trigger_depth() > 1 and exists (
-              select from pg_catalog.pg_constraint k
-                join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
-               where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = %1$L)))
-      then
-        perform arbiter._refuse(%2$s, %3$L, 'wrong_identity',
-          arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
-          'A cloud write names its machine.');
-      $$, v_protection.machine_column, p_protection_id, v_protection.mode) else '' end,
+    v_updates::text,
+    case when v_protection.evidence then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
     p_protection_id,
-    -- Nothing of it has changed.
-    format('new.%1$I is not distinct from old.%1$I', (parse_ident(v_protection.user_path))[1])
-    || case when v_updates
-      then format($$ and (new.source is distinct from 'cloud' or new.%I is not null)$$, v_protection.machine_column)
-      else format(' and new.source is not distinct from old.source and new.%1$I is not distinct from old.%1$I', v_protection.machine_column)
-        || case when v_protection.evidence then ' and new.arbiter_xid is not distinct from old.arbiter_xid' else '' end
-      end,
-    v_protection.mode);
+    v_protection.machine_column,
+    v_protection.mode,
+    (parse_ident(v_protection.user_path))[1]);
   perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 
