@@ -117,6 +117,40 @@ revoke execute on function arbiter._seal(regprocedure, text) from public;
 comment on function arbiter._seal(regprocedure, text) is
   'Documents a generated function, with the hash of its definition, and closes it.';
 
+-- A template is a real function, with words like __machine or __user_of(n) in the place of what differs. The copy has
+-- its attributes; its body is quoted anew, because a name may contain the template's quotes. All words are replaced
+-- in one pass, because a name may look like a word.
+create or replace function arbiter._instantiate(p_template regprocedure, p_name name, p_words jsonb)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_word constant text := '(__[a-z_]+(?:\([a-z]+\))?)';
+  v_source text := (select p.prosrc from pg_catalog.pg_proc p where p.oid = p_template);
+  v_attributes text := split_part(pg_get_functiondef(p_template), E'\nAS $', 1);
+  v_body text;
+  v_left_over text;
+begin
+  select string_agg(t.text || coalesce(p_words ->> w.word[1], ''), '' order by t.position),
+         min(w.word[1]) filter (where p_words ->> w.word[1] is null)
+    into v_body, v_left_over
+    from regexp_split_to_table(v_source, v_word) with ordinality as t (text, position)
+    left join regexp_matches(v_source, v_word, 'g') with ordinality as w (word, position) on w.position = t.position;
+  if v_left_over is not null then
+    raise exception using
+      errcode = 'internal_error',
+      message = format('arbiter: template %s has a word that nothing was given for: %s', p_template, v_left_over);
+  end if;
+  execute replace(v_attributes, p_template::text, format('arbiter.%I()', p_name)) || format(' as %L', v_body);
+end
+$$;
+revoke execute on function arbiter._instantiate(regprocedure, name, jsonb) from public;
+comment on function arbiter._instantiate(regprocedure, name, jsonb) is
+  'Creates the function arbiter.<p_name> from a template. p_words: word to SQL text, already quoted. Error XX000 when a word is left over.';
+
 -- From everybody but the owner: a database's default privileges may have opened it to any role.
 create or replace function arbiter._close(p_kind text, p_object text, p_acl aclitem[], p_owner oid)
 returns void

@@ -271,6 +271,119 @@ revoke execute on function arbiter._state_expression(arbiter.registry, text) fro
 comment on function arbiter._state_expression(arbiter.registry, text) is
   'SQL for the machine state of a row of the registry; an unmapped word counts as running: unknown means possibly alive.';
 
+create or replace function arbiter._stamp_template()
+returns trigger
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  new.__heartbeat := clock_timestamp();
+  -- Never the client's clock, and never back, unless the clock itself was: a heartbeat too far ahead is
+  -- none (_is_fresh). Two questions: one that holds a query is planned and run as one, each time.
+  if tg_op = 'UPDATE' and old.__heartbeat > new.__heartbeat then
+    if old.__heartbeat - new.__heartbeat < (select s.heartbeat_timeout from arbiter.settings s where s.singleton) then
+      new.__heartbeat := old.__heartbeat;
+    end if;
+  end if;
+  return new;
+end
+$$;
+revoke execute on function arbiter._stamp_template() from public;
+comment on function arbiter._stamp_template() is 'Stamps a heartbeat with the database''s clock, as a template.';
+
+-- Definer: it keeps the notes, which no client may write.
+create or replace function arbiter._note_template()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+begin
+  case tg_op
+    when 'INSERT' then
+      perform arbiter._note_machine(null, null, null, new.__user, new.__machine, __state(new));
+    when 'UPDATE' then
+      perform arbiter._note_machine(
+        old.__user, old.__machine, __state(old),
+        new.__user, new.__machine, __state(new));
+    when 'DELETE' then
+      perform arbiter._note_machine(old.__user, old.__machine, __state(old), null, null, null);
+    when 'TRUNCATE' then
+      perform arbiter._note_absent_machines();
+  end case;
+  return null;
+end
+$$;
+revoke execute on function arbiter._note_template() from public;
+comment on function arbiter._note_template() is 'Notes when a machine leaves running, enters error, or goes, as a template.';
+
+-- Definer: it reads and marks leases, which no client may. A scalar probe by primary key for each
+-- row, so that the plan is the same for one heartbeat and for many, whatever the statistics.
+create or replace function arbiter._activate_template()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+as $$
+declare
+  v_timeout interval;
+  v_machine record;
+begin
+  -- The common case is the heartbeat of the machine that holds the lease, and asks no more than this.
+  perform from arbiter_rows n
+    where (select l.machine_id = n.__machine from arbiter.leases l where l.user_id = n.__user and l.draining_since is null) is not true;
+  if not found then
+    return null;
+  end if;
+  select s.heartbeat_timeout into strict v_timeout from arbiter.settings s where s.singleton;
+  for v_machine in
+    select n.__machine as machine_id, n.__user as user_id, n.__heartbeat as heartbeat_at
+      from arbiter_rows n
+     where n.__user is not null
+       and __state(n) = 'running'
+       and n.__machine is distinct from (
+         select l.machine_id from arbiter.leases l where l.user_id = n.__user and l.draining_since is null)
+     -- The end of a drain first: a look at the lease for another machine locks it, and what this
+     -- transaction has locked it cannot hand over any more.
+     order by n.__user, n.__machine is distinct from (
+         select l.draining_to from arbiter.leases l where l.user_id = n.__user), n.__machine
+  loop
+    if arbiter._is_fresh(v_machine.heartbeat_at, v_timeout, clock_timestamp()) then
+      perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
+    end if;
+  end loop;
+  return null;
+end
+$$;
+revoke execute on function arbiter._activate_template() from public;
+comment on function arbiter._activate_template() is 'Gives the lease to a machine that a write has left healthy, as a template.';
+
+create or replace function arbiter._registry_words(p_registry arbiter.registry)
+returns jsonb
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_build_object(
+    '__machine', quote_ident((p_registry).id_column),
+    '__user', quote_ident((p_registry).user_column),
+    '__heartbeat', quote_ident((p_registry).heartbeat_column),
+    '__state(n)', arbiter._state_expression(p_registry, 'n'),
+    '__state(new)', arbiter._state_expression(p_registry, 'new'),
+    '__state(old)', arbiter._state_expression(p_registry, 'old'));
+end;
+revoke execute on function arbiter._registry_words(arbiter.registry) from public;
+comment on function arbiter._registry_words(arbiter.registry) is
+  'What stands in the registry''s trigger functions for the words of their templates.';
+
 -- Generates what depends on the registry's names and words: the view machines, the trigger functions.
 create or replace function arbiter._build_registry()
 returns void
@@ -278,9 +391,10 @@ language plpgsql
 volatile
 security invoker
 set search_path = pg_catalog, pg_temp
-as $build$
+as $$
 declare
   v_registry arbiter.registry;
+  v_words jsonb;
   v_view text;
   v_user_id uuid;
   v_now timestamptz;
@@ -291,6 +405,7 @@ begin
     return;
   end if;
 
+  v_words := arbiter._registry_words(v_registry);
   v_view := format(
     'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, %6$s as state, '
     'r.%4$I as heartbeat_at from %5$s r',
@@ -300,105 +415,11 @@ begin
     perform arbiter._make_machines_view(v_view);
   end if;
 
-  execute format($sql$
-    create or replace function arbiter.tg_registry_stamp()
-    returns trigger
-    language plpgsql
-    volatile
-    security invoker
-    set search_path = pg_catalog, pg_temp
-    as $tg$
-    begin
-      new.%1$I := clock_timestamp();
-      -- Never the client's clock, and never back, unless the clock itself was: a heartbeat too far ahead is
-      -- none (_is_fresh). Two questions: one that holds a query is planned and run as one, each time.
-      if tg_op = 'UPDATE' and old.%1$I > new.%1$I then
-        if old.%1$I - new.%1$I < (select s.heartbeat_timeout from arbiter.settings s where s.singleton) then
-          new.%1$I := old.%1$I;
-        end if;
-      end if;
-      return new;
-    end
-    $tg$
-    $sql$,
-    v_registry.heartbeat_column);
+  perform arbiter._instantiate('arbiter._stamp_template()', 'tg_registry_stamp', v_words);
 
-  -- Definer: it keeps the notes, which no client may write.
-  execute format($sql$
-    create or replace function arbiter.tg_registry_note()
-    returns trigger
-    language plpgsql
-    volatile
-    security definer
-    set search_path = pg_catalog, pg_temp
-    set row_security = off
-    as $tg$
-    begin
-      case tg_op
-        when 'INSERT' then
-          perform arbiter._note_machine(null, null, null, new.%2$I, new.%1$I, %3$s);
-        when 'UPDATE' then
-          perform arbiter._note_machine(
-            old.%2$I, old.%1$I, %4$s,
-            new.%2$I, new.%1$I, %3$s);
-        when 'DELETE' then
-          perform arbiter._note_machine(old.%2$I, old.%1$I, %4$s, null, null, null);
-        when 'TRUNCATE' then
-          perform arbiter._note_absent_machines();
-      end case;
-      return null;
-    end
-    $tg$
-    $sql$,
-    v_registry.id_column, v_registry.user_column,
-    arbiter._state_expression(v_registry, 'new'),
-    arbiter._state_expression(v_registry, 'old'));
+  perform arbiter._instantiate('arbiter._note_template()', 'tg_registry_note', v_words);
 
-  -- Definer: it reads and marks leases, which no client may. A scalar probe by primary key for each
-  -- row, so that the plan is the same for one heartbeat and for many, whatever the statistics.
-  execute format($sql$
-    create or replace function arbiter.tg_registry_activate()
-    returns trigger
-    language plpgsql
-    volatile
-    security definer
-    set search_path = pg_catalog, pg_temp
-    set row_security = off
-    set enable_seqscan = off
-    as $tg$
-    declare
-      v_timeout interval;
-      v_machine record;
-    begin
-      -- The common case is the heartbeat of the machine that holds the lease, and asks no more than this.
-      perform from arbiter_rows n
-        where (select l.machine_id = n.%1$I from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null) is not true;
-      if not found then
-        return null;
-      end if;
-      select s.heartbeat_timeout into strict v_timeout from arbiter.settings s where s.singleton;
-      for v_machine in
-        select n.%1$I as machine_id, n.%2$I as user_id, n.%3$I as heartbeat_at
-          from arbiter_rows n
-         where n.%2$I is not null
-           and %4$s = 'running'
-           and n.%1$I is distinct from (
-             select l.machine_id from arbiter.leases l where l.user_id = n.%2$I and l.draining_since is null)
-         -- The end of a drain first: a look at the lease for another machine locks it, and what this
-         -- transaction has locked it cannot hand over any more.
-         order by n.%2$I, n.%1$I is distinct from (
-             select l.draining_to from arbiter.leases l where l.user_id = n.%2$I), n.%1$I
-      loop
-        if arbiter._is_fresh(v_machine.heartbeat_at, v_timeout, clock_timestamp()) then
-          perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
-        end if;
-      end loop;
-      return null;
-    end
-    $tg$
-    $sql$,
-    v_registry.id_column, v_registry.user_column, v_registry.heartbeat_column,
-    arbiter._state_expression(v_registry, 'n'));
+  perform arbiter._instantiate('arbiter._activate_template()', 'tg_registry_activate', v_words);
 
   perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
   perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');
@@ -454,7 +475,7 @@ begin
             select l.machine_id from arbiter.leases l where l.user_id = r.user_id and l.draining_since is null)
         order by r.user_id, r.machine_id) as m;
 end
-$build$;
+$$;
 revoke execute on function arbiter._build_registry() from public;
 comment on function arbiter._build_registry() is
   'Generates the view, functions and triggers of the registered table, and takes its machines as they are.';

@@ -132,3 +132,144 @@ $$;
 revoke execute on function arbiter._admit(integer, text, text, uuid, text, uuid, text) from public;
 comment on function arbiter._admit(integer, text, text, uuid, text, uuid, text) is
   'Admits a write to a protected table, with the lease locked to the end of the transaction, or refuses it (WX001 to WX005, WX007).';
+
+-- The guard of a protected table. protect() copies these two functions for each table (_instantiate) and puts the
+-- table's own words in the place of ours (_guard_words).
+--
+-- Definer: it locks leases and reads the registry and the path to the user, which the client may not
+-- be allowed to. With row security off a hidden row is an error, not a missing one.
+create or replace function arbiter._guard_template()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+as $$
+#variable_conflict use_variable
+declare
+  v_held record;
+  v_write record;
+  v_is_common boolean := true;
+  -- Above that the lock may wait (_share_lease_bounded).
+  v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
+begin
+  -- The common case, without a call: the environment, and machine, that writes holds the lease and no drain
+  -- is under way. Found means locked, to the end of the transaction (_share_lease). Once for what is
+  -- distinct in the rows themselves: the way to the user is walked afterwards.
+  if v_shares then
+    for v_held in
+      select w.arbiter_machine, w.arbiter_user
+        from (
+          select d.arbiter_machine,
+                 (select l.user_id
+                    from arbiter.leases l
+                   where l.user_id = __user_of(d)
+                     and l.machine_id is not distinct from d.arbiter_machine
+                     and l.draining_since is null
+                     for key share skip locked) as arbiter_user
+            from (
+              -- A row that does not fit is nobody's. If this statement fails, the table has changed under its
+              -- guard: call arbiter.protect() again.
+              select distinct
+                     case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n) then n.__key end as __key,
+                     n.__machine as arbiter_machine
+                from __rows as n
+               where not __updates or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.__machine is not null) d
+          offset 0) w
+       where w.arbiter_user is null or w.arbiter_machine is not null
+    loop
+      perform
+         from arbiter.machines m
+        where m.machine_id = v_held.arbiter_machine
+          and m.user_id = v_held.arbiter_user
+          and m.state = 'running'
+          and __is_fresh(m);
+      v_is_common := found;
+      exit when not v_is_common;
+    end loop;
+    if v_is_common then
+      return null;
+    end if;
+  end if;
+
+  -- Whoever else writes is judged one by one, in the order of the users.
+  for v_write in
+    select distinct
+           -- If this statement fails: call arbiter.protect() again.
+           __user_of(n) as user_id,
+           n.source::text as source,
+           n.__machine as machine_id,
+           case when (__is_ours(n)) is not true then 'evidence' when __is_broken(n) then 'parent' end as flaw
+      from __rows as n
+     where not __updates or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.__machine is not null
+     order by 1, 2, 3, 4
+  loop
+    -- Among many users one new one must not make it dear for all.
+    if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
+      continue when arbiter._share_lease(v_write.user_id, 'local', null);
+    end if;
+    perform arbiter._admit(__protection, __mode, __unowned, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+  end loop;
+  return null;
+end
+$$;
+revoke execute on function arbiter._guard_template() from public;
+comment on function arbiter._guard_template() is 'The guard of a protected table, as a template.';
+
+-- A machine that is deleted leaves its rows behind without it (on delete set null): that is not a
+-- write of anybody, and the only way to change the provenance of a row.
+create or replace function arbiter._provenance_template()
+returns trigger
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+as $$
+#variable_conflict use_variable
+declare
+  v_user_id uuid;
+  v_machine_gone boolean;
+begin
+  -- Nothing of it has changed.
+  if new.__key is not distinct from old.__key
+    and (case when __updates then new.source is distinct from 'cloud' or new.__machine is not null
+      else new.source is not distinct from old.source and new.__machine is not distinct from old.__machine and __keeps_xid end)
+  then
+    return new;
+  end if;
+  v_user_id := __user_of(old);
+  -- Also of a row that says local: before it was protected, that was nobody's contradiction.
+  v_machine_gone := new.source is not distinct from old.source
+    and old.__machine is not null
+    and new.__machine is null
+    and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
+  if (__user_of(new)) is distinct from v_user_id
+    or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
+      or new.__machine is distinct from old.__machine and not v_machine_gone)
+  then
+    perform arbiter._refuse(__protection, __mode, 'provenance_immutable',
+      arbiter._detail('provenance_immutable', v_user_id, null, null));
+  -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
+  -- says who he is. Without such a key nobody has a reason to come from inside a trigger.
+  elsif __updates and new.source = 'cloud' and new.__machine is null
+    and not (v_machine_gone
+      and (tg_when = 'AFTER'
+        or to_jsonb(new) - __machine_name = to_jsonb(old) - __machine_name
+        or pg_trigger_depth() > 1 and exists (
+          select from pg_catalog.pg_constraint k
+            join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+           where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = __machine_name)))
+  then
+    perform arbiter._refuse(__protection, __mode, 'wrong_identity',
+      arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
+      'A cloud write names its machine.');
+  end if;
+  return new;
+end
+$$;
+revoke execute on function arbiter._provenance_template() from public;
+comment on function arbiter._provenance_template() is 'What keeps the provenance of the rows of a protected table, as a template.';

@@ -188,6 +188,36 @@ revoke execute on function arbiter._guard_triggers(arbiter.protections) from pub
 comment on function arbiter._guard_triggers(arbiter.protections) is
   'The triggers that a protected table and its partitions must have. definition has {table} in the place of the table.';
 
+create or replace function arbiter._guard_words(p_protection arbiter.protections)
+returns jsonb
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_build_object(
+    '__protection', (p_protection).protection_id::text,
+    '__mode', quote_literal((p_protection).mode),
+    '__unowned', quote_literal((p_protection).unowned),
+    '__updates', ('update' = any ((p_protection).verbs))::text,
+    '__machine', quote_ident((p_protection).machine_column),
+    '__machine_name', quote_literal((p_protection).machine_column),
+    '__key', quote_ident((parse_ident((p_protection).user_path))[1]),
+    '__user_of(d)', arbiter._path_expression(p_protection, 'd', 'user'),
+    '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
+    '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
+    '__user_of(new)', arbiter._path_expression(p_protection, 'new', 'user'),
+    '__is_broken(n)', case (p_protection).unowned
+      when 'allow' then arbiter._path_expression(p_protection, 'n', 'broken') else 'false' end,
+    '__is_ours(n)', case when (p_protection).evidence then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
+    '__keeps_xid', case when (p_protection).evidence then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
+    '__is_fresh(m)', arbiter._fresh_expression(
+      'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
+end;
+revoke execute on function arbiter._guard_words(arbiter.protections) from public;
+comment on function arbiter._guard_words(arbiter.protections) is
+  'What stands in the guard of this table for the words of the templates.';
+
 -- Generates the guard of a table from its row in protections, and attaches it.
 create or replace function arbiter._build_guard(p_protection_id integer)
 returns void
@@ -195,18 +225,18 @@ language plpgsql
 volatile
 security invoker
 set search_path = pg_catalog, pg_temp
-as $build$
+as $$
 declare
   v_protection arbiter.protections;
   v_table regclass;
   v_guard record;
   v_provenance name := '_provenance_' || p_protection_id;
-  v_updates boolean;
+  v_words jsonb;
   v_view record;
 begin
   select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
   v_table := v_protection.protected_table;
-  v_updates := 'update' = any (v_protection.verbs);
+  v_words := arbiter._guard_words(v_protection);
 
   for v_view in
     select c.relname as name
@@ -228,9 +258,7 @@ begin
   end loop;
 
 
-  -- Definer: it locks leases and reads the registry and the path to the user, which the client may not
-  -- be allowed to. With row security off a hidden row is an error, not a missing one. One function
-  -- for the rows of a statement, and for partitioned tables one for a row that no statement shows.
+  -- One function for the rows of a statement, and for partitioned tables one for a row that no statement shows.
   for v_guard in
     select g.name, g.rows
       from (values
@@ -239,171 +267,13 @@ begin
      where g.rows = 'arbiter_rows'
         or (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_table)
   loop
-    execute format($sql$
-      create or replace function arbiter.%1$I()
-      returns trigger
-      language plpgsql
-      volatile
-      security definer
-      set search_path = pg_catalog, pg_temp
-      set row_security = off
-      set enable_seqscan = off
-      as $tg$
-      #variable_conflict use_variable
-      declare
-        v_held record;
-        v_write record;
-        v_is_common boolean := true;
-        -- Above that the lock may wait (_share_lease_bounded).
-        v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
-      begin
-        -- The common case, without a call: the environment, and machine, that writes holds the lease and no drain
-        -- is under way. Found means locked, to the end of the transaction (_share_lease). Once for what is
-        -- distinct in the rows themselves: the way to the user is walked afterwards.
-        if v_shares then
-          for v_held in
-            select w.arbiter_machine, w.arbiter_user
-              from (
-                select d.arbiter_machine,
-                       (select l.user_id
-                          from arbiter.leases l
-                         where l.user_id = %10$s
-                           and l.machine_id is not distinct from d.arbiter_machine
-                           and l.draining_since is null
-                           for key share skip locked) as arbiter_user
-                  from (
-                    -- A row that does not fit is nobody's. If this statement fails, the table has changed under its
-                    -- guard: call arbiter.protect() again.
-                    select distinct
-                           case when n.source = case when n.%3$I is null then 'local' else 'cloud' end and %12$s then n.%11$I end as %11$I,
-                           n.%3$I as arbiter_machine
-                      from %5$s as n
-                     where not %6$s or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%3$I is not null) d
-                offset 0) w
-             where w.arbiter_user is null or w.arbiter_machine is not null
-          loop
-            perform
-               from arbiter.machines m
-              where m.machine_id = v_held.arbiter_machine
-                and m.user_id = v_held.arbiter_user
-                and m.state = 'running'
-                and %13$s;
-            v_is_common := found;
-            exit when not v_is_common;
-          end loop;
-          if v_is_common then
-            return null;
-          end if;
-        end if;
-
-        -- Whoever else writes is judged one by one, in the order of the users.
-        for v_write in
-          select distinct
-                 -- If this statement fails: call arbiter.protect() again.
-                 %2$s as user_id,
-                 n.source::text as source,
-                 n.%3$I as machine_id,
-                 case when (%12$s) is not true then 'evidence' when %4$s then 'parent' end as flaw
-            from %5$s as n
-           where not %6$s or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.%3$I is not null
-           order by 1, 2, 3, 4
-        loop
-          -- Among many users one new one must not make it dear for all.
-          if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
-            continue when arbiter._share_lease(v_write.user_id, 'local', null);
-          end if;
-          perform arbiter._admit(%7$s, %8$L, %9$L, v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
-        end loop;
-        return null;
-      end
-      $tg$
-      $sql$,
-      v_guard.name,
-      arbiter._path_expression(v_protection, 'n', 'user'),
-      v_protection.machine_column,
-      case v_protection.unowned when 'allow' then arbiter._path_expression(v_protection, 'n', 'broken') else 'false' end,
-      v_guard.rows,
-      -- Rows whose machine has gone are judged by the provenance trigger, which sees the old row too.
-      v_updates::text,
-      p_protection_id,
-      v_protection.mode,
-      v_protection.unowned,
-      arbiter._path_expression(v_protection, 'd', 'user'),
-      (parse_ident(v_protection.user_path))[1],
-      -- What else a row of the common case says: its source fits its machine, and it names its transaction. The
-      -- lease with that machine, or without one, then has that holder.
-      case when v_protection.evidence then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
-      arbiter._fresh_expression(
-        'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
+    perform arbiter._instantiate('arbiter._guard_template()', v_guard.name,
+      v_words || jsonb_build_object('__rows', v_guard.rows));
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
       format('Arbitrates writes to %s.', v_table));
   end loop;
 
-  -- A machine that is deleted leaves its rows behind without it (on delete set null): that is not a
-  -- write of anybody, and the only way to change the provenance of a row.
-  execute format($sql$
-    create or replace function arbiter.%1$I()
-    returns trigger
-    language plpgsql
-    volatile
-    security definer
-    set search_path = pg_catalog, pg_temp
-    set row_security = off
-    set enable_seqscan = off
-    as $tg$
-    #variable_conflict use_variable
-    declare
-      v_user_id uuid;
-      v_machine_gone boolean;
-    begin
-      -- Nothing of it has changed.
-      if new.%10$I is not distinct from old.%10$I
-        and (case when %5$s then new.source is distinct from 'cloud' or new.%4$I is not null
-          else new.source is not distinct from old.source and new.%4$I is not distinct from old.%4$I and %6$s end)
-      then
-        return new;
-      end if;
-      v_user_id := %2$s;
-      -- Also of a row that says local: before it was protected, that was nobody's contradiction.
-      v_machine_gone := new.source is not distinct from old.source
-        and old.%4$I is not null
-        and new.%4$I is null
-        and not exists (select from arbiter.machines m where m.machine_id = old.%4$I);
-      if (%3$s) is distinct from v_user_id
-        or not %5$s and (new.source is distinct from old.source or not (%6$s)
-          or new.%4$I is distinct from old.%4$I and not v_machine_gone)
-      then
-        perform arbiter._refuse(%7$s, %9$L, 'provenance_immutable',
-          arbiter._detail('provenance_immutable', v_user_id, null, null));
-      -- The foreign key acts from inside its own trigger and changes nothing else; whoever does writes, and
-      -- says who he is. Without such a key nobody has a reason to come from inside a trigger.
-      elsif %5$s and new.source = 'cloud' and new.%4$I is null
-        and not (v_machine_gone
-          and (tg_when = 'AFTER'
-            or to_jsonb(new) - %8$L = to_jsonb(old) - %8$L
-            or pg_trigger_depth() > 1 and exists (
-              select from pg_catalog.pg_constraint k
-                join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
-               where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = %8$L)))
-      then
-        perform arbiter._refuse(%7$s, %9$L, 'wrong_identity',
-          arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
-          'A cloud write names its machine.');
-      end if;
-      return new;
-    end
-    $tg$
-    $sql$,
-    v_provenance,
-    arbiter._path_expression(v_protection, 'old', 'user'),
-    arbiter._path_expression(v_protection, 'new', 'user'),
-    v_protection.machine_column,
-    v_updates::text,
-    case when v_protection.evidence then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
-    p_protection_id,
-    v_protection.machine_column,
-    v_protection.mode,
-    (parse_ident(v_protection.user_path))[1]);
+  perform arbiter._instantiate('arbiter._provenance_template()', v_provenance, v_words);
   perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 
@@ -414,7 +284,7 @@ begin
       select t.trigger_name from arbiter._guard_triggers(v_protection) t where t.table_name = f.member))
      from arbiter._family(v_table) as f (member);
 end
-$build$;
+$$;
 revoke execute on function arbiter._build_guard(integer) from public;
 comment on function arbiter._build_guard(integer) is
   'Generates the functions and triggers of a protected table and its partitions from its row in protections.';

@@ -17,7 +17,7 @@ from conftest import Database
 
 GOLDEN = Path(__file__).parent / "golden" / "generated.txt"
 
-#: A name that has to be quoted, and would be taken for a format's hole, a word or the end of a body.
+#: A name that needs quotes, and looks like a format's hole, a word and the end of a body.
 ODD = "Mach in%s'e __id $function$"
 
 TABLES = f"""
