@@ -38,7 +38,7 @@ from .errors import (
     from_psycopg,
     translated,
 )
-from .install import check_version, install, sql_text, uninstall, validate
+from .install import check_version, finish, install, sql_text, uninstall
 from .machine import Machine
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "audit",
     "check_version",
     "confirm_takeover",
+    "finish",
     "from_psycopg",
     "handovers",
     "heartbeat",
@@ -74,6 +75,5 @@ __all__ = [
     "translated",
     "uninstall",
     "unprotect",
-    "validate",
     "version",
 ]

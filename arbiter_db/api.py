@@ -244,7 +244,7 @@ def protect(
 
     `table` is a name as SQL writes it (`public.signals`). `user_path` is a column or a path over
     foreign keys (`trader_id.user_id`), found by itself when there is one obvious answer.
-    Constraints are added `not valid`: after the commit, `validate` or the next install checks
+    Constraints are added `not valid`: after the commit, `finish` or the next install checks
     the rows that exist.
     """
     _one(

@@ -35,7 +35,7 @@ from rich.text import Text
 
 from . import __version__, api
 from .errors import ArbiterError, InstallError
-from .install import check_version, install, sql_text, uninstall, validate
+from .install import check_version, finish, install, sql_text, uninstall
 from .supabase import export
 
 __all__ = ["main"]
@@ -284,7 +284,7 @@ def protect_command(
             evidence=not no_evidence,
         )
         click.echo(f"{table} is protected")
-        validate(conn, on_step=click.echo)
+        finish(conn, on_step=click.echo)
 
 
 @main.command("unprotect")

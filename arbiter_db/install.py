@@ -2,10 +2,12 @@
 
 An install is four steps, each of which can be repeated:
 
-1. `sql/00_preflight.sql` in a transaction of its own: refuses, before anything is changed, when the
-   app's tables have columns that do not fit;
+1. `sql/0*.sql` in a transaction of its own: refuses, before anything is changed, when the app's
+   tables have columns that do not fit;
 2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
-3. all other `sql/*.sql`, in order, in one transaction: clients see the old functions or the new;
+3. all `sql/*.sql`, in order, in one transaction: clients see the old functions or the new. What
+   this version does not have any more is dropped; when an object of the app uses some of it, the
+   install refuses and functions, guards and policies stay as they were;
 4. what reads a whole table, one transaction each: an index on the column that names the machine,
    for which writers wait, and the validation of constraints, for which they do not.
 
@@ -34,7 +36,7 @@ from . import __version__
 from .errors import InstallError, OutdatedSchema
 from .queries import QUERIES
 
-__all__ = ["check_version", "install", "migration_texts", "sql_text", "uninstall", "validate"]
+__all__ = ["check_version", "finish", "install", "migration_texts", "sql_text", "uninstall"]
 
 _OLDEST_SERVER = 15
 
@@ -52,18 +54,14 @@ def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step:
     """
     with _installer(conninfo) as conn:
         _refuse_newer(conn)
-        preflight, *others = _sql_files()
-        _run(conn, [preflight])
-        on_step(preflight.name)
+        _run(conn, _checks(), on_step)
         with _yoyo(conninfo) as backend:
             for migration in backend.to_apply(_migrations()):
                 with _naming(migration.id):
                     backend.apply_one(migration)
                 on_step(migration.id)
-        _run(conn, others)
-        for path in others:
-            on_step(path.name)
-        validate(conn, on_step=on_step)
+        _run(conn, _sql_files(), on_step)
+        finish(conn, on_step=on_step)
 
 
 def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
@@ -89,15 +87,15 @@ def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
         return report
 
 
-def validate(
+def finish(
     conn: psycopg.Connection[Any], *, on_step: Callable[[str], None] = lambda step: None
 ) -> None:
-    """Finish what `protect` and the migrations have begun: an index, and constraints `not valid`.
+    """Finish what `protect` has begun: an index, and the validation of constraints.
 
     Each in a transaction of its own, which reads the table once. Writers wait for the index only.
     Needs a connection in autocommit mode.
     """
-    for statement in _column(conn, "unfinished"):
+    for statement in _column(conn, "finish_statements"):
         with _naming(statement), conn.transaction():
             conn.execute(QUERIES["unit_settings"])
             conn.execute(statement.encode())
@@ -122,7 +120,7 @@ def sql_text() -> str:
         parts += ["commit;"]
     parts += [
         "-- What reads a whole table, each in a transaction of its own.",
-        QUERIES["unfinished"].decode() + " \\gexec",
+        QUERIES["finish_statements"].decode() + " \\gexec",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -134,10 +132,10 @@ def migration_texts() -> tuple[str, str]:
     """
     begin = [QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
     parts = [*begin]
-    for path in (path for unit in _units() for path in unit):
+    for path in dict.fromkeys(path for unit in _units() for path in unit):
         parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
-    finish = [*begin, QUERIES["finish"].decode() + ";"]
-    first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, finish))
+    last = [*begin, QUERIES["finish"].decode() + ";"]
+    first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, last))
     return first, second
 
 
@@ -196,8 +194,11 @@ def _yoyo(conninfo: str) -> Iterator[_Backend]:
 
 def _units() -> list[list[Path]]:
     """The files of an install, by transaction."""
-    preflight, *others = _sql_files()
-    return [[preflight], *([Path(m.path)] for m in _migrations()), others]
+    return [_checks(), *([Path(m.path)] for m in _migrations()), _sql_files()]
+
+
+def _checks() -> list[Path]:
+    return [path for path in _sql_files() if path.name.startswith("0")]
 
 
 def _migrations() -> Any:
@@ -240,24 +241,28 @@ def _connect(conninfo: str) -> psycopg.Connection[Any]:
     return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
 
 
-def _run(conn: psycopg.Connection[Any], paths: Sequence[Path]) -> None:
+def _run(
+    conn: psycopg.Connection[Any], paths: Sequence[Path], on_step: Callable[[str], None]
+) -> None:
     """Run files in one transaction."""
     with conn.transaction():
         conn.execute(QUERIES["unit_settings"])
         for path in paths:
             with _naming(path.name):
                 conn.execute(path.read_bytes())
+    for path in paths:
+        on_step(path.name)
 
 
 def _detach(conn: psycopg.Connection[Any], drop_columns: bool) -> list[str]:
     """Take arbiter off the app's tables; refuse when the app's own objects need arbiter."""
     with _naming("detach"), conn.transaction():
         conn.execute(QUERIES["unit_settings"])
-        report = []
-        if _scalar(conn, "is_attached"):
-            report = _column(conn, "detach_all", drop_columns=drop_columns)
-        elif _scalar(conn, "has_leave_columns"):  # an install was cut short, or an uninstall
-            report = _column(conn, "leave_columns", drop_columns=drop_columns)
+        if not _scalar(conn, "has_basics"):
+            return []
+        # Without the tables an install was cut short, or an uninstall.
+        detach = "detach_all" if _scalar(conn, "is_attached") else "leave_columns"
+        report = _column(conn, detach, drop_columns=drop_columns)
         if dependents := _column(conn, "dependents"):
             raise InstallError(
                 f"these objects use arbiter: {', '.join(dependents)}",

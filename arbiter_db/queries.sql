@@ -2,14 +2,10 @@
 -- the caller's adapters.
 
 -- name: status
-select environment, can_write_local, code, message, retry_at, machine_id, machine_state,
-       heartbeat_age, epoch, draining, as_of, poll_interval
-  from arbiter.status(%(user_id)s::uuid)
+select * from arbiter.status(%(user_id)s::uuid)
 
 -- name: confirm_takeover
-select environment, can_write_local, code, message, retry_at, machine_id, machine_state,
-       heartbeat_age, epoch, draining, as_of, poll_interval
-  from arbiter.confirm_takeover(%(user_id)s::uuid)
+select * from arbiter.confirm_takeover(%(user_id)s::uuid)
 
 -- name: heartbeat
 select arbiter.heartbeat(%(machine_id)s::uuid)
@@ -88,14 +84,14 @@ select to_regprocedure('arbiter._detach_all(boolean)') is not null
 -- name: detach_all
 select * from arbiter._detach_all(%(drop_columns)s::boolean)
 
--- name: has_leave_columns
+-- name: has_basics
 select to_regprocedure('arbiter._leave_columns(boolean)') is not null
 
 -- name: leave_columns
 select * from arbiter._leave_columns(%(drop_columns)s::boolean)
 
--- name: unfinished
-select * from arbiter._unfinished()
+-- name: finish_statements
+select * from arbiter._finish_statements()
 
 -- name: lock_settings
 -- The connection that holds the installers' lock idles in its transaction while others work.
@@ -111,21 +107,13 @@ select set_config(name, case name when 'lock_timeout' then '5min' else '0' end, 
 select pg_advisory_xact_lock(27428839742530930)
 
 -- name: dependents
--- What `drop schema arbiter cascade` would take with it from the app: objects outside the schema
--- that depend on a table, view, function or type inside.
-select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
-  from pg_depend d
- cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
- where d.deptype in ('n', 'a')
-   and d.refobjid in (
-     select oid from pg_class where relnamespace = to_regnamespace('arbiter')
-     union all
-     select oid from pg_proc where pronamespace = to_regnamespace('arbiter')
-     union all
-     select oid from pg_type where typnamespace = to_regnamespace('arbiter'))
-   and o.object_names[1] <> 'arbiter'
-   and o.object_names[1] not like 'arbiter.%%'
- order by 1
+-- What `drop schema arbiter cascade` would take with it from the app.
+select arbiter._used_by(array(
+  select oid from pg_class where relnamespace = 'arbiter'::regnamespace
+  union all
+  select oid from pg_proc where pronamespace = 'arbiter'::regnamespace
+  union all
+  select oid from pg_type where typnamespace = 'arbiter'::regnamespace))
 
 -- name: drop_schema
 drop schema if exists arbiter cascade
@@ -154,7 +142,7 @@ do $finish$
 declare
   v_statement text;
 begin
-  for v_statement in select u.statement from arbiter._unfinished() as u (statement) order by u.statement loop
+  for v_statement in select u.statement from arbiter._finish_statements() as u (statement) order by u.statement loop
     execute v_statement;
   end loop;
 end

@@ -3,6 +3,8 @@
 
 set local lock_timeout = '5s';
 
+drop view if exists arbiter.machines;
+
 drop table if exists
   arbiter.observations, arbiter.protections, arbiter.handovers, arbiter.leases,
   arbiter.machine_notes, arbiter.registry, arbiter.settings

@@ -2,6 +2,7 @@
 --
 --   settings        one row: the periods of the decision tables
 --   registry        one row: which table of the app lists the machines, and how to read it
+--   machines        a view of that table under fixed names
 --   machine_notes   when the database saw a machine leave `running` or enter `error`
 --   leases          one row per user: who may write now; its epoch is the fencing token
 --   handovers       every change of a lease's holder, append-only
@@ -79,15 +80,6 @@ begin
 end
 $types$;
 
-comment on type arbiter.machine is
-  'A machine as the verdict sees it. state: starting, running, stopping, stopped, error, or deleted when the registry has no such row of this user.';
-comment on type arbiter.verdict is
-  'code: null when admitted, else the code of the rejection. takeover: why the lease goes to local first, else null. retry_at: when to try again, where known.';
-comment on type arbiter.execution_status is
-  'What arbiter.status() returns: what a write in the instant as_of would get.';
-comment on type arbiter.audit_finding is
-  'What arbiter.audit() returns. finding: contradiction (a row, with its key, and who held its epoch), history (a flaw of a user''s handovers at an epoch) or not_provable (row_count rows, for one reason).';
-
 create table if not exists arbiter.settings (
   singleton boolean not null default true,
   heartbeat_timeout interval not null default '30 seconds',
@@ -126,7 +118,7 @@ comment on column arbiter.settings.singleton is 'Always true: there is one row.'
 comment on column arbiter.settings.heartbeat_timeout is
   'A machine is fresh while its last heartbeat is younger than this.';
 comment on column arbiter.settings.stop_grace is
-  'How long local writes stay refused after a machine left running.';
+  'How long local writes are rejected after a machine left running.';
 comment on column arbiter.settings.error_takeover_delay is
   'How long after a machine''s error no takeover is possible, confirmed or not.';
 comment on column arbiter.settings.error_takeover_confirm is
@@ -161,6 +153,18 @@ comment on column arbiter.registry.status_column is 'Its column with the status 
 comment on column arbiter.registry.heartbeat_column is 'Its timestamptz column that arbiter stamps.';
 comment on column arbiter.registry.states is
   'Status word to machine state (starting, running, stopping, stopped, error). An absent word means running.';
+
+-- The registry under fixed names. Until a table is registered there are no machines.
+do $machines$
+begin
+  if to_regclass('arbiter.machines') is null then
+    create view arbiter.machines as
+      select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state,
+             null::timestamptz as heartbeat_at
+       where false;
+  end if;
+end
+$machines$;
 
 create table if not exists arbiter.machine_notes (
   user_id uuid not null,
@@ -211,7 +215,7 @@ comment on column arbiter.leases.machine_id is 'The machine that holds, when the
 comment on column arbiter.leases.draining_to is
   'The machine that gets the lease once the writes in flight have ended; null while it drains to local.';
 comment on column arbiter.leases.draining_since is
-  'When a drain was marked: from then on the old holder is refused. Null when no drain is under way. Database clock.';
+  'When a drain was marked: from then on the old holder''s writes are rejected. Null when no drain is under way. Database clock.';
 comment on column arbiter.leases.held_since is 'When this epoch began. Database clock.';
 comment on column arbiter.leases.claimant is
   'Whom the lease is for: the machine that holds it, or while it drains the one it drains to; null when that is local.';

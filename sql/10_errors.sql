@@ -1,7 +1,7 @@
 -- The eight rejections, in one place: code, SQLSTATE, message, hint, and the DETAIL that programs read;
 -- and how an error reaches its reader, as SQL or over HTTP.
 
-create or replace function arbiter._error(
+create or replace function arbiter._rejection(
   p_code text,
   out sqlstate text,
   out message text,
@@ -9,7 +9,6 @@ create or replace function arbiter._error(
 returns record
 language plpgsql
 immutable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -49,10 +48,9 @@ begin
   end case;
 end
 $$;
-revoke execute on function arbiter._error(text) from public;
-comment on function arbiter._error(text) is 'SQLSTATE, message and hint of a rejection''s code.';
+comment on function arbiter._rejection(text) is 'SQLSTATE, message and hint of a rejection''s code.';
 
--- One JSON object. The instant is printed in UTC, whatever the session's time zone.
+-- The instant is printed in UTC, so that it does not depend on the session's time zone.
 create or replace function arbiter._detail(
   p_code text,
   p_user_id uuid,
@@ -62,7 +60,6 @@ create or replace function arbiter._detail(
 returns jsonb
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_build_object(
@@ -73,35 +70,28 @@ begin atomic
     'epoch', (p_lease).epoch,
     'retry_at', to_char(p_retry_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) || p_more;
 end;
-revoke execute on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) from public;
 comment on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) is
-  'The DETAIL of a rejection: code, user_id, holder, machine_id, epoch, retry_at (UTC), and more where a code has more to say.';
+  'The DETAIL of a rejection as a JSON object: code, user_id, holder, machine_id, epoch, retry_at (UTC), and more where a code has more to say.';
 
--- PostgREST answers HTTP 400 or 500 to a SQLSTATE that it does not know, and takes status and headers from
--- one that is PGRST: inside its requests, for which it sets request.method, that is what it gets. Whoever
--- sets that by hand is refused all the same, in other words. Status and headers hold nothing but numbers:
--- what a client wrote, line ends and all, stays inside the JSON of the body.
-create or replace function arbiter._throw(
+-- To an SQLSTATE that it does not know PostgREST answers HTTP 400 or 500. It takes status and headers from an error
+-- with SQLSTATE PGRST, so inside its requests, for which it sets request.method, an error has that form. A client
+-- that sets request.method itself gets the same error in that form. Status and headers are made of numbers only:
+-- text from a client stays inside the JSON of the body.
+create or replace function arbiter._fail_with_detail(
   p_sqlstate text,
-  p_http_status integer,
   p_message text,
+  p_hint text,
   p_detail jsonb,
-  p_hint text)
+  p_http_status integer)
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_seconds integer := greatest(1, ceil(extract(epoch from (p_detail ->> 'retry_at')::timestamptz - clock_timestamp())));
 begin
   if coalesce(current_setting('request.method', true), '') = '' then
-    raise exception using
-      errcode = p_sqlstate,
-      message = p_message,
-      detail = p_detail::text,
-      hint = p_hint;
+    raise exception using errcode = p_sqlstate, message = p_message, detail = p_detail::text, hint = p_hint;
   end if;
   raise exception using
     errcode = 'PGRST',
@@ -113,22 +103,20 @@ begin
                  else jsonb_build_object('Retry-After', v_seconds::text) end)::text;
 end
 $$;
-revoke execute on function arbiter._throw(text, integer, text, jsonb, text) from public;
-comment on function arbiter._throw(text, integer, text, jsonb, text) is
-  'Raises an error: with its SQLSTATE, or for a request of PostgREST as that HTTP status, with Retry-After when the detail has retry_at.';
+comment on function arbiter._fail_with_detail(text, text, text, jsonb, integer) is
+  'Raises an error that programs read: with its SQLSTATE, or for a request of PostgREST with that HTTP status, and Retry-After when the detail has retry_at.';
 
-create or replace function arbiter._raise(p_code text, p_detail jsonb, p_hint text default null)
+create or replace function arbiter._reject(p_code text, p_detail jsonb, p_hint text default null)
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_error record := arbiter._error(p_code);
+  v_rejection record := arbiter._rejection(p_code);
 begin
-  perform arbiter._throw(v_error.sqlstate, 409, v_error.message, p_detail, coalesce(p_hint, v_error.hint));
+  perform arbiter._fail_with_detail(
+    v_rejection.sqlstate, v_rejection.message, coalesce(p_hint, v_rejection.hint), p_detail, 409);
 end
 $$;
-revoke execute on function arbiter._raise(text, jsonb, text) from public;
-comment on function arbiter._raise(text, jsonb, text) is 'Raises the rejection of the code.';
+comment on function arbiter._reject(text, jsonb, text) is
+  'Rejects: raises the error of the code. p_hint: in place of the code''s own hint.';

@@ -79,7 +79,7 @@ def test_each_code_has_a_class_with_everything_the_database_said(
 def test_the_classes_are_those_of_the_database(db: Database) -> None:
     conn = db.connect()
     for sqlstate, (code, cls) in CLASSES.items():
-        row = conn.execute("select (arbiter._error(%s)).sqlstate", (code,)).fetchone()
+        row = conn.execute("select (arbiter._rejection(%s)).sqlstate", (code,)).fetchone()
         assert row == (sqlstate,)
         assert (cls.sqlstate, cls.code) == (sqlstate, code)
 

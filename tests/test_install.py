@@ -136,15 +136,21 @@ def test_leaves_no_constraint_unvalidated(populated: Database) -> None:
     query = "select conname from pg_constraint where convalidated = %s and conname like 'arbiter%%'"
     assert column(conn, query, False) == []
     assert set(column(conn, query, True)) == {"arbiter_machine_id_fkey", "arbiter_source_check"}
-    assert column(conn, "select * from arbiter._unfinished()") == []
+    assert column(conn, "select * from arbiter._finish_statements()") == []
 
 
 def test_tells_its_steps_in_order(trading_db: Database) -> None:
     steps: list[str] = []
     arbiter_db.install(trading_db.conninfo(), on_step=steps.append)
-    files = [step for step in steps if step.endswith(".sql")]
+    files = [step for step in steps[2:] if step.endswith(".sql")]
     assert files == sorted(files)
-    assert steps[:3] == ["00_preflight.sql", "0001.schema", "0002.adopt"]
+    assert files[:2] == steps[:2], "again, in the transaction of the others"
+    assert steps[:4] == [
+        "00_basics.sql",
+        "01_checks.sql",
+        "0001.schema",
+        "0002.columns",
+    ]
     assert steps[-3:] == [
         "create index arbiter_signals_machine_idx on public.signals (machine_id)"
         " where machine_id is not null",
@@ -217,7 +223,7 @@ def test_again_keeps_what_a_dba_decided_since(populated: Database) -> None:
     conn = populated.connect()
     conn.execute("select arbiter.unprotect('public.signals')")
     conn.execute("select arbiter.protect('public.positions', p_mode => 'observe')")
-    arbiter_db.validate(conn)
+    arbiter_db.finish(conn)
     before = dump(populated.conninfo())
     arbiter_db.install(populated.conninfo())
     assert_same(before, dump(populated.conninfo()))
@@ -235,7 +241,7 @@ def test_twenty_at_once_are_one_installation(trading_db: Database, fresh: str) -
     assert_same(fresh, schema(trading_db.conninfo()))
     conn = trading_db.connect()
     applied = "select migration_id from arbiter._yoyo_log where operation = 'apply' order by 1"
-    assert column(conn, applied) == ["0001.schema", "0002.adopt"]
+    assert column(conn, applied) == ["0001.schema", "0002.columns"]
     assert column(conn, "select protected_table::text from arbiter.protections") == ["signals"]
 
 
@@ -370,7 +376,7 @@ def test_gives_up_on_a_table_that_is_busy_for_long(templates: Templates, fresh: 
     ],
     ids=["signal first", "machine first"],
 )
-@pytest.mark.parametrize("step", ["00_preflight.sql", "0002.adopt"])
+@pytest.mark.parametrize("step", ["00_basics.sql", "0002.columns"])
 def test_does_not_deadlock_with_a_client_of_both_tables(
     populated: Database, step: str, writes: list[str]
 ) -> None:
@@ -470,7 +476,7 @@ DAMAGES = {
     "a definer with another search_path":
         "alter function arbiter.status(uuid) set search_path = public",
     "a definer that has become an invoker": "alter function arbiter._guard_1() security invoker",
-    "a function that is missing": "drop function arbiter._error(text)",
+    "a function that is missing": "drop function arbiter._rejection(text)",
     "an older comment": "comment on function arbiter.version() is 'older'",
     "a function that everybody may call":
         "grant execute on function arbiter._create_lease(uuid, text) to public",
@@ -525,7 +531,7 @@ def test_over_a_release_of_the_first_migration_only(trading_db: Database, fresh:
             backend.apply_one(first)
     conn.execute(
         "create function arbiter.version() returns text language sql immutable return '0.0.9';"
-        "create function arbiter._error(p_code text, out sqlstate text, out message text, "
+        "create function arbiter._rejection(p_code text, out sqlstate text, out message text, "
         "out hint text) returns record language sql immutable return ('a', 'b', 'c');"
         "create function arbiter.tg_append_only() returns trigger language plpgsql as "
         "'begin return new; end'"
@@ -575,12 +581,12 @@ def crash_before_mark(db: Database, migration: str) -> None:
     assert marked == [m for m in ("0001.schema",) if m < migration]
     effect = {
         "0001.schema": "select to_regclass('arbiter.leases') is not null",
-        "0002.adopt": "select bool_and(source = 'local') from public.signals",
+        "0002.columns": "select bool_and(source = 'local') from public.signals",
     }
     assert value(conn, effect[migration]) is True
 
 
-@pytest.mark.parametrize("migration", ["0001.schema", "0002.adopt"])
+@pytest.mark.parametrize("migration", ["0001.schema", "0002.columns"])
 def test_mends_a_crash_between_a_migration_and_its_mark(
     populated: Database, fresh: str, migration: str
 ) -> None:
@@ -591,7 +597,7 @@ def test_mends_a_crash_between_a_migration_and_its_mark(
 
 
 @pytest.mark.parametrize("drop_columns", [True, False], ids=["columns too", "columns stay"])
-@pytest.mark.parametrize("migration", ["0001.schema", "0002.adopt"])
+@pytest.mark.parametrize("migration", ["0001.schema", "0002.columns"])
 def test_uninstalls_what_a_crash_has_left(
     populated: Database, migration: str, drop_columns: bool
 ) -> None:
@@ -621,7 +627,7 @@ def install_until(db: Database, step: str) -> None:
         arbiter_db.install(db.conninfo(), on_step=interrupt)
 
 
-@pytest.mark.parametrize("step", ["00_preflight.sql", "0001.schema", "0002.adopt", "95_adopt.sql"])
+@pytest.mark.parametrize("step", ["00_basics.sql", "0001.schema", "0002.columns", "99_adopt.sql"])
 def test_mends_an_install_that_ended_after(populated: Database, fresh: str, step: str) -> None:
     install_until(populated, step)
     assert difference(fresh, schema(populated.conninfo())), "something is missing"
@@ -925,16 +931,19 @@ def stock_yoyo(db: Database) -> Any:
 
 
 def test_migrations_up_down_up_by_yoyo_alone(trading_db: Database) -> None:
-    trading_db.connect().execute("create schema arbiter")
+    conn = trading_db.connect()
+    with conn.transaction():
+        for path in installer._checks():
+            conn.execute(path.read_bytes())
     migrations = read_migrations(str(MIGRATIONS))
     with stock_yoyo(trading_db) as backend, backend.lock():
         backend.apply_migrations(backend.to_apply(migrations))
         up = schema(trading_db.conninfo())
-        assert "arbiter_source_check" in up
+        assert "COLUMN public.signals.source IS 'arbiter: " in up
         backend.rollback_migrations(backend.to_rollback(migrations))
         down = schema(trading_db.conninfo(), *WITHOUT_YOYO)
         assert "CREATE TABLE arbiter." not in down
-        assert "arbiter_source_check" not in down
+        assert "COLUMN public.signals.source IS 'arbiter: " in down, "the app's record stays"
         backend.apply_migrations(backend.to_apply(migrations))
     assert_same(up, schema(trading_db.conninfo()))
 
@@ -994,8 +1003,7 @@ def test_refuses_an_older_server(
 
 
 def test_the_script_refuses_an_older_server(trading_db: Database, server: EmbeddedServer) -> None:
-    preflight, *_ = installer._sql_files()
-    text = preflight.read_text(encoding="ascii")
+    text = "".join(path.read_text(encoding="ascii") for path in installer._checks())
     limit = f"{installer._OLDEST_SERVER}0000"
     assert text.count(limit) == 1, "one limit, in Python and in SQL"
     before = dump(trading_db.conninfo())

@@ -304,7 +304,7 @@ def test_an_install_later_only_adds_its_own_records(hosted: Hosted) -> None:
     arbiter_db.install(hosted.db.conninfo())
     assert_same(before, dump(hosted.db.conninfo(), *WITHOUT_RECORDS))
     applied = "select array_agg(migration_id order by 1) from arbiter._yoyo_migration"
-    assert value(hosted.db.connect(), applied) == ["0001.schema", "0002.adopt"]
+    assert value(hosted.db.connect(), applied) == ["0001.schema", "0002.columns"]
 
 
 def test_the_advisors_find_nothing_of_arbiters(pushed: Hosted, hosted: Hosted) -> None:

@@ -1,15 +1,13 @@
--- Row security for the roles of Supabase's API: who may claim which environment. The guard decides who may
--- write now; neither replaces the other. The restrictive ones hold whatever permissive policies the app has;
--- like the server's own, they bind neither a table's owner nor roles beyond row security.
+-- Row security for the roles of Supabase's API: who may claim which environment. The guard decides who may write now;
+-- neither replaces the other. Restrictive policies hold in spite of the app's permissive ones. Like every policy they
+-- bind neither a table's owner nor a role with BYPASSRLS.
 --
--- A token with a claim machine_id is that machine's and nobody else's; any other is a browser's.
+-- A token with a claim machine_id belongs to that machine, any other token to a browser.
 
--- What must be there, where the roles are. definition has {table} in the place of the table.
 create or replace function arbiter._policies()
 returns table (table_name regclass, policy_name name, definition text, meaning text)
 language plpgsql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -23,14 +21,14 @@ begin
   for v_protection in
     select distinct on (p.protected_table) p.*
       from arbiter.protections p
-     -- Without its columns its guard refuses everything, until protect() is called again.
+     -- Without these columns the guard fails every write, until protect() is called again.
      where 2 = (
        select count(*) from pg_catalog.pg_attribute a
         where a.attrelid = p.protected_table and a.attname in ('source', p.machine_column) and not a.attisdropped)
-     -- The newest: a snapshot that is older than an unprotect shows two.
+     -- The newest, because a snapshot that is older than an unprotect shows two.
      order by p.protected_table, p.protection_id desc
   loop
-    -- The rows of a partition are checked by the policies of the table that a statement names.
+    -- Each partition, because a row is checked by the policies of the table that the statement names.
     for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
       policy_name := 'arbiter_claim';
       definition := format(
@@ -55,7 +53,7 @@ begin
     meaning := 'Machines are deleted by the backend.';
     return next;
     policy_name := 'arbiter_registry_update';
-    -- A browser passes `using`, so that it is told: what `using` hides is left out without an error.
+    -- A browser passes `using`, so that it gets an error: rows that `using` hides are left out without one.
     definition := format(
       'on {table} as restrictive for update to anon, authenticated '
       'using ((select arbiter.claimed_machine_id()) is null or %1$I = (select arbiter.claimed_machine_id())) '
@@ -63,7 +61,7 @@ begin
       v_registry.id_column, v_registry.user_column);
     meaning := 'A machine''s token changes that machine, and keeps its owner; browsers change none.';
     return next;
-    -- The way for a machine, unless the app has one: two permissive policies are checked row by row, both.
+    -- Only where the app has no such policy of its own: two permissive policies are both checked for each row.
     if not exists (
       select from pg_catalog.pg_policy p
        where p.polrelid = v_registry.registry
@@ -90,16 +88,14 @@ begin
   end loop;
 end
 $$;
-revoke execute on function arbiter._policies() from public;
 comment on function arbiter._policies() is
-  'The policies that must be there. definition has {table} in the place of the table.';
+  'The policies that must be there; none without the roles anon and authenticated. definition has {table} in the place of the table.';
 
--- What was asked for and what the server has made of it, as for triggers.
+-- Hashes both what was asked for and what the server has, as for triggers.
 create or replace function arbiter._policy_comment(p_policy_id oid, p_definition text, p_meaning text)
 returns text
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   select format('%s [%s]', p_meaning, md5(concat_ws('|', p_definition, p.polcmd, p.polpermissive, p.polroles,
@@ -107,17 +103,14 @@ begin atomic
     from pg_catalog.pg_policy p
    where p.oid = p_policy_id;
 end;
-revoke execute on function arbiter._policy_comment(oid, text, text) from public;
 comment on function arbiter._policy_comment(oid, text, text) is
   'The comment that a policy must have, with the hash of its definition.';
 
--- A change waits for everybody who uses its table, so only what differs is made again. Above read committed the
--- snapshot may be older than somebody else's change: there the given table gets its policies anew.
+-- Changing a policy waits for all users of its table, so only what differs is made again. Above read committed the
+-- snapshot may be older than another session's change, so there the given table gets all its policies anew.
 create or replace function arbiter._build_policies(p_table regclass default null)
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -132,7 +125,7 @@ begin
         on p.polrelid = n.table_name::oid and p.polname = n.policy_name
      where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
        and case
-       -- Not wanted any more, if it was made here.
+       -- A policy of an earlier definition. The hash tells that arbiter made it.
        when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '\[[0-9a-f]{32}\]$'
        when p.oid is null then true
        when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
@@ -164,6 +157,5 @@ begin
   end loop;
 end
 $$;
-revoke execute on function arbiter._build_policies(regclass) from public;
 comment on function arbiter._build_policies(regclass) is
-  'Makes the policies that must be there, on a table and its partitions or on all, and drops those of arbiter that must not.';
+  'Makes the policies that must be there, on a table and its partitions or on all tables, and drops those of arbiter that must not.';

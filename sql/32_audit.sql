@@ -1,36 +1,48 @@
--- audit(): exclusion proved again from the data: the arbiter_xid of the rows, and the snapshots of the
--- handovers. What the guard did, or whether it was there, plays no part; nor does a clock.
+-- audit(): proves exclusion again from the data alone: the arbiter_xid of the rows and the snapshots of the handovers.
+-- It trusts neither the guard nor a clock.
 --
--- A row was written after a handover if its transaction is the handover's own, or not visible in the
--- handover's snapshot; else before. A user's handovers follow one another, so the epoch of a row is the
--- last handover that it was written after, and whom that one gave the lease to must have written it.
+-- A row was written after a handover if its transaction is the handover's own, or not visible in the handover's
+-- snapshot; otherwise before. A user's handovers follow one another, so the epoch of a row is the last handover that it
+-- was written after, and the holder of that epoch must have written the row.
 --
 -- Two binary searches in the sorted transaction ids of a user's handovers place nearly every row:
 --
 --   frontiers   a row with this id or a later one was written after
 --   floors      a row with an earlier id was written before: the snapshot's xmin
 --
--- The few between the two were in flight while somebody handed over; the snapshots themselves tell.
+-- The few rows between the two were in flight during a handover; for them the snapshots themselves are asked.
 --
--- Not provable, and never counted as fine:
+-- Not provable, which is reported and never counted as proved:
 --
 --   older_than_protection  the row has no arbiter_xid
---   unowned                the row has no user, so nobody can hold for it
---   machine_forgotten      cloud held and wrote, but the machine's row was deleted since, and its name
---                          with it (on delete set null)
---   inexact_handover       written around a handover made at repeatable read or above, whose snapshot
---                          cannot tell before from after, and right in one of the two cases
---   broken_history         the user's handovers contradict each other, which is reported on its own
+--   unowned                the row has no user, so there is no lease that it was written under
+--   machine_forgotten      cloud held and wrote, but the machine's row was deleted since, and with it the id in the
+--                          row (on delete set null)
+--   inexact_handover       written around a handover made at repeatable read or above, whose snapshot cannot tell
+--                          before from after; right in one of the two cases
+--   broken_history         the user's handovers contradict each other, which is a finding of its own
 --   other_cluster          the transaction id, or the handover to compare it with, was counted by
---                          another cluster: this database was restored from a dump. A row is then
---                          judged only while its own xmin vouches that it was written here.
+--                          another cluster: this database was restored from a dump. A row is then judged only if
+--                          its xmin shows that it was written here.
 
--- A lease without any handover stands for the history that it must have had.
+-- The migrations create the type.
+comment on type arbiter.audit_finding is
+  'What arbiter.audit() returns. finding: contradiction (a row, with its key, and who held its epoch), history (a flaw of a user''s handovers at an epoch) or not_provable (row_count rows, for one reason).';
+
+-- A lease without any handover is reported as a missing epoch.
 create or replace function arbiter._judged_handovers()
-returns table (user_id uuid, epoch bigint, holder text, machine_id uuid, xid xid8, snapshot pg_snapshot, frontier xid8, is_ours boolean, flaw text)
+returns table (
+  user_id uuid,
+  epoch bigint,
+  holder text,
+  machine_id uuid,
+  xid xid8,
+  snapshot pg_snapshot,
+  frontier xid8,
+  is_ours boolean,
+  flaw text)
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   with here as materialized (
@@ -46,7 +58,7 @@ begin atomic
            when (h.from_holder, h.from_machine_id)
                 is distinct from (lag(h.to_holder) over w, lag(h.to_machine_id) over w) then 'two_holders'
            when h.cluster = here.cluster and h.xid >= here.next_xid then 'out_of_order'
-           -- A snapshot takes its own transaction for one that is under way.
+           -- In its own snapshot a transaction counts as one in progress.
            when h.xid < pg_snapshot_xmin(h.snapshot) then 'out_of_order'
            when h.cluster = lag(h.cluster) over w and (
              h.frontier < lag(h.frontier) over w
@@ -66,7 +78,6 @@ begin atomic
     from arbiter.leases l
    where not exists (select from arbiter.handovers h where h.user_id = l.user_id);
 end;
-revoke execute on function arbiter._judged_handovers() from public;
 comment on function arbiter._judged_handovers() is
   'The handovers, each with its flaw when compared with the one before, and the last one with the lease; null when there is none. is_ours: this and all later ones of the user were counted by this cluster.';
 
@@ -74,20 +85,18 @@ create or replace function arbiter._audit_history()
 returns setof arbiter.audit_finding
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select 'history', j.flaw, j.user_id, null::regclass, null::jsonb, null, null::uuid, j.xid, j.epoch, j.holder, j.machine_id, null::bigint
+  select 'history', j.flaw, j.user_id, null::regclass, null::jsonb, null, null::uuid,
+         j.xid, j.epoch, j.holder, j.machine_id, null::bigint
     from arbiter._judged_handovers() j
    where j.flaw is not null
    order by j.user_id, j.epoch;
 end;
-revoke execute on function arbiter._audit_history() from public;
 comment on function arbiter._audit_history() is
   'The flaws of the handover history: missing_epoch, two_holders, out_of_order, lease_differs.';
 
--- A row that the searches do not settle. The epochs that it may belong to are more than one only
--- around an inexact handover.
+-- For a row that the two searches do not place. Only around an inexact handover it may belong to several epochs.
 create or replace function arbiter._judge_row(
   p_user_id uuid,
   p_source text,
@@ -101,7 +110,6 @@ create or replace function arbiter._judge_row(
 returns arbiter.audit_finding
 language plpgsql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -125,8 +133,8 @@ begin
     return v_verdict;
   end if;
 
-  -- Written after the handovers up to p_low, before those beyond p_high, and among the rest before
-  -- the first one that saw it.
+  -- Written after the handovers up to p_low and before those beyond p_high; of the others, before the first one whose
+  -- snapshot shows it.
   select h.epoch - 1
     into v_last
     from arbiter.handovers h
@@ -185,15 +193,12 @@ begin
   return v_verdict;
 end
 $$;
-revoke execute on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean) from public;
 comment on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean) is
-  'What is wrong with a row, or why nothing can be proved of it; null when it is proved. p_low, p_high: the handovers that surely came before it, and that may have.';
+  'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have.';
 
 create or replace function arbiter._audit_step(p_block bigint, p_blocks bigint)
 returns boolean
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -201,16 +206,13 @@ begin
   return true;
 end
 $$;
-revoke execute on function arbiter._audit_step(bigint, bigint) from public;
 comment on function arbiter._audit_step(bigint, bigint) is 'Tells the client how far an audit is; always true.';
 
--- A scan of the table in steps of blocks, so that a long one can tell how far it is, joined along the
--- path to the user. Joins, not probes by key: here all rows are read, and may be planned as such.
+-- Scans the table in steps of blocks, so that a long audit can report its progress. Joined along the path to the user,
+-- and not by scalar subqueries as in the guard, because all rows are read.
 create or replace function arbiter._audit_rows(p_protection arbiter.protections, p_verbose boolean)
 returns text
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -235,7 +237,7 @@ begin
        select t.tableoid, t.ctid, t.xmin, t.*
          from %5$s t
         where t.ctid >= format('(%%s,0)', b.block)::tid
-          -- What was appended since belongs to the last step.
+          -- The last step takes what was appended in the meantime.
           and t.ctid < case when b.block + %4$s > %3$s then '(4294967295,0)' else format('(%%s,0)', b.block + %4$s) end::tid
        -- Keeps the step a scan of its blocks.
        offset 0) as r
@@ -245,19 +247,16 @@ begin
     case when p_verbose then format('arbiter._audit_step(b.block, %s)', v_blocks) else 'true' end);
 end
 $$;
-revoke execute on function arbiter._audit_rows(arbiter.protections, boolean) from public;
 comment on function arbiter._audit_rows(arbiter.protections, boolean) is
-  'SQL for the rows of a protected table with their users; with true it tells how far it is.';
+  'SQL for the rows of a protected table with their users; with p_verbose it reports its progress.';
 
--- With row security off a row that is hidden from the caller is an error, not a row that is fine.
--- The planner knows neither how many rows a step has nor how many users there are: guessed too low, all users
--- were gone through for each row. A nested loop that there is no way around costs so much on paper then that
--- servers before 18 would compile each step, for seconds.
+-- With row security off a row that is hidden from the caller is an error, not a row that is skipped. Without nested
+-- loops, because the planner knows neither the rows of a step nor the number of users, and after too low a guess went
+-- through all users for each row. Without jit, because a nested loop that cannot be avoided then looks so expensive
+-- that servers before 18 compile each step, which takes seconds.
 create or replace function arbiter.audit(p_table regclass, p_verbose boolean default false)
 returns setof arbiter.audit_finding
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = off
 set enable_nestloop = off
@@ -269,16 +268,14 @@ declare
 begin
   select p.* into v_protection from arbiter.protections p where p.protected_table = p_table;
   if not found then
-    raise exception using
-      errcode = 'undefined_object',
-      message = format('arbiter: table %s is not protected', coalesce(p_table::text, 'null')),
-      hint = 'See arbiter.protections for the tables that are.';
+    perform arbiter._fail('undefined_object',
+      format('table %s is not protected', coalesce(p_table::text, 'null')),
+      'See arbiter.protections for the tables that are.');
   end if;
   if not v_protection.evidence then
-    raise exception using
-      errcode = 'object_not_in_prerequisite_state',
-      message = format('arbiter: table %s is protected without evidence', p_table),
-      hint = 'Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with p_evidence => true.';
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      format('table %s is protected without evidence', p_table),
+      'Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with p_evidence => true.');
   end if;
   perform arbiter._need_protectable(p_table, v_protection.user_path, v_protection.machine_column);
   select 'jsonb_build_object(' || string_agg(format('%L, t.%I', a.attname, a.attname), ', ' order by k.position) || ')'
@@ -293,11 +290,11 @@ begin
     with terms as materialized (
       select j.user_id,
              bool_or(j.flaw is not null) as is_broken,
-             -- How many handovers came before those that this cluster counted.
+             -- The number of handovers before those that this cluster counted.
              count(*) filter (where not j.is_ours) as elsewhere,
              array_agg(j.frontier order by j.epoch) filter (where j.is_ours) as frontiers,
              array_agg(pg_snapshot_xmin(j.snapshot) order by j.epoch) filter (where j.is_ours) as floors,
-             -- No nulls, so that the element of an epoch is found without walking there.
+             -- Without nulls, so that an element is found by its index and not by a walk.
              array_agg(coalesce(j.machine_id, '00000000-0000-0000-0000-000000000000') order by j.epoch)
                filter (where j.is_ours) as holders
         from arbiter._judged_handovers() j
@@ -306,7 +303,7 @@ begin
       select pg_snapshot_xmax(pg_current_snapshot()) as next_xid,
              exists (select from terms t where t.elsewhere > 0) as is_restored
     ), placed as (
-      -- Of the holders the one that matters: all of them, written down for each row, would fill the disk.
+      -- Only the one holder that matters: the array of all, stored for each row, would fill the disk.
       select r.*, t.is_broken, coalesce(t.elsewhere, 0) as elsewhere, t.holders[i.low] as holder,
              coalesce(t.elsewhere, 0) + i.low as low,
              coalesce(t.elsewhere, 0) + i.high as high,
@@ -333,7 +330,7 @@ begin
         from plain p
       offset 0
     ), counted as (
-      -- Each contradiction by itself; of everything else a number.
+      -- Each contradiction has a row of its own; everything else is counted.
       select coalesce((j.verdict).finding, 'proved') as finding, j.verdict, k.tableoid, k.ctid, count(*) as row_count
         from judged j
        cross join lateral (select
@@ -356,6 +353,5 @@ begin
     p_verbose);
 end
 $$;
-revoke execute on function arbiter.audit(regclass, boolean) from public;
 comment on function arbiter.audit(regclass, boolean) is
   'What contradicts exclusion in a protected table, from its rows and the handovers alone: no row at all when everything is proved. finding contradiction: a row that the holder of its epoch did not write (wrong_environment, wrong_machine, no_lease). history: a flaw of the handovers (missing_epoch, two_holders, out_of_order, lease_differs). not_provable: rows counted by reason. p_verbose: also the number of rows that are proved, and notices of how far it is. Errors 42704 not protected, 55000 no evidence.';

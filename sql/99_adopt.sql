@@ -1,5 +1,5 @@
--- Runs last: generates again what depends on the app's names and roles, and on the first installation adopts
--- the tables that the migrations have prepared.
+-- Runs last: generates anew what depends on the app's names and roles, and on the first installation adopts the tables
+-- that the migrations have prepared.
 
 do $adopt$
 declare

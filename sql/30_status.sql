@@ -4,16 +4,18 @@ create or replace function arbiter.version()
 returns text
 language sql
 immutable
-security invoker
 set search_path = pg_catalog, pg_temp
 return '0.1.0';
 comment on function arbiter.version() is 'The version of arbiter in this database.';
+
+-- The migrations create the type.
+comment on type arbiter.execution_status is
+  'What arbiter.status() returns: what a write in the instant as_of would get.';
 
 create or replace function arbiter._status(p_user_id uuid)
 returns arbiter.execution_status
 language plpgsql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -29,7 +31,7 @@ begin
   select l.* into v_lease from arbiter.leases l where l.user_id = p_user_id;
   v_machine_id := v_lease.claimant;
   if v_machine_id is null then
-    -- While the browser holds: the machine that is on its way.
+    -- The browser holds: show the machine that is on its way.
     select m.machine_id
       into v_machine_id
       from arbiter.machines m
@@ -40,7 +42,7 @@ begin
   v_machine := arbiter._machine(p_user_id, v_machine_id);
   v_status.as_of := clock_timestamp();
   v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_status.as_of);
-  -- A fresh machine that runs may write: that is what cloud_active says.
+  -- cloud_active says already that the machine may write.
   if v_local.code <> 'cloud_active' then
     v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, v_status.as_of);
   end if;
@@ -66,10 +68,9 @@ begin
   return v_status;
 end
 $$;
-revoke execute on function arbiter._status(uuid) from public;
-comment on function arbiter._status(uuid) is 'The status of a user, whoever asks.';
+comment on function arbiter._status(uuid) is 'The status of a user; arbiter.status() checks who asks.';
 
--- Definer: a browser may ask, but read neither leases nor machines.
+-- Definer: a browser may ask, but may read neither leases nor machines.
 create or replace function arbiter.status(p_user_id uuid default null)
 returns arbiter.execution_status
 language plpgsql
@@ -82,16 +83,12 @@ begin
   return arbiter._status(arbiter._caller(p_user_id));
 end
 $$;
-revoke execute on function arbiter.status(uuid) from public;
 comment on function arbiter.status(uuid) is
   'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
 
--- The machine whose error the user may confirm now; the rejection of a local write otherwise.
 create or replace function arbiter._need_confirmable(p_user_id uuid, p_lease arbiter.leases)
 returns arbiter.machine
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -102,11 +99,11 @@ begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   v_verdict := arbiter._verdict('local', null, p_lease, v_machine, v_settings, clock_timestamp());
   if v_verdict.code is null then
-    perform arbiter._throw('55000', 409, 'arbiter: there is nothing to confirm',
-      arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null), 'The browser may write already.');
+    perform arbiter._fail_with_detail('55000', 'arbiter: there is nothing to confirm', 'The browser may write already.',
+      arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null), 409);
   end if;
   if v_verdict.code <> 'takeover_unconfirmed' or v_verdict.retry_at is not null then
-    perform arbiter._raise(v_verdict.code,
+    perform arbiter._reject(v_verdict.code,
       arbiter._detail(v_verdict.code, p_user_id, p_lease, v_verdict.retry_at),
       case when v_verdict.code = 'takeover_unconfirmed'
         then 'Too early: the machine may recover; confirm at retry_at.'
@@ -115,15 +112,13 @@ begin
   return v_machine;
 end
 $$;
-revoke execute on function arbiter._need_confirmable(uuid, arbiter.leases) from public;
 comment on function arbiter._need_confirmable(uuid, arbiter.leases) is
   'The machine whose takeover can be confirmed. Errors WX001, WX002, WX003 when it is too early or not in error, 55000 when there is nothing to confirm.';
 
--- Definer: the user says yes, but may write neither lease nor registry.
+-- Definer: the user may confirm, but may write neither lease nor registry.
 create or replace function arbiter.confirm_takeover(p_user_id uuid default null)
 returns arbiter.execution_status
 language plpgsql
-volatile
 security definer
 set search_path = pg_catalog, pg_temp
 set row_security = off
@@ -140,7 +135,7 @@ begin
   loop
     select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;
     v_machine := arbiter._need_confirmable(v_user_id, v_lease);
-    -- Registry row first, as everywhere: its machine must not recover between the look and the yes.
+    -- The registry row first, as everywhere, so that its machine cannot recover before the takeover is confirmed.
     perform from arbiter.machines m where m.machine_id = v_machine.machine_id for no key update skip locked;
     if found then
       v_attempt := arbiter._lock_lease(v_user_id);
@@ -148,31 +143,29 @@ begin
         v_lease := v_attempt.lease;
         exit;
       end if;
-      -- Writes are in flight. No waiting for them: a mark will do, and that needs no more than this.
+      -- Writes are in flight. The mark of a drain does not wait for them and needs only this lock.
       select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id for no key update skip locked;
       exit when found;
     end if;
-    if clock_timestamp() >= v_give_up_at then
-      perform arbiter._raise('handover_draining',
+    if not arbiter._pause(v_give_up_at) then
+      perform arbiter._reject('handover_draining',
         arbiter._detail('handover_draining', v_user_id, v_lease, null,
           jsonb_build_object('blockers', arbiter._blockers(v_user_id))));
     end if;
-    perform pg_sleep(0.002);
   end loop;
 
   v_machine := arbiter._need_confirmable(v_user_id, v_lease);
   if not v_attempt.locked
      or not arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
   then
-    -- From the commit on the machine is refused, and the next local write ends the drain.
+    -- From the commit on the machine's writes are rejected, and the next local write ends the drain.
     update arbiter.leases l
        set draining_to = null,
            draining_since = case when l.holder = 'cloud' then clock_timestamp() end
      where l.user_id = v_user_id;
   end if;
 
-  -- The error is dealt with. Which word says stopped is the registry's; some words may be allowed by
-  -- our map but not by the table's own check.
+  -- Clear the error. Several words may mean stopped, and the table's own check may forbid some of them.
   for v_word in
     select s.key
       from arbiter.registry r, jsonb_each_text(r.states) s
@@ -188,12 +181,10 @@ begin
         null;
     end;
   end loop;
-  raise exception using
-    errcode = 'object_not_in_prerequisite_state',
-    message = 'arbiter: the registry takes none of the words that mean stopped',
-    hint = 'Call arbiter.register_machines() with p_states that has the table''s own words.';
+  perform arbiter._fail('object_not_in_prerequisite_state',
+    'the registry takes none of the words that mean stopped',
+    'Call arbiter.register_machines() with p_states that has the table''s own words.');
 end
 $$;
-revoke execute on function arbiter.confirm_takeover(uuid) from public;
 comment on function arbiter.confirm_takeover(uuid) is
   'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. While writes of the machine are in flight, the next local write completes the handover. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm). Returns the status.';

@@ -1,36 +1,30 @@
--- doctor(): what is attached, compared with what should be; each finding with the statement that mends it.
+-- doctor(): compares what is attached with what should be, and names the statement that mends each difference.
 
--- The statements that a finding names: the registration or protection as it was asked for.
 create or replace function arbiter._register_statement(p_registry arbiter.registry)
 returns text
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   select format('select arbiter.register_machines(%L, %L, %L, %L, %L, %L)',
     (p_registry).registry, (p_registry).id_column, (p_registry).user_column,
     (p_registry).status_column, (p_registry).heartbeat_column, (p_registry).states);
 end;
-revoke execute on function arbiter._register_statement(arbiter.registry) from public;
 comment on function arbiter._register_statement(arbiter.registry) is 'The call that registers the registry again.';
 
 create or replace function arbiter._protect_statement(p_protection arbiter.protections)
 returns text
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   select format('select arbiter.protect(%L, %L, %L, %L, %L, %L, %L)',
     (p_protection).protected_table, (p_protection).user_path, (p_protection).verbs,
     (p_protection).machine_column, (p_protection).mode, (p_protection).unowned, (p_protection).evidence);
 end;
-revoke execute on function arbiter._protect_statement(arbiter.protections) from public;
 comment on function arbiter._protect_statement(arbiter.protections) is 'The call that protects the table again.';
 
--- A trigger that should be there: ok, missing, disabled (not `enable always`), outdated (another
--- definition), foreign (calls a function that is not arbiter's).
+-- disabled: not `enable always`; outdated: another definition; foreign: calls a function that is not arbiter's.
 create or replace function arbiter._check_trigger(
   p_table regclass,
   p_trigger name,
@@ -40,7 +34,6 @@ create or replace function arbiter._check_trigger(
 returns table (object text, state text, problem text, remedy text)
 language plpgsql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -74,14 +67,11 @@ begin
   return next;
 end
 $$;
-revoke execute on function arbiter._check_trigger(regclass, name, text, text, text) from public;
 comment on function arbiter._check_trigger(regclass, name, text, text, text) is 'Checks one trigger that must be there.';
 
 create or replace function arbiter.doctor()
 returns table (object text, state text, problem text, remedy text)
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -100,7 +90,7 @@ begin
     begin
       perform arbiter._need_registry(v_registry.registry, v_registry.id_column, v_registry.user_column,
         v_registry.status_column, v_registry.heartbeat_column);
-      perform arbiter._need_column(v_registry.registry, v_registry.heartbeat_column, '{timestamp with time zone}');
+      perform arbiter._need_column(v_registry.registry, v_registry.heartbeat_column, 'heartbeat');
       state := 'ok';
       problem := null;
       remedy := null;
@@ -127,10 +117,10 @@ begin
     remedy := arbiter._protect_statement(v_protection);
     begin
       perform arbiter._need_protectable(v_protection.protected_table, v_protection.user_path, v_protection.machine_column);
-      perform arbiter._need_column(v_protection.protected_table, 'source', '{text,character varying}');
-      perform arbiter._need_column(v_protection.protected_table, v_protection.machine_column, '{uuid}');
+      perform arbiter._need_column(v_protection.protected_table, 'source', 'source');
+      perform arbiter._need_column(v_protection.protected_table, v_protection.machine_column, 'machine');
       if v_protection.evidence then
-        perform arbiter._need_column(v_protection.protected_table, 'arbiter_xid', '{xid8}');
+        perform arbiter._need_column(v_protection.protected_table, 'arbiter_xid', 'xid');
       end if;
       if exists (
         select from arbiter._path_views(v_protection) w
@@ -161,7 +151,7 @@ begin
       select c.* from arbiter._guard_triggers(v_protection) t
        cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
          arbiter._protect_statement(v_protection)) c;
-    -- on delete set null looks for the machine's rows.
+    -- `on delete set null` looks up the machine's rows.
     return query
       select format('index on %s (%I)', v_protection.protected_table, v_protection.machine_column), 'missing',
              'Deleting a machine reads the whole table.',
@@ -183,7 +173,7 @@ begin
      where p.pronamespace = 'arbiter'::regnamespace
        and obj_description(p.oid, 'pg_proc') ~ '\[[0-9a-f]{32}\]$'
        and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
-  -- confirm_takeover() writes the registry as the owner of arbiter, and its triggers run as that owner.
+  -- confirm_takeover() writes the registry as arbiter's owner, so the registry's triggers run with its rights.
   return query
     select format('triggers of %s on %s', r.rolname, v_registry.registry), 'foreign',
            'This role may create triggers there, and they would run with the rights of arbiter''s owner.',
@@ -212,7 +202,7 @@ begin
             or has_any_column_privilege('authenticated', c.oid, 'insert,update')));
   return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
-      from arbiter._unfinished() as u (statement)
+      from arbiter._finish_statements() as u (statement)
      where u.statement like 'alter%';
   return query
     select c.* from arbiter._own_triggers() t
@@ -220,6 +210,5 @@ begin
        'Run: arbiter-db install') c;
 end
 $$;
-revoke execute on function arbiter.doctor() from public;
 comment on function arbiter.doctor() is
   'One row for each thing that must be in place. state: ok, missing, disabled, outdated or foreign; remedy: the statement that mends it. For the owner of arbiter.';

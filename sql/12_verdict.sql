@@ -1,17 +1,21 @@
--- The verdict: who may write, as one pure function of (lease, machine, settings, instant).
--- No table is read here and no clock; the callers in 30_lease.sql and 70_status.sql bring both.
+-- The verdict: who may write, as one pure function of (lease, machine, settings, instant). It reads no table and no
+-- clock: its callers in 14_lease.sql and 30_status.sql pass what it needs.
 
--- Written out in the generated code that runs with every write: a call there would cost more than the question.
--- A heartbeat that lies further in the future was stamped before the clock was set back: how long ago, nobody
--- knows. Exclusion does not depend on it, but somebody must be able to write.
+-- The migrations create the type.
+comment on type arbiter.machine is
+  'A machine as the verdict sees it. state: starting, running, stopping, stopped, error, or deleted when the registry has no such row of this user.';
+comment on type arbiter.verdict is
+  'code: null when admitted, else the code of the rejection. takeover: why the lease goes to local first, else null. retry_at: when to try again, where known.';
+
+-- As text, because the guard, which runs with every write, has the expression written out: a call would cost more
+-- than its result. A heartbeat further in the future than the timeout was stamped before the clock was set back, and
+-- does not count: otherwise the browser could not write until the clock has caught up.
 create or replace function arbiter._fresh_expression(p_heartbeat_at text, p_heartbeat_timeout text, p_at text)
 returns text
 language sql
 immutable
-security invoker
 set search_path = pg_catalog, pg_temp
 return format('coalesce(greatest(%3$s - %1$s, %1$s - %3$s) < %2$s, false)', p_heartbeat_at, p_heartbeat_timeout, p_at);
-revoke execute on function arbiter._fresh_expression(text, text, text) from public;
 comment on function arbiter._fresh_expression(text, text, text) is
   'SQL for whether a heartbeat is younger than the timeout at an instant, and not that far in the future; false without a heartbeat.';
 
@@ -25,7 +29,6 @@ begin
     returns boolean
     language plpgsql
     immutable
-    security invoker
     set search_path = pg_catalog, pg_temp
     as $body$
     begin
@@ -36,12 +39,11 @@ begin
     arbiter._fresh_expression('p_heartbeat_at', 'p_heartbeat_timeout', 'p_at'));
 end
 $is_fresh$;
-revoke execute on function arbiter._is_fresh(timestamptz, interval, timestamptz) from public;
 comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
   '_fresh_expression as a function.';
 
--- p_machine is the machine that the lease is for (its claimant). At any instant at most one environment
--- is admitted: once a browser may take over, the machine may not write any more, whatever it believes.
+-- p_machine is the machine that the lease is for (its claimant). At any instant at most one environment is admitted:
+-- from the instant at which a browser may take over, the machine's writes are rejected.
 create or replace function arbiter._verdict(
   p_source text,
   p_machine_id uuid,
@@ -52,13 +54,12 @@ create or replace function arbiter._verdict(
 returns arbiter.verdict
 language plpgsql
 immutable
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
-  -- An instant that was never noted counts as this very moment: unknown means possibly alive. One that
-  -- lies further in the future than its period was noted before the clock was set back: its time is over.
+  -- An instant that was never noted counts as p_at, because the machine may be alive. One that lies further in the
+  -- future than its period was noted before the clock was set back; its period counts as over.
   v_grace_ends_at timestamptz := case
     when p_machine.left_running_at - p_settings.stop_grace > p_at then p_at
     else coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace end;
@@ -94,7 +95,7 @@ begin
         else
           v_local.takeover := 'machine_stopped';
         end if;
-      else -- running, and whatever else: unknown means possibly alive
+      else -- running, and any word that is not known: the machine may be alive
         if v_fresh then
           v_local.code := 'cloud_active';
         else
@@ -106,15 +107,13 @@ begin
   if p_source = 'local' then
     return v_local;
   end if;
-  -- Until a takeover is possible whatever the status: signals in flight may complete during a stop.
+  -- The state does not matter until a takeover is possible: a machine that stops may complete what it has begun.
   if p_lease.claimant is null or p_lease.claimant is distinct from p_machine_id or not v_fresh or v_local.takeover is not null then
     v_cloud.code := 'not_holder';
   end if;
   return v_cloud;
 end
 $$;
-revoke execute on function
-  arbiter._verdict(text, uuid, arbiter.leases, arbiter.machine, arbiter.settings, timestamptz) from public;
 comment on function
   arbiter._verdict(text, uuid, arbiter.leases, arbiter.machine, arbiter.settings, timestamptz) is
   'What a write from an environment (source, and the machine when cloud) gets at an instant. Reads nothing but its arguments.';

@@ -1,12 +1,11 @@
--- For clients that reach one schema only, as PostgREST's do: what a browser asks and says, under names of that
--- schema. Opt-in. They run as their caller; identity is arbiter.status's to check. With their columns written
--- out, because generators of types for clients do not look into other schemas.
+-- For clients that reach one schema only, as PostgREST's do: functions of that schema that call arbiter.status() and
+-- arbiter.confirm_takeover(). Opt-in. They run as their caller; the functions that they call check who asks. Their
+-- columns are written out, because generators of types for clients do not look into other schemas.
 
 create or replace function arbiter._exposed()
 returns table (function_name regprocedure, schema_name name)
 language sql
 stable
-security invoker
 set search_path = pg_catalog, pg_temp
 begin atomic
   select p.oid::regprocedure, n.nspname
@@ -16,14 +15,11 @@ begin atomic
      and n.nspname <> 'arbiter'
      and obj_description(p.oid, 'pg_proc') like 'arbiter: %';
 end;
-revoke execute on function arbiter._exposed() from public;
 comment on function arbiter._exposed() is 'The functions that arbiter.expose() has made.';
 
 create or replace function arbiter.expose(p_schema name default 'public')
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -34,10 +30,9 @@ declare
      where a.attrelid = 'arbiter.execution_status'::regclass and a.attnum > 0 and not a.attisdropped);
 begin
   if p_schema is null or p_schema = 'arbiter' or to_regnamespace(quote_ident(p_schema)) is null then
-    raise exception using
-      errcode = 'invalid_schema_name',
-      message = format('arbiter: cannot expose functions in schema %s', coalesce(quote_ident(p_schema), 'null')),
-      hint = 'Name a schema of the app that its API serves, such as public.';
+    perform arbiter._fail('invalid_schema_name',
+      format('cannot expose functions in schema %s', coalesce(quote_ident(p_schema), 'null')),
+      'Name a schema of the app that its API serves, such as public.');
   end if;
   select f.id
     into v_function
@@ -47,10 +42,9 @@ begin
    where f.id is not null
      and f.id not in (select e.function_name from arbiter._exposed() e);
   if found then
-    raise exception using
-      errcode = 'duplicate_function',
-      message = format('arbiter: there is a function %s already, and it is not arbiter''s', v_function),
-      hint = 'Rename it, or expose into another schema; nothing was changed.';
+    perform arbiter._fail('duplicate_function',
+      format('there is a function %s already, and it is not arbiter''s', v_function),
+      'Rename it, or expose into another schema; nothing was changed.');
   end if;
 
   execute format($sql$
@@ -58,7 +52,6 @@ begin
     returns table (%2$s)
     language sql
     stable
-    security invoker
     set search_path = pg_catalog, pg_temp
     begin atomic
       select * from arbiter.status(p_user_id);
@@ -71,8 +64,6 @@ begin
     create or replace function %1$I.confirm_takeover(p_user_id uuid default null)
     returns table (%2$s)
     language sql
-    volatile
-    security invoker
     set search_path = pg_catalog, pg_temp
     begin atomic
       select * from arbiter.confirm_takeover(p_user_id);
@@ -82,7 +73,7 @@ begin
   execute format('comment on function %I.confirm_takeover(uuid) is %L', p_schema,
     'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
 
-  -- Supabase's default privileges open every new function of public, to visitors too.
+  -- Supabase's default privileges open every new function of public, also to anon.
   perform arbiter._close('function', e.function_name::text, p.proacl, p.proowner)
      from arbiter._exposed() e
      join pg_catalog.pg_proc p on p.oid = e.function_name
@@ -96,15 +87,12 @@ begin
   perform pg_notify('pgrst', 'reload schema');
 end
 $$;
-revoke execute on function arbiter.expose(name) from public;
 comment on function arbiter.expose(name) is
   'Creates execution_status and confirm_takeover in a schema that the API serves, for authenticated and service_role. Idempotent. Error 3F000 without such a schema, 42723 when the app has a function of that name.';
 
 create or replace function arbiter.unexpose(p_schema name default 'public')
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -116,5 +104,4 @@ begin
   perform pg_notify('pgrst', 'reload schema');
 end
 $$;
-revoke execute on function arbiter.unexpose(name) from public;
 comment on function arbiter.unexpose(name) is 'Drops what arbiter.expose() has created in a schema.';

@@ -1,20 +1,22 @@
--- Who may call and read what. Everything is closed first, whatever the database's default privileges have
--- opened; what is open is opened here. Every security definer function, and why:
+-- Who may call and read what. First everything is closed, whichever default privileges the database has; then the
+-- functions and tables for clients are opened. tests/golden/privileges.txt has the result.
 --
---   status              a browser may ask, but reads neither leases nor machines
---   confirm_takeover    the user says yes, but writes neither lease nor registry
---   register_machines,  what they create must belong to the owner of arbiter; execute is the
---   protect, unprotect  owner's alone
---   tg_registry_note    keeps notes that no client may write
---   tg_registry_activate  marks leases, which no client may
---   _guard_N, _guard_row_N, _provenance_N  lock leases and read registry and path for clients
---                       that may not
+-- Every security definer function, and why:
+--
+--   status                 a browser may ask, but may read neither leases nor machines
+--   confirm_takeover       the user may confirm, but may write neither lease nor registry
+--   register_machines,     what they create must belong to arbiter's owner, who alone may execute them
+--   protect, unprotect
+--   tg_registry_note       writes notes, which no client may
+--   tg_registry_activate   marks leases, which no client may
+--   _guard_N, _guard_row_N, _provenance_N
+--                          lock leases and read the registry and the path, which clients may not
+--   _guard_template, _provenance_template, _note_template, _activate_template
+--                          are never called; the copies above have their attributes
 
 create or replace function arbiter._close_all()
 returns void
 language plpgsql
-volatile
-security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -27,9 +29,8 @@ begin
       and c.relkind in ('r', 'S');
 end
 $$;
-revoke execute on function arbiter._close_all() from public;
 comment on function arbiter._close_all() is
-  'Revokes everything in schema arbiter from everybody but its owner, but for the view machines.';
+  'Revokes every privilege in schema arbiter from every role but the owner, except on the view machines.';
 
 do $close$
 begin
@@ -46,14 +47,15 @@ grant execute on function
   arbiter.claimed_user_id(),
   arbiter.claimed_machine_id(),
   arbiter.version(),
-  -- heartbeat() runs as its caller, and raises.
-  arbiter._throw(text, integer, text, jsonb, text)
+  -- heartbeat() runs as its caller, and raises these.
+  arbiter._fail(text, text, text),
+  arbiter._fail_with_detail(text, text, text, jsonb, integer)
   to public;
 
--- Periods are told to clients anyway; whether there is a registry is no secret.
+-- Clients may know the periods, and whether there is a registry.
 grant select on arbiter.settings, arbiter.registry to public;
 
--- Users read what the policies (85_policies.sql) let them; the backend reads all.
+-- Users read their own rows, by the policies of 24_policies.sql; the backend reads all.
 do $roles$
 begin
   if to_regrole('anon') is not null and to_regrole('authenticated') is not null then

@@ -1,0 +1,207 @@
+-- What all other files need: how a wrong call fails, the columns of the app's tables that arbiter reads or adds, locks.
+--
+-- This file and 01_checks.sql run first, in a transaction of their own and before any migration, so that a database
+-- that arbiter cannot adopt is refused before anything is changed. They run a second time with all the others. Their
+-- functions run with the rights of their caller, so it does no harm that PUBLIC may execute them until
+-- 42_privileges.sql closes them.
+
+set local lock_timeout = '5s';
+
+-- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
+do $schema$
+begin
+  if to_regnamespace('arbiter') is null then
+    create schema arbiter;
+  end if;
+end
+$schema$;
+
+create or replace function arbiter._fail(p_condition text, p_message text, p_hint text)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = p_condition, message = 'arbiter: ' || p_message, hint = p_hint;
+end
+$$;
+comment on function arbiter._fail(text, text, text) is
+  'Raises an error. p_condition: an SQLSTATE or the name of its condition. p_hint: what to do next.';
+
+-- One row for each kind of column: the types that it may have, and for a column that arbiter adds its definition.
+-- A constant default and nullable columns need no rewrite of the table, and existing rows become local.
+create or replace function arbiter._columns()
+returns table (kind text, types text[], definition text, meaning text)
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  values
+    ('user', '{uuid}'::text[], null, null),
+    ('machine id', '{uuid}', null, null),
+    ('status', null, null, null),
+    ('heartbeat', '{timestamp with time zone}', 'timestamptz',
+      'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
+    ('source', '{text,character varying}', 'text not null default ''local''',
+      'the environment that wrote the row, local (browser) or cloud (machine).'),
+    ('machine', '{uuid}', 'uuid', 'the machine that wrote the row when source is cloud.'),
+    ('xid', '{xid8}', 'xid8', 'the transaction that wrote the row; null on rows older than protection.');
+end;
+comment on function arbiter._columns() is
+  'The kinds of columns of the app''s tables: types (null: any), and where arbiter adds such a column its definition and meaning.';
+
+create or replace function arbiter._has_column(p_table regclass, p_column name, p_kind text)
+returns boolean
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_types text[];
+  v_type text;
+  v_generated "char";
+begin
+  select c.types into strict v_types from arbiter._columns() c where c.kind = p_kind;
+  select format_type(a.atttypid, null), a.attgenerated
+    into v_type, v_generated
+    from pg_catalog.pg_attribute a
+   where a.attrelid = p_table
+     and a.attname = p_column
+     and a.attnum > 0
+     and not a.attisdropped;
+  if v_type is null then
+    return false;
+  end if;
+  if v_type <> all (v_types) then
+    perform arbiter._fail('datatype_mismatch',
+      format('column %I of table %s is %s, it must be %s', p_column, p_table, v_type, array_to_string(v_types, ' or ')),
+      'Rename that column, or name another one in the call; nothing was changed.');
+  end if;
+  -- A trigger sees null in the place of its value.
+  if v_generated = 'v' then
+    perform arbiter._fail('feature_not_supported',
+      format('column %I of table %s is a virtual generated column', p_column, p_table),
+      'Make it stored, or name another one in the call; nothing was changed.');
+  end if;
+  return true;
+end
+$$;
+comment on function arbiter._has_column(regclass, name, text) is
+  'Whether the column exists. p_kind: see _columns(). Error 42804 when it exists with another type, 0A000 when it is virtual.';
+
+create or replace function arbiter._need_column(p_table regclass, p_column name, p_kind text)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not arbiter._has_column(p_table, p_column, p_kind) then
+    perform arbiter._fail('undefined_column',
+      format('table %s has no column %I', p_table, p_column),
+      'Name the column in the call; nothing was changed.');
+  end if;
+end
+$$;
+comment on function arbiter._need_column(regclass, name, text) is
+  'Error 42703 when the column is missing, 42804 and 0A000 as _has_column().';
+
+create or replace function arbiter._add_column(p_table regclass, p_column name, p_kind text)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column record;
+begin
+  if not arbiter._has_column(p_table, p_column, p_kind) then
+    select c.definition, c.meaning into strict v_column from arbiter._columns() c where c.kind = p_kind;
+    execute format('alter table %s add column %I %s', p_table, p_column, v_column.definition);
+    execute format('comment on column %s.%I is %L', p_table, p_column, 'arbiter: ' || v_column.meaning);
+  end if;
+end
+$$;
+comment on function arbiter._add_column(regclass, name, text) is
+  'Adds a column to a table of the app unless it exists, and marks it as arbiter''s by its comment.';
+
+create or replace function arbiter._used_by(p_objects oid[])
+returns setof text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
+    from pg_catalog.pg_depend d
+   cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
+   where d.refclassid in ('pg_proc'::regclass, 'pg_type'::regclass, 'pg_class'::regclass)
+     and d.refobjid = any (p_objects)
+     and d.deptype in ('n', 'a')
+     and o.object_names[1] <> 'arbiter'
+     and o.object_names[1] not like 'arbiter.%'
+   order by 1;
+end;
+comment on function arbiter._used_by(oid[]) is
+  'The objects outside schema arbiter that use one of these functions, types, views or tables.';
+
+-- Here and not with the rest of the uninstall, because an installation that was cut short has left columns, too.
+create or replace function arbiter._leave_columns(p_drop boolean)
+returns setof text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_column record;
+begin
+  for v_column in
+    select a.attrelid::regclass as table_name, a.attname as name
+      from pg_catalog.pg_attribute a
+      join pg_catalog.pg_class c on c.oid = a.attrelid and c.relkind in ('r', 'p') and not c.relispartition
+     where a.attnum > 0
+       and not a.attisdropped
+       and a.attinhcount = 0
+       and col_description(a.attrelid, a.attnum) like 'arbiter: %'
+     order by c.relnamespace::regnamespace::text, c.relname, a.attnum
+  loop
+    if p_drop then
+      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
+      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
+    else
+      return next format('left column %I of %s', v_column.name, v_column.table_name);
+    end if;
+  end loop;
+end
+$$;
+comment on function arbiter._leave_columns(boolean) is
+  'Drops the columns that arbiter has added to tables of the app, or leaves them; one line for each.';
+
+-- While one table is locked the wait for the next is shorter than deadlock_timeout: clients that write both would
+-- deadlock with a longer wait.
+create or replace function arbiter._lock_tables(p_tables regclass[])
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+  v_tables regclass[] := p_tables;
+  v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
+begin
+  loop
+    begin
+      for i in 1 .. cardinality(v_tables) loop
+        perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
+        execute format('lock table %s in access exclusive mode', v_tables[i]);
+      end loop;
+      return;
+    exception
+      when lock_not_available then
+        if clock_timestamp() >= v_give_up_at then
+          raise;
+        end if;
+    end;
+    v_tables := v_tables[2:] || v_tables[1];
+  end loop;
+end
+$$;
+comment on function arbiter._lock_tables(regclass[]) is
+  'Locks tables exclusively for the transaction. Error 55P03 when that takes more than 5 s.';

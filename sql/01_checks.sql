@@ -1,0 +1,381 @@
+-- What a table must be like: the questions that protect() and register_machines() ask before they change anything.
+-- At the end the preflight asks them of the tables that an installation adopts.
+
+-- Only an owner may attach triggers and policies. Asked first, so that nothing is half done.
+create or replace function arbiter._need_owner(p_table regclass)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_owner name;
+begin
+  select pg_get_userbyid(c.relowner)
+    into v_owner
+    from pg_catalog.pg_class c
+   where c.oid = p_table;
+  if not pg_has_role(v_owner, 'usage') then
+    perform arbiter._fail('insufficient_privilege',
+      format('table %s belongs to %I, not to %I', p_table, v_owner, current_user),
+      format('Connect as %I or as a member of it.', v_owner));
+  end if;
+end
+$$;
+comment on function arbiter._need_owner(regclass) is
+  'Error 42501 when the current role does not own the table.';
+
+create or replace function arbiter._foreign_key(
+  p_table regclass,
+  p_column name,
+  out parent regclass,
+  out parent_column name,
+  out constraint_name name)
+returns record
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select k.confrelid::regclass, f.attname, k.conname
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
+    join pg_catalog.pg_attribute f on f.attrelid = k.confrelid and f.attnum = k.confkey[1]
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and cardinality(k.conkey) = 1
+     and a.attname = p_column
+   order by k.oid
+   limit 1;
+end;
+comment on function arbiter._foreign_key(regclass, name) is
+  'Where the single-column foreign key of a column leads; nulls when there is none.';
+
+create or replace function arbiter._need_foreign_key(
+  p_table regclass,
+  p_column name,
+  p_path text,
+  out parent regclass,
+  out parent_column name,
+  out constraint_name name)
+returns record
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select f.parent, f.parent_column, f.constraint_name
+    into parent, parent_column, constraint_name
+    from arbiter._foreign_key(p_table, p_column) f;
+  if parent is null then
+    perform arbiter._fail('invalid_parameter_value',
+      format('column %I of table %s is not a foreign key of one column', p_column, p_table),
+      format('In the path %s every step but the last must be one.', p_path));
+  end if;
+end
+$$;
+comment on function arbiter._need_foreign_key(regclass, name, text) is
+  'Where the foreign key of a column leads. Error 22023 when it is none.';
+
+-- A machine column of the app that leads to another table could never hold a machine.
+create or replace function arbiter._need_machine_key(p_table regclass, p_machine_column name, p_registry regclass)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key record;
+begin
+  select k.conname, k.confrelid::regclass as parent
+    into v_key
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a
+      on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and a.attname = p_machine_column
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and k.confrelid <> p_registry
+     and k.conname <> 'arbiter_machine_id_fkey'
+   limit 1;
+  if found then
+    perform arbiter._fail('invalid_foreign_key',
+      format('column %I of table %s leads to %s, not to the registry %s',
+        p_machine_column, p_table, v_key.parent, p_registry),
+      format('Drop constraint %I, or name another column in p_machine_column; nothing was changed.', v_key.conname));
+  end if;
+end
+$$;
+comment on function arbiter._need_machine_key(regclass, name, regclass) is
+  'Error 42830 when the machine column has a foreign key to another table than the registry.';
+
+-- A path is obvious when the table has a uuid column user_id, or one foreign key to a table that has one. The
+-- machine's foreign key does not count: it leads to the owner of the machine that wrote the row, not to the row's user.
+create or replace function arbiter._find_user_path(p_table regclass, p_machine_column name)
+returns text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_paths text[];
+begin
+  if arbiter._has_column(p_table, 'user_id', 'user') then
+    return 'user_id';
+  end if;
+  select array_agg(format('%I.user_id', a.attname) order by a.attnum)
+    into v_paths
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
+    join pg_catalog.pg_attribute u on u.attrelid = k.confrelid and u.attname = 'user_id'
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and cardinality(k.conkey) = 1
+     and u.atttypid = 'uuid'::regtype
+     and not u.attisdropped
+     and a.attname <> p_machine_column;
+  if cardinality(v_paths) = 1 then
+    return v_paths[1];
+  end if;
+  perform arbiter._fail('invalid_parameter_value',
+    format('table %s has %s way to a user', p_table,
+      case when v_paths is null then 'no obvious' else 'more than one' end),
+    case when v_paths is null
+      then 'Name it in p_user_path: a uuid column (''owner_id'') or a path over foreign keys (''trader_id.user_id'').'
+      else 'Choose one in p_user_path: ' || array_to_string(v_paths, ', ') end);
+end
+$$;
+comment on function arbiter._find_user_path(regclass, name) is
+  'The path from a row to its user when one is obvious. Error 22023 otherwise.';
+
+-- The server prints the constraint with casts and brackets, which are removed before the comparison.
+create or replace function arbiter._source_is_checked(p_table regclass)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select exists (
+    select from pg_catalog.pg_constraint k
+     where k.conrelid = p_table
+       and k.contype = 'c'
+       and k.convalidated
+       and regexp_replace(pg_get_expr(k.conbin, k.conrelid), '::(text|character varying)|[][() ]', '', 'g')
+           in ('source=ANYARRAY''local'',''cloud''', 'source=ANYARRAY''cloud'',''local'''));
+end;
+comment on function arbiter._source_is_checked(regclass) is
+  'Whether a valid constraint allows exactly local and cloud in the column source.';
+
+-- The app may use a column named source for something else, such as the name of a data feed.
+create or replace function arbiter._need_source_meaning(p_table regclass)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_check record;
+  v_fits boolean;
+  v_word text;
+begin
+  select pg_get_expr(d.adbin, d.adrelid)
+    into v_word
+    from pg_catalog.pg_attrdef d
+    join pg_catalog.pg_attribute a on a.attrelid = d.adrelid and a.attnum = d.adnum and a.attname = 'source'
+   where d.adrelid = p_table;
+  if v_word !~ '^''(local|cloud)''::' then
+    perform arbiter._fail('check_violation',
+      format('column source of table %s does not mean the environment: its default is %s', p_table, v_word),
+      'Rename that column, or make its default local; nothing was changed.');
+  end if;
+  select k.conname
+    into v_word
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = any (k.conkey) and a.attname = 'source'
+   where k.conrelid = p_table
+     and k.contype = 'f';
+  if found then
+    perform arbiter._fail('check_violation',
+      format('column source of table %s does not mean the environment: it is in foreign key %I', p_table, v_word),
+      'Rename that column; nothing was changed.');
+  end if;
+  if arbiter._source_is_checked(p_table) then
+    return;
+  end if;
+  for v_check in
+    select k.conname, pg_get_expr(k.conbin, k.conrelid) as expression,
+           format_type(a.atttypid, a.atttypmod) as type
+      from pg_catalog.pg_constraint k
+      join pg_catalog.pg_attribute a
+        on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and a.attname = 'source'
+     where k.conrelid = p_table
+       and k.contype = 'c'
+  loop
+    execute format('select bool_and(coalesce(%s, true)) from unnest(''{local,cloud}''::text[]::%s[]) as v (source)',
+      v_check.expression, v_check.type)
+      into v_fits;
+    if not v_fits then
+      perform arbiter._fail('check_violation',
+        format('column source of table %s does not mean the environment: constraint %I forbids local or cloud',
+          p_table, v_check.conname),
+        'Rename that column; nothing was changed.');
+    end if;
+  end loop;
+  -- Ends at the first other word, and takes no lock that blocks writers.
+  execute format('select source from %s where source not in (''local'', ''cloud'') limit 1', p_table)
+    into v_word;
+  if v_word is not null then
+    perform arbiter._fail('check_violation',
+      format('column source of table %s does not mean the environment: it holds %L', p_table, v_word),
+      'Rename that column; nothing was changed.');
+  end if;
+end
+$$;
+comment on function arbiter._need_source_meaning(regclass) is
+  'Error 23514 when an existing column source holds or demands other words than local and cloud.';
+
+-- The heartbeat column may be missing: register_machines() adds it.
+create or replace function arbiter._need_registry(
+  p_registry regclass,
+  p_id_column name,
+  p_user_column name,
+  p_status_column name,
+  p_heartbeat_column name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._need_owner(p_registry);
+  if (select c.relkind from pg_catalog.pg_class c where c.oid = p_registry) <> 'r' then
+    perform arbiter._fail('wrong_object_type',
+      format('%s is not an ordinary table', p_registry),
+      'Register the table that holds one row per machine; nothing was changed.');
+  end if;
+  perform arbiter._need_column(p_registry, p_id_column, 'machine id');
+  perform arbiter._need_column(p_registry, p_user_column, 'user');
+  perform arbiter._need_column(p_registry, p_status_column, 'status');
+  perform arbiter._has_column(p_registry, p_heartbeat_column, 'heartbeat');
+  if not exists (
+    select from pg_catalog.pg_index i
+      join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_id_column
+     where i.indrelid = p_registry
+       and i.indisunique
+       and i.indnkeyatts = 1
+       and i.indkey[0] = a.attnum
+       and i.indpred is null)
+  then
+    perform arbiter._fail('invalid_parameter_value',
+      format('column %I of table %s is not unique', p_id_column, p_registry),
+      'One row must be one machine: name its primary key in p_id_column; nothing was changed.');
+  end if;
+end
+$$;
+comment on function arbiter._need_registry(regclass, name, name, name, name) is
+  'Errors when a table cannot be the registry: not ours, a column missing or of another type, ids not unique.';
+
+create or replace function arbiter._need_protectable(
+  p_table regclass,
+  p_user_path text,
+  p_machine_column name)
+returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_path text := p_user_path;
+  v_table regclass := p_table;
+  v_steps text[];
+  v_step text;
+  v_next record;
+begin
+  perform arbiter._need_owner(p_table);
+  if (select c.relkind not in ('r', 'p') or c.relispartition or c.relpersistence = 't'
+        from pg_catalog.pg_class c where c.oid = p_table)
+  then
+    perform arbiter._fail('wrong_object_type',
+      format('%s cannot be protected', p_table),
+      'Protect an ordinary or a partitioned table; of partitions, the table at the root.');
+  end if;
+  if arbiter._has_column(p_table, 'source', 'source') then
+    perform arbiter._need_source_meaning(p_table);
+  end if;
+  perform arbiter._has_column(p_table, p_machine_column, 'machine');
+  perform arbiter._has_column(p_table, 'arbiter_xid', 'xid');
+
+  if v_path is null then
+    v_path := arbiter._find_user_path(p_table, p_machine_column);
+  end if;
+  begin
+    v_steps := parse_ident(v_path);
+  exception
+    when invalid_parameter_value then
+      perform arbiter._fail('invalid_parameter_value',
+        format('p_user_path is not a path: %L', v_path),
+        'It is a uuid column (''user_id''), or columns over foreign keys joined by dots (''trader_id.user_id'').');
+  end;
+  if p_machine_column in ('source', 'arbiter_xid', v_steps[1]) then
+    perform arbiter._fail('invalid_parameter_value',
+      format('column %I of table %s cannot name the machine', p_machine_column, p_table),
+      'p_machine_column is a column of its own; it is added when it is missing.');
+  end if;
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_step := v_steps[i];
+    v_next := arbiter._need_foreign_key(v_table, v_step, v_path);
+    v_table := v_next.parent;
+  end loop;
+  perform arbiter._need_column(v_table, v_steps[cardinality(v_steps)], 'user');
+  return v_path;
+end
+$$;
+comment on function arbiter._need_protectable(regclass, text, name) is
+  'The path from a row of the table to its user: p_user_path, or the obvious one when that is null. Errors when the table cannot be protected.';
+
+-- Only until a table was registered or protected: a later installation must not undo what a DBA has decided.
+create or replace function arbiter._to_adopt(out registry regclass, out signals regclass)
+returns record
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done boolean := false;
+begin
+  if to_regclass('arbiter.registry') is not null then
+    select exists (select from arbiter.registry) into v_done;
+  end if;
+  if not v_done then
+    registry := to_regclass('public.cloud_machines');
+  end if;
+  v_done := false;
+  if to_regclass('arbiter.protections') is not null then
+    select s.last_value is not null
+      into v_done
+      from pg_catalog.pg_sequences s
+     where s.schemaname = 'arbiter' and s.sequencename = 'protections_protection_id_seq';
+  end if;
+  if not v_done then
+    signals := to_regclass('public.signals');
+  end if;
+end
+$$;
+comment on function arbiter._to_adopt() is
+  'public.cloud_machines and public.signals where they exist and nothing was ever attached; else nulls.';
+
+do $preflight$
+declare
+  v_adopt record;
+begin
+  if current_setting('server_version_num')::integer < 150000 then
+    perform arbiter._fail('feature_not_supported',
+      format('needs PostgreSQL 15 or later, this is %s', current_setting('server_version')),
+      'Upgrade the server first; nothing was changed.');
+  end if;
+  v_adopt := arbiter._to_adopt();
+  if v_adopt.registry is not null then
+    perform arbiter._need_registry(v_adopt.registry, 'id', 'user_id', 'status', 'last_health_check');
+  end if;
+  if v_adopt.signals is not null then
+    perform arbiter._need_protectable(v_adopt.signals, null, 'machine_id');
+    perform arbiter._need_machine_key(v_adopt.signals, 'machine_id', v_adopt.registry);
+  end if;
+end
+$preflight$;

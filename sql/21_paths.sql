@@ -1,0 +1,109 @@
+-- From a row to its user: the path over foreign keys. Each step is a view, and the guard has the whole path as one
+-- expression over these views.
+
+-- Immutable, although it reads the catalog, so that the views below ask it once, when a query is planned: dropping or
+-- making a foreign key invalidates all plans over its two tables. The plan outlives the transaction that made it, so
+-- the answer must be the current one even where the snapshot is old.
+create or replace function arbiter._key_stands(p_table regclass, p_constraint name, p_parent regclass)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key oid;
+  v_parent oid;
+begin
+  begin
+    -- These two functions look up objects as they are now, not as the snapshot shows them.
+    select k.objid
+      into v_key
+      from pg_identify_object_as_address('pg_class'::regclass, p_table, 0) t,
+           pg_get_object_address('table constraint', t.object_names || p_constraint::text, '{}') k;
+  exception
+    when undefined_object or undefined_table then
+      return false;
+  end;
+  select k.confrelid into v_parent from pg_catalog.pg_constraint k where k.oid = v_key;
+  if not found then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      format('foreign key %I of %s was made after the snapshot of this transaction', p_constraint, p_table),
+      'Try again in a new transaction.');
+  end if;
+  return v_parent = p_parent;
+end
+$$;
+comment on function arbiter._key_stands(regclass, name, regclass) is
+  'Whether a table has a foreign key of this name to the parent, as of the planning of the query that asks. Error 55000 when that is newer than the snapshot.';
+
+-- A view of two columns, bound to the table that the foreign key leads to today, and empty once that key is gone or
+-- leads elsewhere. The first step of a path is a column of the row itself and needs no view.
+create or replace function arbiter._path_views(p_protection arbiter.protections)
+returns table (view_name name, query text, parent regclass)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_steps text[] := parse_ident((p_protection).user_path);
+  v_table regclass := (p_protection).protected_table;
+  v_key record;
+begin
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_key := arbiter._need_foreign_key(v_table, v_steps[i], (p_protection).user_path);
+    view_name := format('_path_%s_%s', (p_protection).protection_id, i);
+    query := format(
+      'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%L::regclass, %L, %L::regclass)',
+      v_key.parent_column, v_steps[i + 1], v_key.parent, v_table, v_key.constraint_name, v_key.parent);
+    parent := v_key.parent;
+    return next;
+    v_table := v_key.parent;
+  end loop;
+end
+$$;
+comment on function arbiter._path_views(arbiter.protections) is
+  'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
+
+-- Scalar subqueries by key, because a join would be planned by statistics, which may be stale. A path is broken where a
+-- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner.
+create or replace function arbiter._path_expression(p_protection arbiter.protections, p_row text, p_probe text)
+returns text
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_steps text[] := parse_ident((p_protection).user_path);
+  v_value text := format('%s.%I', p_row, v_steps[1]);
+  v_broken text := 'false';
+begin
+  for i in 1 .. cardinality(v_steps) - 1 loop
+    v_broken := format('(%1$s or (%2$s is not null and not exists (select from arbiter._path_%3$s_%4$s p where p.key = %2$s)))',
+      v_broken, v_value, (p_protection).protection_id, i);
+    v_value := format('(select p%2$s.value from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
+      (p_protection).protection_id, i, v_value);
+  end loop;
+  return case p_probe when 'user' then v_value else v_broken end;
+end
+$$;
+comment on function arbiter._path_expression(arbiter.protections, text, text) is
+  'An SQL expression over the row p_row. p_probe ''user'': its user; ''broken'': whether its path is broken.';
+
+-- A statement trigger fires only for the table that a statement names, so each partition needs its own.
+create or replace function arbiter._family(p_table regclass)
+returns setof regclass
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive family (member) as (
+    select p_table::oid
+    union
+    select i.inhrelid from pg_catalog.pg_inherits i join family f on i.inhparent = f.member
+  )
+  select f.member::regclass
+    from family f
+    join pg_catalog.pg_class c on c.oid = f.member and c.relkind in ('r', 'p')
+   order by f.member;
+end;
+comment on function arbiter._family(regclass) is 'A table with its partitions and inheritance children.';

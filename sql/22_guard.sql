@@ -1,0 +1,320 @@
+-- The guard of a protected table: first its two templates, then the slow path that they call.
+--
+-- protect() makes a copy of the templates for each table (_instantiate, 20_generate.sql) and puts the table's own names
+-- and options in the place of these words (_guard_words):
+--
+--   __rows          the new rows: the transition table arbiter_rows, or (select new.*) for a row that it does not hold
+--   __key           the column where a row's path to its user begins
+--   __machine       the column that names the machine; __machine_name is its name as a literal
+--   __user_of(x)    the user to whom the row x leads
+--   __is_broken(x)  whether the path of x names a row that does not exist; false where rows without a user are rejected
+--   __is_ours(x)    whether arbiter_xid of x is this transaction; true on a table without that column
+--   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
+--   __is_fresh(m)   whether the machine m has sent a heartbeat in time
+--   __updates       whether updates are arbitrated, too: true or false
+--   __protection, __mode, __unowned   the table's row in arbiter.protections
+--
+-- The options stand in the code and are not read from arbiter.protections, because a transaction with an old snapshot
+-- would read old ones. Constants such as `not false or ...` cost nothing: the planner removes them.
+--
+-- Definer: they lock leases and read the registry and the path to the user, which the client may not be allowed to.
+-- With row security off a hidden row is an error, not a missing one.
+
+create or replace function arbiter._guard_words(p_protection arbiter.protections)
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select jsonb_build_object(
+    '__protection', (p_protection).protection_id::text,
+    '__mode', quote_literal((p_protection).mode),
+    '__unowned', quote_literal((p_protection).unowned),
+    '__updates', ('update' = any ((p_protection).verbs))::text,
+    '__machine', quote_ident((p_protection).machine_column),
+    '__machine_name', quote_literal((p_protection).machine_column),
+    '__key', quote_ident((parse_ident((p_protection).user_path))[1]),
+    '__user_of(d)', arbiter._path_expression(p_protection, 'd', 'user'),
+    '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
+    '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
+    '__user_of(new)', arbiter._path_expression(p_protection, 'new', 'user'),
+    '__is_broken(n)', case (p_protection).unowned
+      when 'allow' then arbiter._path_expression(p_protection, 'n', 'broken') else 'false' end,
+    '__is_ours(n)', case when (p_protection).evidence
+      then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
+    '__keeps_xid', case when (p_protection).evidence
+      then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
+    '__is_fresh(m)', arbiter._fresh_expression(
+      'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
+end;
+comment on function arbiter._guard_words(arbiter.protections) is
+  'What the words of the two templates stand for in the guard of this table.';
+
+create or replace function arbiter._guard_template()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+as $$
+#variable_conflict use_variable
+declare
+  v_held record;
+  v_write record;
+  v_is_common boolean := true;
+  -- At a higher level the lock may wait (_share_lease_bounded).
+  v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
+begin
+  -- The common case: the environment, and machine, that writes holds the lease and no drain is under way. This is the
+  -- lock of _share_lease() (14_lease.sql) without a call. The rows are made distinct before their users are looked up.
+  if v_shares then
+    for v_held in
+      select w.arbiter_machine, w.arbiter_user
+        from (
+          select d.arbiter_machine,
+                 (select l.user_id
+                    from arbiter.leases l
+                   where l.user_id = __user_of(d)
+                     and l.machine_id is not distinct from d.arbiter_machine
+                     and l.draining_since is null
+                     for key share skip locked) as arbiter_user
+            from (
+              -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+              -- A row whose source and machine disagree gets no key, hence no user, and so leaves the common case.
+              select distinct
+                     case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n)
+                       then n.__key end as __key,
+                     n.__machine as arbiter_machine
+                from __rows as n
+               -- An update that took the machine away is judged by _provenance_template, which sees the old row, too.
+               where not __updates
+                  or tg_op = 'INSERT'
+                  or n.source is distinct from 'cloud'
+                  or n.__machine is not null) d
+          offset 0) w
+       where w.arbiter_user is null or w.arbiter_machine is not null
+    loop
+      perform
+         from arbiter.machines m
+        where m.machine_id = v_held.arbiter_machine
+          and m.user_id = v_held.arbiter_user
+          and m.state = 'running'
+          and __is_fresh(m);
+      v_is_common := found;
+      exit when not v_is_common;
+    end loop;
+    if v_is_common then
+      return null;
+    end if;
+  end if;
+
+  -- All other cases: each distinct (user, source, machine, flaw) is judged, in the order of the users.
+  for v_write in
+    select distinct
+           -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+           __user_of(n) as user_id,
+           n.source::text as source,
+           n.__machine as machine_id,
+           case when (__is_ours(n)) is not true then 'evidence' when __is_broken(n) then 'parent' end as flaw
+      from __rows as n
+     where not __updates or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.__machine is not null
+     order by 1, 2, 3, 4
+  loop
+    -- One user without a lease sends the whole statement here; keep the others cheap.
+    if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
+      continue when arbiter._share_lease(v_write.user_id, 'local', null);
+    end if;
+    perform arbiter._admit(__protection, __mode, __unowned,
+      v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+  end loop;
+  return null;
+end
+$$;
+comment on function arbiter._guard_template() is 'The guard of a protected table, as a template.';
+
+-- The provenance of a row does not change, except that a machine which is deleted leaves its rows without a machine
+-- (on delete set null). Where updates are arbitrated, source and machine say who writes, and only the user is kept.
+create or replace function arbiter._provenance_template()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set enable_seqscan = off
+as $$
+#variable_conflict use_variable
+declare
+  v_user_id uuid;
+  v_machine_gone boolean;
+begin
+  -- The common case: the provenance has not changed, or the update says who writes.
+  if new.__key is not distinct from old.__key
+    and (case when __updates then new.source is distinct from 'cloud' or new.__machine is not null
+         else new.source is not distinct from old.source
+          and new.__machine is not distinct from old.__machine
+          and __keeps_xid end)
+  then
+    return new;
+  end if;
+  v_user_id := __user_of(old);
+  -- Also for a row that says local: it may have had a machine before the table was protected.
+  v_machine_gone := new.source is not distinct from old.source
+    and old.__machine is not null
+    and new.__machine is null
+    and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
+  if (__user_of(new)) is distinct from v_user_id
+    or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
+      or new.__machine is distinct from old.__machine and not v_machine_gone)
+  then
+    perform arbiter._reject_or_record(__protection, __mode, 'provenance_immutable',
+      arbiter._detail('provenance_immutable', v_user_id, null, null));
+  -- The foreign key changes nothing but the machine, and acts from inside a trigger. Any other update that leaves
+  -- cloud without a machine is a write and must say whose. Without such a key the depth of triggers proves nothing.
+  elsif __updates and new.source = 'cloud' and new.__machine is null
+    and not (v_machine_gone
+      and (tg_when = 'AFTER'
+        or to_jsonb(new) - __machine_name = to_jsonb(old) - __machine_name
+        or pg_trigger_depth() > 1 and exists (
+          select from pg_catalog.pg_constraint k
+            join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+           where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = __machine_name)))
+  then
+    perform arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
+      arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
+      'A cloud write names its machine.');
+  end if;
+  return new;
+end
+$$;
+comment on function arbiter._provenance_template() is 'Keeps who wrote the rows of a protected table, as a template.';
+
+create or replace function arbiter.tg_stamp_xid()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  new.arbiter_xid := pg_current_xact_id();
+  return new;
+end
+$$;
+comment on function arbiter.tg_stamp_xid() is 'Sets arbiter_xid to the transaction that updates the row.';
+
+-- Mode enforce rejects; mode observe records the rejection and admits the write.
+create or replace function arbiter._reject_or_record(
+  p_protection_id integer,
+  p_mode text,
+  p_code text,
+  p_detail jsonb,
+  p_hint text default null)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_mode = 'observe' then
+    insert into arbiter.observations (observed_at, protected_table, code, detail, xid)
+    select clock_timestamp(), p.protected_table, p_code, p_detail, pg_current_xact_id()
+      from arbiter.protections p
+     where p.protection_id = p_protection_id;
+  else
+    perform arbiter._reject(p_code, p_detail, p_hint);
+  end if;
+end
+$$;
+comment on function arbiter._reject_or_record(integer, text, text, jsonb, text) is
+  'Rejects a write to a protected table, or records the rejection where the table is observed.';
+
+create or replace function arbiter._identity_flaw(
+  p_user_id uuid,
+  p_source text,
+  p_machine_id uuid,
+  p_flaw text,
+  p_unowned text)
+returns text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_flaw = 'evidence' then 'arbiter_xid is not the transaction that writes the row: leave it to its default.'
+    when p_flaw = 'parent' then 'The row does not lead to a user: the row that it names does not exist.'
+    when p_source is null then 'source is null: write local, or cloud with a machine.'
+    when p_source not in ('local', 'cloud') then 'source must be local or cloud.'
+    when p_source = 'local' and p_machine_id is not null then 'A local write has no machine: leave it null, or write cloud.'
+    when p_user_id is null and p_unowned = 'reject' then
+      'The row has no user; a table with such rows is protected with p_unowned => ''allow''.'
+    when p_user_id is null and p_machine_id is not null then 'A row without a user cannot have a machine.'
+    when p_user_id is null then null
+    when p_source = 'cloud' and p_machine_id is null then 'A cloud write names its machine.'
+    when p_source = 'cloud' and not exists (
+      select from arbiter.machines m where m.machine_id = p_machine_id and m.user_id = p_user_id)
+    then 'The registry has no such machine of this user.'
+  end;
+end
+$$;
+comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
+  'Why source, machine and user of a row do not fit together, as a hint; null when they do. p_flaw: what the guard has found, evidence (arbiter_xid is not this transaction) or parent (the path is broken).';
+
+create or replace function arbiter._admit(
+  p_protection_id integer,
+  p_mode text,
+  p_unowned text,
+  p_user_id uuid,
+  p_source text,
+  p_machine_id uuid,
+  p_flaw text)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_hint text;
+  v_decision record;
+  v_more jsonb := '{}';
+begin
+  v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, p_unowned);
+  if v_hint is not null then
+    perform arbiter._reject_or_record(p_protection_id, p_mode, 'wrong_identity',
+      arbiter._detail('wrong_identity', p_user_id, null, null,
+        jsonb_build_object('source', p_source, 'machine_id', p_machine_id)),
+      v_hint);
+    return;
+  end if;
+  if p_user_id is null then
+    return;
+  end if;
+
+  if p_mode = 'enforce' then
+    v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, true);
+  else
+    -- Observing must not fail a write, even where the server would because the lease is newer than the snapshot.
+    begin
+      v_decision := arbiter._decide(p_user_id, p_source, p_machine_id, false);
+    exception
+      when serialization_failure or lock_not_available then
+        select row('handover_draining', null, null)::arbiter.verdict as verdict, null::arbiter.leases as lease
+          into v_decision;
+    end;
+  end if;
+  if (v_decision.verdict).code is not null then
+    if (v_decision.verdict).code = 'handover_draining' then
+      v_more := jsonb_build_object('blockers', arbiter._blockers(p_user_id));
+      if v_more -> 'blockers' @> to_jsonb(pg_backend_pid()) then
+        v_hint := 'This transaction itself keeps the lease from being handed over: commit it first.';
+      elsif v_more -> 'blockers' = '[]' then
+        v_hint := 'Try again; if it lasts, look into pg_prepared_xacts: no open session was found that locks the lease.';
+      end if;
+    elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
+      v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
+    end if;
+    perform arbiter._reject_or_record(p_protection_id, p_mode, (v_decision.verdict).code,
+      arbiter._detail((v_decision.verdict).code, p_user_id, v_decision.lease, (v_decision.verdict).retry_at, v_more),
+      v_hint);
+  end if;
+end
+$$;
+comment on function arbiter._admit(integer, text, text, uuid, text, uuid, text) is
+  'Admits a write to a protected table, with the lease locked to the end of the transaction, or rejects it (WX001 to WX005, WX007). p_flaw as for _identity_flaw().';

@@ -1,0 +1,374 @@
+-- protect() and unprotect(): the triggers that a table needs, the copies of the guard's templates, columns and
+-- constraints.
+
+create or replace function arbiter._guard_triggers(p_protection arbiter.protections)
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_guard text := format('execute function arbiter.%I()', '_guard_' || p_protection.protection_id);
+  v_guard_row text := format('execute function arbiter.%I()', '_guard_row_' || p_protection.protection_id);
+  v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
+  v_updates boolean := 'update' = any (p_protection.verbs);
+  v_family oid[] := array(select f.member::oid from arbiter._family(p_protection.protected_table) as f (member));
+  v_member record;
+begin
+  for v_member in
+    select c.oid::regclass as name, c.relkind, c.relispartition
+      from unnest(v_family) as f (member)
+      join pg_catalog.pg_class c on c.oid = f.member
+  loop
+    table_name := v_member.name;
+    trigger_name := 'arbiter_guard_insert';
+    definition := 'after insert on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+    meaning := 'Arbitrates inserts.';
+    return next;
+    if v_updates then
+      trigger_name := 'arbiter_guard_update';
+      definition := 'after update on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+      meaning := 'Arbitrates updates.';
+      return next;
+    end if;
+    -- The server copies row triggers of a partitioned table to its partitions, also to later ones.
+    continue when v_member.relispartition;
+    trigger_name := 'arbiter_provenance';
+    -- Without a condition, because dropping a column drops the triggers whose condition names it.
+    definition := 'after update on {table} for each row ' || v_provenance;
+    meaning := 'Keeps who wrote a row.';
+    return next;
+    if v_updates or v_member.relkind = 'p' then
+      -- Before the update, too: a row that moves to another partition fires no trigger after it, and what a foreign key
+      -- does to a row can only be told before other triggers have changed more of it.
+      trigger_name := 'arbiter_provenance_before';
+      definition := 'before update on {table} for each row ' || v_provenance;
+      return next;
+    end if;
+    if v_updates and p_protection.evidence then
+      trigger_name := 'arbiter_stamp';
+      definition := format('before update on {table} for each row ' ||
+        $w$when (new.source is distinct from 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$w$,
+        p_protection.machine_column);
+      meaning := 'Names the transaction that last wrote a row.';
+      return next;
+    end if;
+    if v_member.relkind = 'p' then
+      trigger_name := 'arbiter_guard_row';
+      -- A row that MERGE moves to another partition is in no transition table; it fires the trigger for inserts.
+      definition := case when v_updates
+        then 'after insert or update on {table} for each row ' || v_guard_row
+        else format('after insert on {table} for each row when (new.tableoid <> all (%L::oid[])) %s', v_family, v_guard_row)
+        end;
+      meaning := 'Arbitrates what no statement trigger sees: partitions that have come since, rows that move.';
+      return next;
+    end if;
+  end loop;
+end
+$$;
+comment on function arbiter._guard_triggers(arbiter.protections) is
+  'The triggers that a protected table and its partitions must have. definition has {table} in the place of the table.';
+
+create or replace function arbiter._drop_path_views(p_protection_id integer, p_keep name[] default '{}')
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_view name;
+begin
+  for v_view in
+    select c.relname
+      from pg_catalog.pg_class c
+     where c.relnamespace = 'arbiter'::regnamespace
+       and c.relname ~ format('^_path_%s_\d+$', p_protection_id)
+       and c.relname <> all (p_keep)
+  loop
+    execute format('drop view arbiter.%I', v_view);
+  end loop;
+end
+$$;
+comment on function arbiter._drop_path_views(integer, name[]) is
+  'Drops the views of the path of a protection, except those in p_keep.';
+
+create or replace function arbiter._build_guard(p_protection_id integer)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protection arbiter.protections;
+  v_table regclass;
+  v_guard record;
+  v_provenance name := '_provenance_' || p_protection_id;
+  v_words jsonb;
+  v_view record;
+begin
+  select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
+  v_table := v_protection.protected_table;
+  v_words := arbiter._guard_words(v_protection);
+
+  perform arbiter._drop_path_views(p_protection_id, array(select w.view_name from arbiter._path_views(v_protection) w));
+  for v_view in
+    select w.view_name as name, w.query
+      from arbiter._path_views(v_protection) w
+     where not arbiter._is_current_view(w.view_name, w.query, w.parent)
+  loop
+    perform arbiter._make_view(v_view.name, v_view.query, format('A step from a row of %s to its user.', v_table));
+    execute format('comment on column arbiter.%I.key is %L', v_view.name, 'What the foreign key names.');
+    execute format('comment on column arbiter.%I.value is %L', v_view.name, 'The user, or the key of the next step.');
+  end loop;
+
+  -- Two copies for a partitioned table: the second one is for single rows, which no statement trigger has seen.
+  for v_guard in
+    select g.name, g.rows
+      from (values
+        ('_guard_' || p_protection_id, 'arbiter_rows'),
+        ('_guard_row_' || p_protection_id, '(select new.*)')) as g (name, rows)
+     where g.rows = 'arbiter_rows'
+        or (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_table)
+  loop
+    perform arbiter._instantiate('arbiter._guard_template()', v_guard.name,
+      v_words || jsonb_build_object('__rows', v_guard.rows));
+    perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
+      format('Arbitrates writes to %s.', v_table));
+  end loop;
+
+  perform arbiter._instantiate('arbiter._provenance_template()', v_provenance, v_words);
+  perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
+    format('Keeps who wrote a row of %s.', v_table));
+
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._guard_triggers(v_protection) t;
+  -- Triggers that only other verbs need.
+  perform arbiter._detach(f.member, array(
+      select t.trigger_name from arbiter._guard_triggers(v_protection) t where t.table_name = f.member))
+     from arbiter._family(v_table) as f (member);
+end
+$$;
+comment on function arbiter._build_guard(integer) is
+  'Generates the functions and triggers of a protected table and its partitions, by its row in arbiter.protections.';
+
+create or replace function arbiter._drop_guard(p_protection_id integer)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
+    '_guard_' || p_protection_id, '_guard_row_' || p_protection_id, '_provenance_' || p_protection_id);
+  perform arbiter._drop_path_views(p_protection_id);
+end
+$$;
+comment on function arbiter._drop_guard(integer) is 'Drops the functions and views that were generated for a protected table, once no trigger calls them.';
+
+-- Dropping a table drops its triggers, but neither its row here nor the functions that were generated for it.
+create or replace function arbiter._forget_dropped()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protection_id integer;
+begin
+  delete from arbiter.registry r
+   where not exists (select from pg_catalog.pg_class c where c.oid = r.registry);
+  for v_protection_id in
+    delete from arbiter.protections p
+     where not exists (select from pg_catalog.pg_class c where c.oid = p.protected_table)
+    returning p.protection_id
+  loop
+    perform arbiter._drop_guard(v_protection_id);
+  end loop;
+end
+$$;
+comment on function arbiter._forget_dropped() is 'Forgets the registry and protected tables that do not exist any more.';
+
+-- Only where the column is arbiter's and no row names a machine, which could be one of an earlier registry. A
+-- partitioned table gets no foreign key, because before PostgreSQL 18 it cannot be `not valid` there; the guard checks
+-- the machine in any case.
+create or replace function arbiter._add_machine_key(p_table regclass, p_machine_column name)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_registry arbiter.registry;
+  v_used boolean;
+begin
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if v_registry.registry is null then
+    return;
+  end if;
+  if exists (
+    select from pg_catalog.pg_constraint k
+     where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey' and k.confrelid <> v_registry.registry)
+  then
+    execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
+  end if;
+  if exists (
+    select from pg_catalog.pg_class c
+      join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = p_machine_column
+     where c.oid = p_table
+       and c.relkind = 'r'
+       and col_description(c.oid, a.attnum) like 'arbiter: %'
+       and not exists (
+         select from pg_catalog.pg_constraint k
+          where k.conrelid = c.oid and k.contype = 'f' and k.conkey = array[a.attnum]))
+  then
+    execute format('select exists (select from %s where %I is not null)', p_table, p_machine_column) into v_used;
+    if not v_used then
+      execute format(
+        'alter table %s add constraint arbiter_machine_id_fkey foreign key (%I) references %s (%I) on delete set null not valid',
+        p_table, p_machine_column, v_registry.registry, v_registry.id_column);
+    end if;
+  end if;
+end
+$$;
+comment on function arbiter._add_machine_key(regclass, name) is
+  'Adds the foreign key from arbiter''s own machine column of a protected table to the registry, not validated yet.';
+
+-- Without a guard nothing reads the column, and its default would cost each insert a transaction id.
+create or replace function arbiter._drop_xid_default(p_table regclass)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (
+    select from pg_catalog.pg_attribute a
+     where a.attrelid = p_table and a.attname = 'arbiter_xid' and a.atthasdef)
+  then
+    execute format('alter table %s alter column arbiter_xid drop default', p_table);
+  end if;
+end
+$$;
+comment on function arbiter._drop_xid_default(regclass) is 'Drops the default of arbiter_xid, if there is one.';
+
+-- Definer, as unprotect(): what they create must belong to arbiter's owner, whichever role calls.
+create or replace function arbiter.protect(
+  p_table regclass,
+  p_user_path text default null,
+  p_verbs text[] default '{insert}',
+  p_machine_column name default 'machine_id',
+  p_mode text default 'enforce',
+  p_unowned text default 'reject',
+  p_evidence boolean default true)
+returns void
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_verbs text[];
+  v_path text;
+  v_registry arbiter.registry;
+  v_relative regclass;
+  v_protection_id integer;
+begin
+  select array_agg(distinct v.verb order by v.verb) into v_verbs from unnest(p_verbs) as v (verb);
+  if p_table is null or v_verbs is null or v_verbs not in ('{insert}', '{insert,update}')
+     or p_mode is null or p_mode not in ('enforce', 'observe')
+     or p_unowned is null or p_unowned not in ('reject', 'allow')
+     or p_machine_column is null or p_evidence is null
+  then
+    perform arbiter._fail('invalid_parameter_value',
+      format('protect(%s) with p_verbs %s, p_mode %s, p_unowned %s, p_machine_column %s, p_evidence %s',
+        coalesce(p_table::text, 'null'), coalesce(p_verbs::text, 'null'), coalesce(p_mode, 'null'),
+        coalesce(p_unowned, 'null'), coalesce(p_machine_column, 'null'), coalesce(p_evidence::text, 'null')),
+      'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow; nothing is null.');
+  end if;
+  lock table arbiter.protections in share row exclusive mode;
+  perform arbiter._forget_dropped();
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if p_table = v_registry.registry or p_table in (
+    select c.oid from pg_catalog.pg_class c where c.relnamespace = 'arbiter'::regnamespace)
+  then
+    perform arbiter._fail('wrong_object_type',
+      format('%s cannot be protected', p_table),
+      'arbiter judges by the registry and its own tables; protect a table that clients write to.');
+  end if;
+  select p.protected_table
+    into v_relative
+    from arbiter.protections p
+   where p.protected_table <> p_table
+     and (p.protected_table in (select arbiter._family(p_table)) or p_table in (select arbiter._family(p.protected_table)));
+  if v_relative is not null then
+    perform arbiter._fail('wrong_object_type',
+      format('%s cannot be protected beside %s, which inherits from it or the other way round', p_table, v_relative),
+      format('Unprotect %s first: one guard is enough for both.', v_relative));
+  end if;
+  v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
+  perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
+
+  -- No write is in flight under the old rules, and every later one is judged by the new ones. Take the strongest lock
+  -- at once, which a default and a policy need: a later upgrade can deadlock with a reader.
+  execute format('lock table %s in access exclusive mode', p_table);
+  perform arbiter._add_column(p_table, 'source', 'source');
+  if not arbiter._source_is_checked(p_table) and not exists (
+    select from pg_catalog.pg_constraint k where k.conrelid = p_table and k.conname = 'arbiter_source_check')
+  then
+    execute format($sql$alter table %s add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid$sql$,
+      p_table);
+  end if;
+  perform arbiter._add_column(p_table, p_machine_column, 'machine');
+  perform arbiter._add_machine_key(p_table, p_machine_column);
+  if p_evidence then
+    perform arbiter._add_column(p_table, 'arbiter_xid', 'xid');
+    execute format('alter table %s alter column arbiter_xid set default pg_current_xact_id()', p_table);
+  else
+    perform arbiter._drop_xid_default(p_table);
+  end if;
+
+  insert into arbiter.protections (protected_table, user_path, verbs, machine_column, mode, unowned, evidence)
+  values (p_table, v_path, v_verbs, p_machine_column, p_mode, p_unowned, p_evidence)
+  on conflict on constraint protections_protected_table_key do update
+    set user_path = excluded.user_path,
+        verbs = excluded.verbs,
+        machine_column = excluded.machine_column,
+        mode = excluded.mode,
+        unowned = excluded.unowned,
+        evidence = excluded.evidence
+  returning protection_id into v_protection_id;
+  perform arbiter._build_guard(v_protection_id);
+  perform arbiter._build_policies(p_table);
+end
+$$;
+comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
+  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found where it is obvious. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+
+create or replace function arbiter.unprotect(p_table regclass)
+returns void
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_protection arbiter.protections;
+begin
+  delete from arbiter.protections p where p.protected_table = p_table returning p.* into v_protection;
+  if not found then
+    perform arbiter._fail('undefined_object',
+      format('table %s is not protected', coalesce(p_table::text, 'null')),
+      'See arbiter.protections for the tables that are.');
+  end if;
+  -- Also from partitions that were detached in the meantime.
+  perform arbiter._detach(t.tgrelid)
+     from (
+       select distinct t.tgrelid::regclass
+         from pg_catalog.pg_trigger t
+         join pg_catalog.pg_proc p on p.oid = t.tgfoid
+        where p.pronamespace = 'arbiter'::regnamespace
+          and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', v_protection.protection_id)
+          and t.tgparentid = 0) as t;
+  perform arbiter._drop_xid_default(p_table);
+  perform arbiter._drop_guard(v_protection.protection_id);
+  perform arbiter._build_policies();
+end
+$$;
+comment on function arbiter.unprotect(regclass) is
+  'Takes the guard off a table. Its columns and rows stay as they are. Error 42704 when it is not protected.';

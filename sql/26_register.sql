@@ -1,0 +1,345 @@
+-- register_machines() and heartbeat(): the view arbiter.machines, which triggers the registry needs, and the copies of
+-- the templates of their functions.
+
+create or replace function arbiter._make_machines_view(p_query text)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._make_view('machines', p_query,
+    'The registry under fixed names, with its status mapped to a machine state.');
+  -- With the rights of its reader: a grant here opens nothing that the registry itself does not open.
+  alter view arbiter.machines set (security_invoker = true);
+  grant select, update (heartbeat_at) on arbiter.machines to public;
+  comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
+  comment on column arbiter.machines.user_id is 'Its owner.';
+  comment on column arbiter.machines.status is 'The app''s status word.';
+  comment on column arbiter.machines.state is 'The machine state: starting, running, stopping, stopped or error.';
+  comment on column arbiter.machines.heartbeat_at is 'The last heartbeat, stamped with the database''s clock.';
+end
+$$;
+comment on function arbiter._make_machines_view(text) is 'Makes the view arbiter.machines, the registry under fixed names, anew from a query.';
+
+create or replace function arbiter._registry_triggers()
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select r.registry, t.trigger_name, t.definition, t.meaning
+    from arbiter.registry r
+    cross join lateral (values
+      ('arbiter_stamp_insert',
+       format('before insert on {table} for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
+         r.heartbeat_column),
+       'A heartbeat is stamped with the database''s clock.'),
+      ('arbiter_stamp_update',
+       format('before update of %I on {table} for each row execute function arbiter.tg_registry_stamp()',
+         r.heartbeat_column),
+       'A heartbeat is any update that names the column; it is stamped with the database''s clock.'),
+      ('arbiter_note',
+       'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
+       'Notes machines that come and go.'),
+      -- After any update, whichever columns it names, because a trigger of the app may change the status. Two triggers:
+      -- the server parses a condition in every statement, so this one is short, and the other names its columns.
+      ('arbiter_note_update',
+       format('after update on {table} for each row when (old.%1$I is distinct from new.%1$I) '
+         'execute function arbiter.tg_registry_note()',
+         r.status_column),
+       'Notes when a machine changes its state.'),
+      ('arbiter_note_owner',
+       format('after update of %1$I, %2$I on {table} for each row '
+         'when ((old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I) and old.%3$I is not distinct from new.%3$I) '
+         'execute function arbiter.tg_registry_note()',
+         r.id_column, r.user_column, r.status_column),
+       'Notes when a machine changes its owner, and not its state.'),
+      ('arbiter_note_truncate',
+       'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
+       'Notes that all machines are gone.'),
+      ('arbiter_activate_insert',
+       'after insert on {table} referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()',
+       'A healthy machine gets the lease.'),
+      ('arbiter_activate_update',
+       'after update on {table} referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()',
+       'A healthy machine gets the lease.')
+    ) as t (trigger_name, definition, meaning);
+end;
+comment on function arbiter._registry_triggers() is
+  'The triggers that the registry must have. definition has {table} in the place of the table.';
+
+create or replace function arbiter._take_machines()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user_id uuid;
+  v_at timestamptz := clock_timestamp();
+begin
+  for v_user_id in
+    insert into arbiter.leases (user_id, epoch, holder, held_since)
+    select distinct m.user_id, 1, 'local', clock_timestamp()
+      from arbiter.machines m
+     where m.user_id is not null
+       and not exists (select from arbiter.leases l where l.user_id = m.user_id)
+    on conflict do nothing
+    returning user_id
+  loop
+    perform arbiter._record_handover(null, v_user_id, 'local', null, 'registered');
+  end loop;
+  perform arbiter._note_absent_machines();
+  update arbiter.machine_notes n
+     set left_running_at = null, entered_error_at = null
+    from arbiter.machines m
+   where m.user_id = n.user_id
+     and m.machine_id = n.machine_id
+     and m.state = 'running'
+     and (n.left_running_at is not null or n.entered_error_at is not null);
+  insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at, entered_error_at)
+  select m.user_id, m.machine_id, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
+    from arbiter.machines m
+   where m.user_id is not null
+     and m.state <> 'running'
+     and not exists (
+       select from arbiter.machine_notes k
+        where k.user_id = m.user_id
+          and k.machine_id = m.machine_id
+          and k.left_running_at is not null
+          and (k.entered_error_at is not null or m.state <> 'error'))
+  on conflict on constraint machine_notes_pkey do update
+    set left_running_at = coalesce(n.left_running_at, excluded.left_running_at),
+        entered_error_at = coalesce(n.entered_error_at, excluded.entered_error_at);
+  perform arbiter._activate(m.user_id, m.machine_id)
+     from (
+       select r.user_id, r.machine_id
+         from arbiter.machines r, arbiter.settings s
+        where r.user_id is not null
+          and r.state = 'running'
+          and arbiter._is_fresh(r.heartbeat_at, s.heartbeat_timeout, v_at)
+          and r.machine_id is distinct from arbiter._settled_machine(r.user_id)
+        order by r.user_id, r.machine_id) as m;
+end
+$$;
+comment on function arbiter._take_machines() is
+  'Takes the machines that were in the registry before its triggers as they are: all users get a lease, a machine that is not running is noted as of now, and a healthy one gets the lease.';
+
+create or replace function arbiter._build_registry()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_registry arbiter.registry;
+  v_words jsonb;
+  v_view text;
+begin
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  if not found then
+    -- There are no machines, and the view is the empty one of the first migration.
+    perform arbiter._make_machines_view(
+      'select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state, '
+      'null::timestamptz as heartbeat_at where false');
+    perform arbiter._note_absent_machines();
+    return;
+  end if;
+
+  v_words := arbiter._registry_words(v_registry);
+  v_view := format(
+    'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, %6$s as state, '
+    'r.%4$I as heartbeat_at from %5$s r',
+    v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
+    v_registry.registry, arbiter._state_expression(v_registry, 'r'));
+  if not arbiter._is_current_view('machines', v_view, v_registry.registry) then
+    perform arbiter._make_machines_view(v_view);
+  end if;
+
+  perform arbiter._instantiate('arbiter._stamp_template()', 'tg_registry_stamp', v_words);
+  perform arbiter._instantiate('arbiter._note_template()', 'tg_registry_note', v_words);
+  perform arbiter._instantiate('arbiter._activate_template()', 'tg_registry_activate', v_words);
+  perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
+  perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');
+  perform arbiter._seal('arbiter.tg_registry_activate()', 'Gives the lease to a machine that a write has left healthy.');
+
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._registry_triggers() t;
+
+  perform arbiter._take_machines();
+end
+$$;
+comment on function arbiter._build_registry() is
+  'Generates the view, functions and triggers of the registered table, and takes its machines (_take_machines).';
+
+create or replace function arbiter._heartbeat_indexes(p_registry regclass, p_heartbeat_column name)
+returns setof regclass
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select i.indexrelid::regclass
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_heartbeat_column
+   where i.indrelid = p_registry
+     and exists (
+       select from pg_catalog.pg_depend d
+        where d.classid = 'pg_class'::regclass
+          and d.objid = i.indexrelid
+          and d.refobjid = i.indrelid
+          and d.refobjsubid = a.attnum)
+   order by i.indexrelid;
+end;
+comment on function arbiter._heartbeat_indexes(regclass, name) is
+  'Indexes that read the heartbeat column, in their keys or their predicate: with one, no heartbeat is a HOT update.';
+
+-- Definer: what it creates must belong to arbiter's owner, whichever role calls.
+create or replace function arbiter.register_machines(
+  p_registry regclass,
+  p_id_column name default 'id',
+  p_user_column name default 'user_id',
+  p_status_column name default 'status',
+  p_heartbeat_column name default 'last_health_check',
+  p_states jsonb default null)
+returns void
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+set lock_timeout = '5s'
+as $$
+declare
+  v_states jsonb := coalesce(p_states, '{
+    "provisioning": "starting", "starting": "starting",
+    "running": "running", "active": "running", "started": "running",
+    "stopping": "stopping", "deprovisioning": "stopping",
+    "stopped": "stopped", "deleted": "stopped", "suspended": "stopped",
+    "error": "error", "failed": "error"}');
+  v_known constant text[] := '{starting,running,stopping,stopped,error}';
+  v_unknown text;
+  v_old arbiter.registry;
+  v_index text;
+begin
+  if p_registry is null or p_id_column is null or p_user_column is null or p_status_column is null
+     or p_heartbeat_column is null
+  then
+    perform arbiter._fail('null_value_not_allowed',
+      'register_machines() with a null for the table or one of its columns',
+      'Name the app''s table of machines and its columns, or leave the defaults.');
+  end if;
+  if jsonb_typeof(v_states) <> 'object' then
+    perform arbiter._fail('invalid_parameter_value',
+      format('p_states is a JSON %s, it must be an object', jsonb_typeof(v_states)),
+      'For example {"active": "running", "deleted": "stopped"}.');
+  end if;
+  select format('%s: %s', s.key, s.value)
+    into v_unknown
+    from jsonb_each(v_states) s
+   where s.value #>> '{}' is null or s.value #>> '{}' <> all (v_known)
+   order by s.key
+   limit 1;
+  if v_unknown is not null then
+    perform arbiter._fail('invalid_parameter_value',
+      format('p_states maps a status word to no machine state: %s', v_unknown),
+      'The machine states are ' || array_to_string(v_known, ', ') || '.');
+  end if;
+  if not exists (select from jsonb_each_text(v_states) s where s.value = 'stopped') then
+    perform arbiter._fail('invalid_parameter_value',
+      'p_states maps no status word to stopped',
+      'arbiter.confirm_takeover() needs a word that says so.');
+  end if;
+  perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
+
+  -- One registration at a time, and no write to the registry between here and its triggers. The first time take the
+  -- strongest lock at once, which a policy needs: a later upgrade can deadlock with a reader.
+  lock table arbiter.registry in share row exclusive mode;
+  perform arbiter._forget_dropped();
+  select r.* into v_old from arbiter.registry r where r.singleton;
+  execute format('lock table %s in %s mode', p_registry,
+    case v_old.registry when p_registry then 'share row exclusive' else 'access exclusive' end);
+  if v_old.registry <> p_registry then
+    perform arbiter._detach(v_old.registry);
+  end if;
+  perform arbiter._add_column(p_registry, p_heartbeat_column, 'heartbeat');
+  if (v_old.registry, v_old.heartbeat_column) is distinct from (p_registry, p_heartbeat_column) then
+    -- Until now clients wrote it by their own clocks. A value in the future would count as no heartbeat.
+    execute format('update %s set %2$I = clock_timestamp() where %2$I > clock_timestamp()',
+      p_registry, p_heartbeat_column);
+  end if;
+
+  insert into arbiter.registry (registry, id_column, user_column, status_column, heartbeat_column, states)
+  values (p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states)
+  on conflict on constraint registry_pkey do update
+    set registry = excluded.registry,
+        id_column = excluded.id_column,
+        user_column = excluded.user_column,
+        status_column = excluded.status_column,
+        heartbeat_column = excluded.heartbeat_column,
+        states = excluded.states;
+  perform arbiter._build_registry();
+  perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
+  perform arbiter._build_policies(p_registry);
+  perform arbiter._build_policies(v_old.registry) where v_old.registry <> p_registry;
+
+  select string_agg(i.name::text, ', ')
+    into v_index
+    from arbiter._heartbeat_indexes(p_registry, p_heartbeat_column) as i (name);
+  if v_index is not null then
+    raise notice using
+      message = format('arbiter: no heartbeat can be a HOT update while an index reads %I: %s', p_heartbeat_column, v_index),
+      hint = 'Drop it if you can.';
+  end if;
+end
+$$;
+comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb) is
+  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. Idempotent; another table replaces the registry. Errors 42501, 42703, 42804, 22023: nothing changed.';
+
+-- Not a definer, as heartbeat() of one: a role that may update the registry may send a heartbeat.
+create or replace function arbiter.heartbeat(p_machine_ids uuid[])
+returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_asked_at timestamptz := clock_timestamp();
+  v_count bigint;
+  v_unknown uuid;
+begin
+  if not exists (select from arbiter.registry) then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      'no registry of machines',
+      'Call arbiter.register_machines() first.');
+  end if;
+  update arbiter.machines set heartbeat_at = clock_timestamp() where machine_id = any (p_machine_ids);
+  get diagnostics v_count = row_count;
+  -- A null counts as an unknown machine.
+  if p_machine_ids is null or v_count <> (select count(distinct coalesce(i.id::text, '')) from unnest(p_machine_ids) as i (id)) then
+    -- A machine that the caller may see but not update has no heartbeat of this call, either.
+    select i.id
+      into v_unknown
+      from unnest(p_machine_ids) as i (id)
+     where not exists (
+       select from arbiter.machines m where m.machine_id = i.id and m.heartbeat_at >= v_asked_at)
+     limit 1;
+    perform arbiter._fail_with_detail('P0002', format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
+      'Check the id against the registry''s id column; no heartbeat of this call was written.',
+      jsonb_build_object('code', 'unknown_machine', 'machine_id', v_unknown), 404);
+  end if;
+  return v_count;
+end
+$$;
+comment on function arbiter.heartbeat(uuid[]) is
+  'Heartbeats of many machines in one statement; returns how many. Error P0002 when one is unknown, or the caller may not see or update it; then none is written.';
+
+create or replace function arbiter.heartbeat(p_machine_id uuid)
+returns timestamptz
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter.heartbeat(array[p_machine_id]);
+  return (select m.heartbeat_at from arbiter.machines m where m.machine_id = p_machine_id);
+end
+$$;
+comment on function arbiter.heartbeat(uuid) is
+  'Heartbeat of one machine; returns the instant that the database stamped. Error P0002 when it is unknown, or the caller may not see or update it.';

@@ -1,0 +1,68 @@
+-- The triggers of arbiter's own tables. Handovers and drains are announced to clients by a notification, and on
+-- Supabase by a broadcast; heartbeats are not. Clients must poll arbiter.status() all the same, because poolers drop
+-- notifications.
+
+create or replace function arbiter.tg_announce()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_event text := case when new.epoch = old.epoch then 'drain' else 'handover' end;
+  v_payload jsonb := jsonb_build_object(
+    'event', v_event, 'user_id', new.user_id, 'epoch', new.epoch, 'holder', new.holder,
+    'machine_id', new.machine_id, 'draining', new.draining_since is not null, 'draining_to', new.draining_to);
+begin
+  -- A transaction that has notified cannot be prepared, so there are no notifications where transactions can be.
+  if current_setting('max_prepared_transactions') = '0' then
+    perform pg_notify('arbiter', v_payload::text);
+  end if;
+  -- Only a function of an owner that is trusted: it runs with the rights of arbiter's owner, and any role that may
+  -- create schemas could have made one of that name.
+  if exists (
+    select from pg_catalog.pg_proc p
+      join pg_catalog.pg_roles r on r.oid = p.proowner
+     where p.oid = to_regprocedure('realtime.send(jsonb, text, text, boolean)')
+       and (r.rolsuper or r.rolname in (current_user, 'supabase_admin', 'supabase_realtime_admin')))
+  then
+    -- A broadcast that fails must not fail the write that hands over.
+    begin
+      execute 'select realtime.send($1, $2, $3, true)' using v_payload, v_event, 'arbiter:' || new.user_id;
+    exception
+      when others then
+        raise warning 'arbiter: no broadcast of a %: %', v_event, sqlerrm;
+    end;
+  end if;
+  return null;
+end
+$$;
+comment on function arbiter.tg_announce() is
+  'Notifies the channel arbiter, and broadcasts to the private topic arbiter:<user_id> where Supabase''s realtime.send exists: JSON with event (handover, drain), user_id, epoch, holder, machine_id, draining, draining_to.';
+
+create or replace function arbiter._own_triggers()
+returns table (table_name regclass, trigger_name name, definition text, meaning text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  values
+    ('arbiter.handovers'::regclass, 'arbiter_append_only'::name,
+      'before update or delete on {table} for each row execute function arbiter.tg_append_only()',
+      'The history of handovers is append-only.'),
+    ('arbiter.handovers', 'arbiter_append_only_truncate',
+      'before truncate on {table} for each statement execute function arbiter.tg_append_only()',
+      'The history of handovers is append-only.'),
+    ('arbiter.leases', 'arbiter_announce',
+      'after update on {table} for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
+        'execute function arbiter.tg_announce()',
+      'Announces handovers and drains.');
+end;
+comment on function arbiter._own_triggers() is
+  'The triggers that arbiter''s own tables must have. definition has {table} in the place of the table.';
+
+do $own$
+begin
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._own_triggers() t;
+end
+$own$;

@@ -1,0 +1,88 @@
+"""The house rules of sql/: files in reading order, no ceremony, one word for one thing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+FILES = sorted((REPOSITORY / "sql").glob("*.sql"))
+
+by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+
+DEFINITION = re.compile(
+    r"create (?:or replace )?(?:function|view|type|table(?: if not exists)?) arbiter\.(\w+)"
+)
+
+
+def code(path: Path) -> str:
+    """The file without comments, and without the texts that people read."""
+    text = re.sub(r"--[^\n]*", "", path.read_text(encoding="ascii"))
+    text = re.sub(r"^ *comment on .*?;$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"'(?:[^'\n]|'')*\b[a-z]+ [a-z]+ [a-z]+(?:[^'\n]|'')*'", "''", text)
+
+
+def generated(name: str) -> bool:
+    """A function or view that is made from a template or a format, under a name of its own."""
+    return re.fullmatch(r"_path_\w*|tg_registry_\w+", name) is not None
+
+
+def test_no_file_needs_a_later_one() -> None:
+    migrations = sorted((REPOSITORY / "migrations").glob("[0-9]*.sql"))
+    known = {"documented_before"}  # a setting
+    known |= {name for path in migrations for name in DEFINITION.findall(path.read_text("ascii"))}
+    for path in FILES:
+        known |= set(DEFINITION.findall(path.read_text("ascii")))
+        used = set(re.findall(r"\barbiter\.(\w+)", code(path)))
+        later = {name for name in used - known if not generated(name)}
+        assert not later, f"{path.name} uses what a later file defines"
+
+
+def test_the_test_of_the_order_sees_what_is_used() -> None:
+    """A call, a name in quotes, a name in a generated statement."""
+    used = {name for path in FILES for name in re.findall(r"\barbiter\.(\w+)", code(path))}
+    assert used >= {"_verdict", "_guard_template", "leases", "_judge_row", "_key_stands"}
+
+
+@by_file
+def test_a_file_is_short_and_says_at_its_head_what_it_is_for(path: Path) -> None:
+    lines = path.read_text(encoding="ascii").splitlines()
+    assert len(lines) <= 400
+    assert lines[0].startswith("-- ")
+    comments = [line for line in lines if line.lstrip().startswith("--")]
+    assert [line for line in comments if len(line) > 120] == []
+
+
+@by_file
+def test_functions_are_closed_in_one_place(path: Path) -> None:
+    """By the sweep in the file of privileges; tests/golden/privileges.txt shows the result."""
+    assert not re.search(r"^revoke ", path.read_text(encoding="ascii"), re.MULTILINE)
+
+
+#: Where an error is raised otherwise than by _fail(): it is that function, has a DETAIL, or undoes
+#: a savepoint.
+RAISES = {"00_basics.sql": 1, "10_errors.sql": 2, "14_lease.sql": 2}
+
+
+@by_file
+def test_an_error_is_one_call(path: Path) -> None:
+    raised = re.findall(r"\braise exception\b", path.read_text(encoding="ascii"))
+    assert len(raised) == RAISES.get(path.name, 0)
+
+
+@by_file
+def test_one_word_for_one_thing(path: Path) -> None:
+    """A write is rejected; it is an installation that refuses a table."""
+    text = path.read_text(encoding="ascii")
+    assert re.findall(r"\b(?:throw\w*|nobody's|whoever|whatever)\b", text, re.IGNORECASE) == []
+    refused = re.findall(r"[^\n]*\brefus\w*[^\n]*", text)
+    assert [line for line in refused if "adopt" not in line and "observe" not in line] == []
+
+
+def test_each_column_that_arbiter_adds_is_defined_once() -> None:
+    texts = [path.read_text("ascii") for path in (REPOSITORY / "migrations").glob("*.sql")]
+    texts += [path.read_text("ascii") for path in FILES]
+    for words in ("text not null default ''local''", "the machine that wrote the row when source"):
+        assert sum(text.count(words) for text in texts) == 1, words
