@@ -5,8 +5,7 @@ client. Only `install`, `uninstall` and the command line take a connection strin
 takes your own `psycopg.Connection` and neither opens, commits nor closes it.
 """
 
-__version__ = "0.1.0"
-
+from ._version import __version__
 from .api import (
     Audit,
     Finding,

@@ -33,7 +33,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, api
+from . import api
+from ._version import __version__
 from .errors import ArbiterError, InstallError
 from .install import check_version, finish, install, sql_text, uninstall
 from .supabase import export

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from psycopg.sql import Literal
 
-from . import __version__
+from ._version import __version__
 from .errors import InstallError
 from .install import migration_texts
 
