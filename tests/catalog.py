@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from arbiter_db.embedded import find_installation
+from arbiter_db.demo.embedded import find_installation
 
 __all__ = ["WITHOUT_YOYO", "assert_same", "difference", "dump", "schema"]
 

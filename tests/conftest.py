@@ -29,7 +29,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from sessions import Session, watch_with
 
 import arbiter_db
-from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
 
 # The tests must not depend on how the shell that runs them reaches some other server.
 for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:

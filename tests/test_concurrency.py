@@ -44,7 +44,7 @@ import story
 from conftest import ROLES, Templates
 from sessions import TIMEOUT_S, Result, Session, orders, wait_until_blocked
 
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 
 if TYPE_CHECKING:
     from conftest import Database

@@ -39,7 +39,7 @@ BADGES = [
 
 PLAY = """
 import os, sys
-from arbiter_db.demo import run
+from arbiter_db.demo.story import run
 
 sys.exit(run(real_time=False, rows=1234, major=int(os.environ.get("PG") or 18)))
 """

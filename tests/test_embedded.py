@@ -23,8 +23,8 @@ import psycopg
 import pytest
 
 import arbiter_db
-from arbiter_db import embedded
-from arbiter_db.embedded import (
+from arbiter_db.demo import embedded
+from arbiter_db.demo.embedded import (
     EmbeddedServer,
     EmbeddedServerError,
     Installation,
@@ -35,6 +35,7 @@ from arbiter_db.embedded import (
 MAJOR = int(os.environ.get("PG") or "18")
 DURABLE = {"fsync": "on", "full_page_writes": "on"}
 TIMEOUT_S = 30.0
+COMMAND = (sys.executable, "-m", "arbiter_db.demo.embedded")
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -220,7 +221,7 @@ class TestDirectories:
     def test_nothing_stays_when_the_process_ends(self, end: str, status: int) -> None:
         program = (
             "import json, os, signal\n"
-            "from arbiter_db.embedded import EmbeddedServer\n"
+            "from arbiter_db.demo.embedded import EmbeddedServer\n"
             f"server = EmbeddedServer({MAJOR})\n"
             "server.start()\n"
             "print(json.dumps([server.pid, server.host, str(server.data_directory)]), flush=True)\n"
@@ -235,7 +236,7 @@ class TestDirectories:
     def test_a_forked_child_does_not_stop_it(self, own: EmbeddedServer) -> None:
         program = (
             "import os, psycopg\n"
-            "from arbiter_db.embedded import EmbeddedServer\n"
+            "from arbiter_db.demo.embedded import EmbeddedServer\n"
             f"with EmbeddedServer({MAJOR}) as server:\n"
             "    child = os.fork()\n"
             "    if not child:\n"
@@ -268,7 +269,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("major", "advice"),
         [
-            (17, r"python -m arbiter_db.embedded fetch 17, or .*postgresql-17"),
+            (17, r"python -m arbiter_db.demo.embedded fetch 17, or .*postgresql-17"),
             (18, r"pip install 'arbiter-db\[demo\]', or .*fetch 18"),
             (9, r"use one of 14 to 18"),
         ],
@@ -304,9 +305,7 @@ class TestErrors:
 
 
 def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "arbiter_db.embedded", *arguments], capture_output=True, text=True
-    )
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
 
 
 class TestFetching:
@@ -397,7 +396,7 @@ class TestUsers:
         """As root: in a process of the user nobody, from files which that user can reach."""
         program = (
             "import os, psycopg\n"
-            "from arbiter_db.embedded import EmbeddedServer\n"
+            "from arbiter_db.demo.embedded import EmbeddedServer\n"
             "assert os.geteuid() != 0\n"
             f"with EmbeddedServer({MAJOR}) as server:\n"
             "    server.kill()\n"
@@ -437,7 +436,7 @@ def run_as_nobody(tree: Path, program: str) -> subprocess.CompletedProcess[str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(embedded.__file__).parent, packages / "arbiter_db", ignore=ignore)
+    shutil.copytree(Path(arbiter_db.__file__).parent, packages / "arbiter_db", ignore=ignore)
     (packages / "arbiter_db" / "__init__.py").write_text("")  # the server needs nothing else of it
     environment = {"PYTHONPATH": str(packages), "HOME": str(tree), "PATH": os.defpath}
     if embedded._cache_directory().is_dir():
@@ -467,7 +466,7 @@ def run_as_nobody(tree: Path, program: str) -> subprocess.CompletedProcess[str]:
 class TestCommandLine:
     def test_run_prints_how_to_connect_and_ends_clean_at_an_interrupt(self) -> None:
         with subprocess.Popen(
-            [sys.executable, "-m", "arbiter_db.embedded", "run", str(MAJOR), "-c", "work_mem=7MB"],
+            [*COMMAND, "run", str(MAJOR), "-c", "work_mem=7MB"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -496,7 +495,7 @@ class TestCommandLine:
         # What the main thread sees is the same as of one that comes just before it begins to wait.
         script = (
             "import signal, threading\n"
-            "from arbiter_db.embedded import _until_interrupted\n"
+            "from arbiter_db.demo.embedded import _until_interrupted\n"
             "def interrupt():\n"
             "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

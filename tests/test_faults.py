@@ -41,7 +41,7 @@ from psycopg import sql
 from sessions import TIMEOUT_S, Session, wait_until_blocked, watch_with
 
 import arbiter_db
-from arbiter_db.embedded import EmbeddedServer, find_installation
+from arbiter_db.demo.embedded import EmbeddedServer, find_installation
 
 MAJOR = int(os.environ.get("PG") or "18")
 AN_HOUR = timedelta(hours=1)

@@ -25,7 +25,7 @@ from sessions import TIMEOUT_S
 from yoyo import get_backend, read_migrations
 
 import arbiter_db
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 
 # By this way, because the package's attribute `install` is the function.
 installer = importlib.import_module("arbiter_db.install")

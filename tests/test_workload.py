@@ -22,7 +22,7 @@ from proof.rounds import ONLY_ARBITERS, UNSAFE, Tally
 from proof.steps import ACTORS, Plan, dice, machine_steps, person_steps, writer_steps
 from proof.workload import SERVER_OPTIONS, Round, Rule, create_database, create_roles, play
 
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 
 MAJOR = int(os.environ.get("PG") or "18")
 ROUND_S = 2.0

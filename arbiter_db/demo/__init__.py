@@ -1,5 +1,5 @@
-"""The demo: a trading app on its own server, arbiter installed on it, the whole story played."""
+"""The demo: a trading app on a server of its own, arbiter installed on it, the whole story played.
 
-from .story import DEFAULT_ROWS, run
-
-__all__ = ["DEFAULT_ROWS", "run"]
+``story`` plays it in a terminal and ``web`` in a browser; ``embedded`` and ``gateway`` start the
+server and PostgREST, for the tests too.
+"""

@@ -47,7 +47,7 @@ from yarl import URL
 import arbiter_db
 
 # How npm is called, and a program is kept apart from the caller's environment, is the same here.
-from arbiter_db.embedded import (
+from arbiter_db.demo.embedded import (
     EmbeddedServerError,
     _Account,
     _cache_directory,

@@ -17,7 +17,7 @@ import psycopg
 
 import arbiter_db
 
-from ..embedded import EmbeddedServer
+from .embedded import EmbeddedServer
 from .stage import Client, Stage, UnexpectedError, make_console, sql_file
 
 __all__ = ["DEFAULT_ROWS", "create_app", "run"]

@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 
 import arbiter_db
 
-from ..embedded import EmbeddedServer, _until_interrupted
+from .embedded import EmbeddedServer, _until_interrupted
 from .gateway import Gateway, GatewayError
 from .stage import STATEMENTS, make_console, sql_file
 from .story import DATABASE, TRADER, USER, create_app

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
 from bench import (
     audit,
     bulk,

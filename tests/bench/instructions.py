@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 from bench.load import BenchError
 from bench.samples import Comparison, Group, Plan, Samples
 from bench.stage import SQL, STEPS, UNGUARDED, USERS, Stage

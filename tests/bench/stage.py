@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 
 import arbiter_db
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 from arbiter_db.queries import _load
 from bench.samples import Conn
 

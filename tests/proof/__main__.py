@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
 from proof.pgbouncer import PgBouncer, PgBouncerError, fetch
 from proof.rounds import UNSAFE, Goal, Prover, Tally
 from proof.workload import RULES, SERVER_OPTIONS, create_roles

@@ -34,7 +34,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from arbiter_db.embedded import EmbeddedServer, EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
 
 if TYPE_CHECKING:
     from proof.pgbouncer import PgBouncer

@@ -33,7 +33,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 # How a server is kept apart from root, and swept up when its owner is killed, is the same here.
-from arbiter_db.embedded import (
+from arbiter_db.demo.embedded import (
     _WATCHER,
     EmbeddedServer,
     _Account,

@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import SynchronizedArray
 
 from psycopg import sql
 
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 from proof import faults
 from proof.checker import check, render
 from proof.clients import Place

@@ -23,7 +23,7 @@ import psycopg
 from psycopg import sql
 
 import arbiter_db
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 from proof.clients import TIMEOUT_S, Admin, Client, Place, User
 from proof.history import LOST, History, RegistryWrite, Settings, Transaction, Write
 from proof.steps import (

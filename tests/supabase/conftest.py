@@ -31,7 +31,7 @@ from arbiter_db.demo.gateway import SUPABASE_JS, Gateway
 if TYPE_CHECKING:
     from conftest import Database, Templates
 
-    from arbiter_db.embedded import EmbeddedServer
+    from arbiter_db.demo.embedded import EmbeddedServer
 
 #: How long a request or a script may take.
 TIMEOUT_S = 20.0

@@ -20,8 +20,8 @@ from pathlib import Path
 import click
 
 # Where npm's packages are kept is the same for all programs that are tested with.
+from arbiter_db.demo.embedded import EmbeddedServerError
 from arbiter_db.demo.gateway import GatewayError, NpmFile, _fetch
-from arbiter_db.embedded import EmbeddedServerError
 
 __all__ = ["CLI", "Project", "SupabaseError", "fetch", "find"]
 

