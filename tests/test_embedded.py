@@ -56,9 +56,8 @@ def ask(server: EmbeddedServer, query: str, **kw: Any) -> Any:
 
 def left_behind(server: EmbeddedServer) -> list[Path]:
     """The directories that a server made and that are still there."""
-    made = [server._scratch, server._data]
-    assert None not in made, "it made no directories: this would prove nothing"
-    return [path for path in made if path is not None and path.exists()]
+    made = [server.directory, server.data_directory]
+    return [path for path in made if path.exists()]
 
 
 @pytest.fixture(scope="module")
@@ -495,13 +494,13 @@ class TestCommandLine:
         # What the main thread sees is the same as of one that comes just before it begins to wait.
         script = (
             "import signal, threading\n"
-            "from arbiter_db.demo.embedded import _until_interrupted\n"
+            "from arbiter_db.demo.processes import until_interrupted\n"
             "def interrupt():\n"
             "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "threading.Timer(0.5, interrupt).start()\n"
             "try:\n"
-            "    _until_interrupted()\n"
+            "    until_interrupted()\n"
             "except KeyboardInterrupt:\n"
             "    print('interrupted')\n"
         )

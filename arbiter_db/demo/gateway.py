@@ -17,14 +17,11 @@ end of the ``with`` block, at interpreter exit, and when the process is killed.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import os
 import platform
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,8 +31,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import aiohttp
 import click
@@ -46,14 +41,8 @@ from yarl import URL
 
 import arbiter_db
 
-# How npm is called, and a program is kept apart from the caller's environment, is the same here.
-from arbiter_db.demo.embedded import (
-    EmbeddedServerError,
-    _Account,
-    _cache_directory,
-    _last_lines,
-    _npm,
-)
+from .embedded import EmbeddedServerError, _cache_directory, _npm
+from .processes import Account, ChildProcess
 
 __all__ = ["POSTGREST", "SUPABASE_JS", "Gateway", "GatewayError", "NpmFile", "fetch"]
 
@@ -76,10 +65,6 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     )
 )
-
-# Ends quietly at a word. When the pipe closes without one, the process that owned the gateway is
-# gone: end PostgREST and remove the directory. It catches the signals that are gentler.
-_WATCHER = 'read -r word || { kill -KILL "$1"; rm -rf "$2"; }'
 
 
 class GatewayError(Exception):
@@ -159,7 +144,7 @@ def _fetch(file: NpmFile) -> None:
 # --------------------------------------------------------------------------------------- gateway
 
 
-class Gateway:
+class Gateway(ChildProcess):
     """PostgREST for one database, and the HTTP server in front of it, thrown away at the end.
 
     ``conninfo_for`` gives the libpq connection string of a user; PostgREST logs in as
@@ -196,6 +181,13 @@ class Gateway:
         config: Mapping[str, object] | None = None,
         pooled: bool = False,
     ) -> None:
+        super().__init__(
+            "PostgREST",
+            GatewayError,
+            prefix="arbiter-gw-",
+            log="postgrest.log",
+            account=Account.current(),
+        )
         self.secret = secrets.token_hex(32)
         self.port = port
         self.pages = pages
@@ -204,25 +196,9 @@ class Gateway:
         self._conninfo_for = conninfo_for
         self._postgrest = POSTGREST.find()
         self._supabase_js = SUPABASE_JS.find()
-        self._directory: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
         self._server: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Event | None = None
-        self._owner_pid = os.getpid()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def url(self) -> str:
@@ -237,19 +213,7 @@ class Gateway:
     @property
     def postgrest_socket(self) -> Path:
         """The unix socket on which PostgREST itself listens."""
-        return self._place / "rest.sock"
-
-    @property
-    def log_file(self) -> Path:
-        """What PostgREST writes to its log: its own doings, and requests that failed."""
-        return self._place / "postgrest.log"
-
-    @property
-    def pid(self) -> int | None:
-        """PostgREST's process id, None when it is not running."""
-        if self._process is None or self._process.poll() is not None:
-            return None
-        return self._process.pid
+        return self.directory / "rest.sock"
 
     @property
     def anon_key(self) -> str:
@@ -284,20 +248,8 @@ class Gateway:
         Raises GatewayError, with the last lines of PostgREST's log, when it does not come up, and
         when the port cannot be had.
         """
-        if self._directory is not None:
-            return
-        try:
-            self._launch()
-            self._until_loaded(0)
-            started: Future[int] = Future()
-            self._server = threading.Thread(
-                target=lambda: asyncio.run(self._serve(started)), name="gateway", daemon=True
-            )
-            self._server.start()
-            self.port = started.result()
-        except BaseException:
-            self.close()
-            raise
+        if not self._open:
+            super().start()
 
     def reload_schema(self) -> None:
         """Make PostgREST read the database's schema again, and wait until it has.
@@ -308,108 +260,55 @@ class Gateway:
             raise GatewayError("PostgREST is not running")
         loaded = self._count_loaded()
         self._process.send_signal(signal.SIGUSR1)
-        self._until_loaded(loaded)
-
-    def close(self) -> None:
-        """End both and remove what they have on disk. Harmless when repeated."""
-        if self._directory is None or os.getpid() != self._owner_pid:
-            return
-        atexit.unregister(self.close)
-        try:
-            if self._loop is not None and self._closing is not None:
-                with contextlib.suppress(RuntimeError):  # its thread has ended by itself
-                    self._loop.call_soon_threadsafe(self._closing.set)
-            if self._server is not None:
-                self._server.join(STOP_TIMEOUT_S)
-            self._end_postgrest()
-        finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-            self._dismiss_watcher()
+        self._wait_until_loaded(loaded)
 
     # ----------------------------------------------------------------------------- PostgREST
 
-    @property
-    def _place(self) -> Path:
-        if self._directory is None:
-            raise GatewayError("this gateway is not started")
-        return self._directory
+    def _create(self) -> None:
+        self._make_directories(Path(tempfile.gettempdir()))
 
-    def _launch(self) -> None:
-        """Start PostgREST, with a watcher that ends it when this process is gone."""
-        atexit.register(self.close)
-        place = self._directory = Path(tempfile.mkdtemp(prefix="arbiter-gw-"))  # mode 0700
-        # Unlike a server, PostgREST runs as anybody: as whoever reaches its socket and binary.
-        account = _Account(os.geteuid(), os.getegid())
-        arguments = account.popen_arguments(place)
-        arguments["env"] |= {
-            "PGRST_DB_URI": self._conninfo_for("authenticator"),
-            "PGRST_DB_SCHEMAS": "public",
-            "PGRST_DB_ANON_ROLE": "anon",
-            "PGRST_DB_CHANNEL_ENABLED": str(not self.pooled).lower(),
-            "PGRST_DB_PREPARED_STATEMENTS": str(not self.pooled).lower(),
-            "PGRST_JWT_SECRET": self.secret,
-            "PGRST_SERVER_UNIX_SOCKET": str(self.postgrest_socket),
-            "PGRST_SERVER_UNIX_SOCKET_MODE": "600",
-        }
-        try:
-            with self.log_file.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [self._postgrest],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    **arguments,
-                )
-        except OSError as error:
-            raise GatewayError(f"PostgREST cannot be run: {error}") from error
-        self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER, "arbiter-gw", str(self._process.pid), str(place)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **account.popen_arguments(Path("/")),
+    def _run(self) -> None:
+        self._launch(
+            [self._postgrest],
+            {
+                "PGRST_DB_URI": self._conninfo_for("authenticator"),
+                "PGRST_DB_SCHEMAS": "public",
+                "PGRST_DB_ANON_ROLE": "anon",
+                "PGRST_DB_CHANNEL_ENABLED": str(not self.pooled).lower(),
+                "PGRST_DB_PREPARED_STATEMENTS": str(not self.pooled).lower(),
+                "PGRST_JWT_SECRET": self.secret,
+                "PGRST_SERVER_UNIX_SOCKET": str(self.postgrest_socket),
+                "PGRST_SERVER_UNIX_SOCKET_MODE": "600",
+            },
         )
+        self._wait_until_loaded(0)
+        started: Future[int] = Future()
+        self._server = threading.Thread(
+            target=lambda: asyncio.run(self._serve(started)), name="gateway", daemon=True
+        )
+        self._server.start()
+        self.port = started.result()
 
-    def _end_postgrest(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+    def _end(self) -> None:
+        if self._loop is not None and self._closing is not None:
+            with contextlib.suppress(RuntimeError):  # its thread has ended by itself
+                self._loop.call_soon_threadsafe(self._closing.set)
+        if self._server is not None:
+            self._server.join(STOP_TIMEOUT_S)
+        self._stop(signal.SIGTERM)
 
-    def _until_loaded(self, times: int) -> None:
+    def _wait_until_loaded(self, times: int) -> None:
         """Wait until PostgREST has read the schema more often than that.
 
-        It is not asked by a request: to one that comes too early it says 503, and reads once more.
+        The log tells it: a request that comes too early is a 503, and makes PostgREST read again.
         """
-        pause = threading.Event()
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self._count_loaded() <= times:
-            problem = self._end()
-            if not problem and time.monotonic() > deadline:
-                problem = f"does not know the schema within {START_TIMEOUT_S:g} s"
-            if problem:
-                lines = _last_lines(self.log_file.read_text(errors="replace"))
-                raise GatewayError(f"PostgREST {problem}; its log ends: {lines}")
-            pause.wait(0.01)
+        problem = f"does not know the schema within {START_TIMEOUT_S:g} s"
+        self._wait_until_ready(
+            lambda: "" if self._count_loaded() > times else problem, START_TIMEOUT_S
+        )
 
     def _count_loaded(self) -> int:
         return self.log_file.read_text(errors="replace").count("Schema cache loaded")
-
-    def _end(self) -> str:
-        """How PostgREST ended, if it did."""
-        status = None if self._process is None else self._process.poll()
-        return "" if status is None else f"ended with status {status}"
-
-    def _dismiss_watcher(self) -> None:
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            watcher.communicate(b"done\n", STOP_TIMEOUT_S)
 
     # --------------------------------------------------------------------------- HTTP server
 
@@ -492,7 +391,7 @@ class Gateway:
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectionError as error:
-            message = f"PostgREST {self._end() or 'does not answer'}: {error}"
+            message = f"PostgREST {self._how_it_ended() or 'does not answer'}: {error}"
             return web.json_response({"message": message}, status=502)
         async with answer:
             response = web.StreamResponse(

@@ -15,8 +15,9 @@ from psycopg.rows import dict_row
 
 import arbiter_db
 
-from .embedded import EmbeddedServer, _until_interrupted
+from .embedded import EmbeddedServer
 from .gateway import Gateway, GatewayError
+from .processes import until_interrupted
 from .stage import STATEMENTS, make_console, sql_file
 from .story import DATABASE, TRADER, USER, create_app
 
@@ -49,7 +50,7 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
                 )
             with suppress(KeyboardInterrupt):
                 console.print(f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)")
-                _until_interrupted()
+                until_interrupted()
     except (GatewayError, arbiter_db.InstallError) as error:
         console.print(f"This must not happen: {error}", style="red")
         return 1

@@ -14,7 +14,6 @@ PgBouncer refuses to run as root; started by root it runs as the account that ru
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
@@ -22,25 +21,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import click
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-# How a server is kept apart from root, and swept up when its owner is killed, is the same here.
-from arbiter_db.demo.embedded import (
-    _WATCHER,
-    EmbeddedServer,
-    _Account,
-    _cache_directory,
-    _free_port,
-    _last_lines,
-)
+from arbiter_db.demo.embedded import EmbeddedServer, _cache_directory
+from arbiter_db.demo.processes import ChildProcess, free_port, last_lines
 
 __all__ = ["PgBouncer", "PgBouncerError", "fetch", "find"]
 
@@ -48,7 +37,6 @@ PACKAGE = "pgbouncer"
 SYSTEM = Path("/usr/sbin/pgbouncer")
 
 START_TIMEOUT_S = 15.0
-STOP_TIMEOUT_S = 10.0
 APT_TIMEOUT_S = 300.0
 
 #: Who may log in. Trust is enough: the socket's directory is its owner's, as the server's is.
@@ -167,12 +155,12 @@ def _download(packages: Iterable[str], work: Path) -> list[Path]:
     if done.returncode != 0 and os.geteuid() == 0:
         update = _run("apt-get", "update", cwd=work)
         if update.returncode != 0:
-            raise PgBouncerError(f"apt-get update failed: {_last_lines(update.stderr)}")
+            raise PgBouncerError(f"apt-get update failed: {last_lines(update.stderr)}")
         done = _run(*command, cwd=work)
     if done.returncode != 0:
         raise PgBouncerError(
             f"apt-get download failed, install the package {PACKAGE} or run apt-get update:"
-            f" {_last_lines(done.stderr)}"
+            f" {last_lines(done.stderr)}"
         )
     return sorted(set(work.glob("*.deb")) - before)
 
@@ -181,7 +169,7 @@ def _unpack(package: Path, work: Path) -> Path:
     target = work / package.stem
     done = _run("dpkg-deb", "-x", package, target)
     if done.returncode != 0:
-        raise PgBouncerError(f"dpkg-deb failed: {_last_lines(done.stderr)}")
+        raise PgBouncerError(f"dpkg-deb failed: {last_lines(done.stderr)}")
     return target
 
 
@@ -200,7 +188,7 @@ def _dependencies(packages: Iterable[str]) -> list[str]:
 # --------------------------------------------------------------------------------------- running
 
 
-class PgBouncer:
+class PgBouncer(ChildProcess):
     """One PgBouncer in transaction mode for all databases of ``server``, thrown away at the end.
 
     It listens on a unix socket in a directory of its own, and on 127.0.0.1 (any user of this
@@ -214,45 +202,17 @@ class PgBouncer:
     """
 
     def __init__(self, server: EmbeddedServer, *, pool_size: int = 20) -> None:
+        super().__init__("PgBouncer", PgBouncerError, prefix="arbiter-pgb-", log="pgbouncer.log")
         self.server = server
         self.pool_size = pool_size
         self.version = ""
         self.port = 0
         self._binary = find()
-        self._account = _Account.choose()
-        self._directory: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
-        self._owner_pid = os.getpid()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def host(self) -> str:
         """The directory of the unix socket."""
-        return str(self._place)
-
-    @property
-    def log_file(self) -> Path:
-        """What PgBouncer writes to its log."""
-        return self._place / "pgbouncer.log"
-
-    @property
-    def pid(self) -> int | None:
-        """The process id, None when it is not running."""
-        if self._process is None or self._process.poll() is not None:
-            return None
-        return self._process.pid
+        return str(self.directory)
 
     def conninfo(
         self, dbname: str = "postgres", user: str = "postgres", *, tcp: bool = False
@@ -264,85 +224,11 @@ class PgBouncer:
         host = "127.0.0.1" if tcp else self.host
         return make_conninfo("", host=host, port=self.port, dbname=dbname, user=user)
 
-    def start(self) -> None:
-        """Start it and wait until it accepts clients, whether or not the server does."""
-        if self.pid is not None:
-            return
-        if self._directory is None:
-            self._create()
-        for left in (self._place / "pgbouncer.pid", self._place / f".s.PGSQL.{self.port}"):
-            left.unlink(missing_ok=True)  # of one that was killed
-        arguments = self._account.popen_arguments(self._place)
-        arguments["env"]["LD_LIBRARY_PATH"] = str(self._place / "lib")
-        with self.log_file.open("ab") as log:
-            process = self._process = subprocess.Popen(
-                [self._place / "pgbouncer", self._place / "pgbouncer.ini"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                **arguments,
-            )
-        self._tell_watcher(str(process.pid))
-        # Its own console answers even while the server is down.
-        console = make_conninfo(self.conninfo("pgbouncer"), connect_timeout=2)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(psycopg.OperationalError):
-                psycopg.connect(console, autocommit=True).close()
-                return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                problem = f"ended with status {process.wait(timeout=0.01)}"
-                break
-            if time.monotonic() > deadline:
-                self.kill()
-                problem = f"did not accept clients within {START_TIMEOUT_S:g} s"
-                break
-        raise PgBouncerError(
-            f"PgBouncer {problem}; its log ends: {_last_lines(self.log_file.read_text())}"
-        )
-
-    def kill(self) -> None:
-        """End it at once, as a crash would: all its clients lose their connections.
-
-        ``start()`` starts it again at the same place.
-        """
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(timeout=STOP_TIMEOUT_S)
-            self._tell_watcher("none")
-
-    def close(self) -> None:
-        """End it and remove what it has on disk. Harmless when repeated."""
-        if self._directory is None or os.getpid() != self._owner_pid:
-            return
-        atexit.unregister(self.close)
-        try:
-            self.kill()
-        finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-            self._tell_watcher("done")
-
-    @property
-    def _place(self) -> Path:
-        if self._directory is None:
-            raise PgBouncerError("this PgBouncer is not started")
-        return self._directory
-
     def _create(self) -> None:
         """Make the directory, with a copy of the binary: its account may not reach the cache."""
-        atexit.register(self.close)
         # Beside the server's own, which is short enough for a socket and within reach.
-        parent = Path(self.server.host).parent
-        place = self._directory = Path(tempfile.mkdtemp(prefix="arbiter-pgb-", dir=parent))
-        self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER, "arbiter-pgb", str(place)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **self._account.popen_arguments(Path("/")),
-        )
+        self._make_directories(Path(self.server.host).parent)
+        place = self.directory
         shutil.copy2(self._binary, place / "pgbouncer")
         libraries = self._binary.parent / "lib"
         if self._binary.parent == _cache() and libraries.is_dir():
@@ -354,7 +240,7 @@ class PgBouncer:
         self.version = f"{found[1]}.{found[2]}"
         # Prepared statements of clients are none of a pooler's business here; older ones know none.
         old = (int(found[1]), int(found[2])) < (1, 21)
-        self.port = _free_port()
+        self.port = free_port()
         (place / "pgbouncer.ini").write_text(
             _CONFIG.format(
                 server_host=self.server.host,
@@ -366,21 +252,26 @@ class PgBouncer:
             )
         )
         (place / "users.txt").write_text("".join(f'"{user}" ""\n' for user in USERS))
-        paths = [place, *place.rglob("*")]
-        self._account.own(*paths)
+        self._account.own(*place.rglob("*"))
 
-    def _tell_watcher(self, word: str) -> None:
-        watcher = self._watcher
-        if watcher is None or watcher.stdin is None:
-            return
-        with contextlib.suppress(OSError):  # somebody killed it: then there is nobody to tell
-            watcher.stdin.write(f"{word}\n".encode())
-            watcher.stdin.flush()
-        if word == "done":
-            with contextlib.suppress(OSError):
-                watcher.stdin.close()
-            watcher.wait(timeout=STOP_TIMEOUT_S)
-            self._watcher = None
+    def _run(self) -> None:
+        for left in (self.directory / "pgbouncer.pid", self.directory / f".s.PGSQL.{self.port}"):
+            left.unlink(missing_ok=True)  # of one that was killed
+        self._launch(
+            [self.directory / "pgbouncer", self.directory / "pgbouncer.ini"],
+            {"LD_LIBRARY_PATH": str(self.directory / "lib")},
+        )
+        self._wait_until_ready(self._why_not_ready, START_TIMEOUT_S)
+
+    def _why_not_ready(self) -> str:
+        """That it takes no clients yet; nothing when it does, whether or not the server is up."""
+        # Its own console answers even while the server is down.
+        console = make_conninfo(self.conninfo("pgbouncer"), connect_timeout=2)
+        try:
+            psycopg.connect(console, autocommit=True).close()
+        except psycopg.OperationalError:
+            return f"did not accept clients within {START_TIMEOUT_S:g} s"
+        return ""
 
 
 # ---------------------------------------------------------------------------------- command line
