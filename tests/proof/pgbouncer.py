@@ -18,7 +18,6 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 
 from arbiter_db.demo.downloads import cache_directory, put, work_in
 from arbiter_db.demo.embedded import EmbeddedServer
-from arbiter_db.demo.processes import ChildProcess, free_port, last_lines
+from arbiter_db.demo.processes import ChildProcess, free_port, run
 
 __all__ = ["PgBouncer", "PgBouncerError", "fetch", "find"]
 
@@ -74,27 +73,11 @@ def _cache() -> Path:
     return cache_directory() / "pgbouncer"
 
 
-def _run(
-    *command: str | Path, cwd: Path | None = None, libraries: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def _tool(*command: str | Path, cwd: Path | None = None, libraries: Path | None = None) -> str:
     environment = {**os.environ, "LC_ALL": "C"}
     if libraries is not None:
         environment["LD_LIBRARY_PATH"] = str(libraries)
-    try:
-        return subprocess.run(
-            [str(word) for word in command],
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=APT_TIMEOUT_S,
-        )
-    except FileNotFoundError as error:
-        raise PgBouncerError(
-            f"{command[0]} is needed to fetch PgBouncer: install the package {PACKAGE} yourself"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise PgBouncerError(f"{command[0]} took over {APT_TIMEOUT_S:g} s") from error
+    return run(command, PgBouncerError, APT_TIMEOUT_S, cwd=cwd, env=environment)
 
 
 def find() -> Path:
@@ -145,36 +128,31 @@ def _download(packages: Iterable[str], work: Path) -> list[Path]:
     before = set(work.glob("*.deb"))
     # Without it, apt tries to become a user who may not write here, and complains.
     command = ("apt-get", "download", "-o", "APT::Sandbox::User=root", *packages)
-    done = _run(*command, cwd=work)
-    if done.returncode != 0 and os.geteuid() == 0:
-        update = _run("apt-get", "update", cwd=work)
-        if update.returncode != 0:
-            raise PgBouncerError(f"apt-get update failed: {last_lines(update.stderr)}")
-        done = _run(*command, cwd=work)
-    if done.returncode != 0:
-        raise PgBouncerError(
-            f"apt-get download failed, install the package {PACKAGE} or run apt-get update:"
-            f" {last_lines(done.stderr)}"
-        )
+    try:
+        _tool(*command, cwd=work)
+    except PgBouncerError as error:
+        if os.geteuid() != 0:
+            advice = f"install the package {PACKAGE} or run apt-get update"
+            raise PgBouncerError(f"{advice}: {error}") from error
+        _tool("apt-get", "update", cwd=work)
+        _tool(*command, cwd=work)
     return sorted(set(work.glob("*.deb")) - before)
 
 
 def _unpack(package: Path, work: Path) -> Path:
     target = work / package.stem
-    done = _run("dpkg-deb", "-x", package, target)
-    if done.returncode != 0:
-        raise PgBouncerError(f"dpkg-deb failed: {last_lines(done.stderr)}")
+    _tool("dpkg-deb", "-x", package, target)
     return target
 
 
 def _missing(binary: Path, libraries: Path) -> set[str]:
-    listed = _run("ldd", binary, libraries=libraries).stdout
+    listed = _tool("ldd", binary, libraries=libraries)
     return set(re.findall(r"(\S+) => not found", listed))
 
 
 def _dependencies(packages: Iterable[str]) -> list[str]:
     """The libraries that packages depend on, but for the C library, which is this machine's."""
-    listed = _run("apt-cache", "depends", "--important", *packages).stdout
+    listed = _tool("apt-cache", "depends", "--important", *packages)
     names = set(re.findall(r"Depends: (lib\S+)", listed))
     return sorted(name for name in names if not name.startswith("libc6"))
 
@@ -227,7 +205,7 @@ class PgBouncer(ChildProcess):
         libraries = self._binary.parent / "lib"
         if self._binary.parent == _cache() and libraries.is_dir():
             shutil.copytree(libraries, place / "lib")
-        told = _run(place / "pgbouncer", "--version", libraries=place / "lib").stdout
+        told = _tool(place / "pgbouncer", "--version", libraries=place / "lib")
         found = re.search(r"PgBouncer (\d+)\.(\d+)", told, re.IGNORECASE)
         if found is None:
             raise PgBouncerError(f"PgBouncer in {self._binary} does not say its version: {told!r}")
