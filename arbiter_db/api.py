@@ -1,7 +1,7 @@
 """The SQL API as Python functions, for a connection of the caller's.
 
-No function opens, commits or closes the connection, and none depends on its row factory. A refusal
-by arbiter is raised as its class from `arbiter_db.errors`, everything else as psycopg's.
+No function opens, commits or closes the connection, and none depends on its row factory. Rejections
+by arbiter are raised as their class from `arbiter_db.errors`, everything else as psycopg's.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Finding:
     epoch: int | None
     """The epoch that the row was written in; 0 before the first."""
     holder: str | None
-    """Who held that epoch, `local` or `cloud`; None when nobody did."""
+    """Who held that epoch, `local` or `cloud`; None when there was none."""
     holder_machine_id: UUID | None
     """The machine that held it, when it was `cloud`."""
 
@@ -141,7 +141,7 @@ class Audit:
     proved: int
     """Rows that the holder of their epoch wrote."""
     not_provable: Mapping[str, int]
-    """Rows of which nothing can be said, by reason, such as `older_than_protection`."""
+    """Rows without enough evidence, counted by reason, such as `older_than_protection`."""
     findings: list[Finding]
     """What contradicts exclusion; empty when it held."""
 
@@ -152,7 +152,7 @@ def status(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> 
 
 
 def confirm_takeover(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
-    """The user's yes to a takeover after a machine error; returns the status it leads to.
+    """Confirm, as the user, a takeover after a machine error; return the new status.
 
     Raises the `ArbiterError` that a local write would get when there is nothing to confirm or it is
     too soon. Counts when the caller commits.
@@ -310,6 +310,6 @@ def _one(
 def _all(
     conn: psycopg.Connection[Any], row_factory: RowFactory[_Row], query: str, **params: object
 ) -> list[_Row]:
-    # psycopg's own cursor, whatever class the connection would make: the queries are for that one.
+    # The queries are written for psycopg's own cursor; the connection may make another class.
     with translated(), psycopg.Cursor(conn, row_factory=row_factory) as cur:
         return cur.execute(QUERIES[query], params).fetchall()

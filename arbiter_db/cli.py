@@ -61,7 +61,7 @@ class _Failure(click.ClickException):
 
 
 class _Commands(click.Group):
-    """Turns what the database says into one line, for every command."""
+    """Turns an error of the database into one line, for every command."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -384,7 +384,7 @@ def web_command() -> None:
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
-    help="Of the page, on 127.0.0.1; a free one if left out.",
+    help="The page's port on 127.0.0.1; a free one if left out.",
 )
 def demo_command(real_time: bool, rows: int, major: int, web: bool, port: int) -> None:
     """Play the whole story on a server of its own.
@@ -514,7 +514,7 @@ def _say_more(found: int) -> None:
 
 
 def _console() -> Console:
-    # What is piped is not wrapped: there is no width to fit into.
+    # A pipe has no width, so its lines are not wrapped.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 

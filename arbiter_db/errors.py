@@ -1,4 +1,4 @@
-"""What arbiter's refusals look like in Python: one exception class per SQLSTATE of class WX.
+"""arbiter's rejections in Python: one exception class per SQLSTATE of class WX.
 
 The database raises them: MESSAGE is one constant line per code, HINT is the next thing to do,
 DETAIL is one JSON object on one line. This module is the only place that maps SQLSTATEs to classes
@@ -37,11 +37,11 @@ _T = TypeVar("_T")
 
 
 class ArbiterError(psycopg.DatabaseError):
-    """A refusal by arbiter; each SQLSTATE of class WX has a subclass.
+    """A rejection by arbiter; each SQLSTATE of class WX has a subclass.
 
-    It is a `psycopg.DatabaseError`, because that is what the database sent: code that already
-    handles database errors keeps working, and `diag` is complete. Nothing was written: the
-    statement, and with it the transaction it ran in, has failed.
+    It is a `psycopg.DatabaseError`, because the database sent it: code that already handles
+    database errors keeps working, and `diag` is complete. Nothing was written: the statement
+    has failed, and with it its transaction.
 
     Attributes, each None when the database did not say:
 
@@ -99,7 +99,7 @@ class NotHolder(ArbiterError):
 
 
 class WrongIdentity(ArbiterError):
-    """The row, or the caller, claims to be somebody it is not."""
+    """The row names another user or machine than it may, or the caller is another user."""
 
     sqlstate = "WX005"
     code = "wrong_identity"
@@ -176,9 +176,9 @@ def translated() -> Iterator[None]:
 
 
 class InstallError(Exception):
-    """An install or uninstall that could not go through; what it had not committed is undone.
+    """An install or uninstall that failed; its uncommitted work is undone.
 
-    `hint` says what to do, `detail` and `sqlstate` are the database's when it refused (else None).
+    `hint` says what to do, `detail` and `sqlstate` come from the database's error (else None).
     """
 
     def __init__(
@@ -226,8 +226,8 @@ def _aware(text: str) -> datetime:
 
 
 def _parsed(parse: Callable[[Any], _T], value: object) -> _T | None:
-    """The value parsed, or None where it is missing or something else: a rejection whose DETAIL
-    is odd is still a rejection, and must not become a parse error."""
+    """The value parsed, or None where that fails: a rejection with an odd DETAIL must not become a
+    parse error."""
     try:
         return None if value is None else parse(value)
     except (TypeError, ValueError, AttributeError):

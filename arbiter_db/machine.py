@@ -1,4 +1,4 @@
-"""A cloud worker's heartbeats, and what it may do while the database is silent."""
+"""A cloud worker's heartbeats, and whether it may trade while the database does not answer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _logger = logging.getLogger(__name__)
 
 
 def _uptime() -> float:
-    """Seconds on a clock that nobody sets and that, on Linux, goes on while the host is suspended.
+    """Seconds on a clock that is never set and that, on Linux, goes on while the host is suspended.
 
-    `time.monotonic()` stands still there: a machine that wakes up would think that no time passed.
+    `time.monotonic()` stops while it is suspended: the machine would miss that time at wake-up.
     """
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -63,14 +63,14 @@ class Machine:
             while machine.may_execute():
                 trade()
 
-    **It fences the client, the database fences the writes.** The database refuses the writes of a
-    machine that is not the holder, whatever the machine believes. But an order that goes to an
-    exchange is no write, and a machine that has lost its database cannot ask. So it must stop by
-    itself before the browser may take over: `may_execute()` turns false `margin` before the last
-    successful heartbeat is `heartbeat_timeout` old. The age counts from the moment that heartbeat
-    *began*, since the database may have stamped it as early as that, and on a clock that nobody
-    sets. True does not mean that this machine holds the lease: write the intent to a protected
-    table first, and send the order only when that write was admitted.
+    **It fences the client, the database fences the writes.** The database rejects the writes of a
+    machine that is not the holder. But an order at an exchange is not a write to the database, and
+    a machine that cannot reach its database cannot ask. So it must stop by itself before the
+    browser may take over: `may_execute()` turns false `margin` before the last successful
+    heartbeat is `heartbeat_timeout` old. The age counts from when that heartbeat *began*, since the
+    database may have stamped it that early, and on a clock that is never set. True does not mean
+    that this machine holds the lease: write the intent to a protected table first, and send the
+    order only when that write was admitted.
 
     * `connect` opens a connection, for the heartbeats alone: give it a `connect_timeout`. It is
       called again, with growing pauses, when a connection failed.
@@ -134,7 +134,7 @@ class Machine:
     def stop(self) -> None:
         """Send no more heartbeats; `may_execute()` is false from now on. Ends the threads.
 
-        This is no word to the database: set the machine's status in the registry for that.
+        The database is not told: set the machine's status in the registry for that.
         """
         with self._state:
             self._note_loss()

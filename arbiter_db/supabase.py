@@ -1,7 +1,7 @@
 """Migration files for the Supabase CLI: what `install` runs, as `<timestamp>_name.sql`.
 
 The CLI runs each file in one transaction, and takes every `<digits>_<name>.sql` for a migration:
-rollbacks have no place there. It orders them by the digits as text, and refuses one that comes
+rollbacks have no place there. It orders them by the digits as text, and rejects one that comes
 before another that a database has already.
 """
 
@@ -27,10 +27,10 @@ _STAMP = "%Y%m%d%H%M%S"
 def export(directory: Path, *, expose: str | None = None) -> list[Path]:
     """Write migration files into a Supabase project's `supabase/migrations`.
 
-    Two of them, since what reads whole tables belongs into a transaction of its own. Their
-    timestamps are later than the newest one there. Nothing is written when the newest export there
-    is of the same content; after an upgrade of the package, or with another `expose`, two more
-    files are: both can run on a database that has an older version already.
+    Two of them, since the statements that read whole tables belong into a transaction of their
+    own. Their timestamps are later than the newest one there. Nothing is written when the newest
+    export there is of the same content; after an upgrade of the package, or with another `expose`,
+    two more files are: both can run on a database that has an older version already.
 
     `expose` names a schema of the API, such as `public`: a browser's calls are created there
     (`arbiter.expose`). Returns the files written. Raises `InstallError`, with none written, when

@@ -662,7 +662,7 @@ def test_most_answers_of_a_plain_history_have_one_right_value() -> None:
     tale.write(40.0, answer="WX001")
     report = tale.check()
     assert (report.sharp, report.loose) == (2, 1)
-    assert (report.writes, report.admitted, report.refused["WX001"]) == (3, 1, 2)
+    assert (report.writes, report.admitted, report.rejected["WX001"]) == (3, 1, 2)
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -1109,7 +1109,7 @@ def test_a_correct_history_is_not_accused(seed: int) -> None:
 
 def test_simulated_histories_have_everything_in_them() -> None:
     reports = [check(_simulate(seed)) for seed in range(20)]
-    refused = sum((report.refused for report in reports), Counter[str]())
+    refused = sum((report.rejected for report in reports), Counter[str]())
     assert refused.keys() >= {"WX001", "WX002", "WX003", "WX004", "40001"}
     assert sum(report.sharp for report in reports) > sum(report.loose for report in reports)
 

@@ -84,8 +84,8 @@ def test_everything_happens_as_it_must(demo: subprocess.CompletedProcess[str]) -
     assert (demo.returncode, demo.stderr) == (0, ""), demo.stdout
     assert re.findall(r"ERROR (\w+):", demo.stdout) == SQLSTATES
     assert re.findall(r"^ *badge: (\w+ \w+)", demo.stdout, re.MULTILINE) == BADGES
-    refused = len(SQLSTATES)
-    assert f" admitted, {refused} refused." in demo.stdout
+    rejected = len(SQLSTATES)
+    assert f" admitted, {rejected} rejected." in demo.stdout
     assert re.search(r"^ +local +1234 ", demo.stdout, re.MULTILINE)  # what install found
 
 
@@ -108,4 +108,4 @@ def test_without_the_guard_the_demo_fails() -> None:
     demo = play(PLAY_WITHOUT_GUARD)
     assert demo.returncode == 1, demo.stdout
     assert "This must not happen: browser was admitted, expected WX001" in demo.stdout
-    assert "refused." not in demo.stdout  # no summary
+    assert "rejected." not in demo.stdout  # no summary

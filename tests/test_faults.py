@@ -793,7 +793,7 @@ def test_injected_cancel(own: EmbeddedServer, arena: str) -> None:
         assert f"backend {fly.pid}, active" in inject(case, "cancel_backend")
         with pytest.raises(psycopg.errors.QueryCanceled):
             sleeping.result(TIMEOUT_S)
-        assert inject(case, "cancel_backend") == "cancel_backend: nobody was at work"
+        assert inject(case, "cancel_backend") == "cancel_backend: no backend was active"
         case.probe("local WX001, cloud ok")
         case.settle()
 

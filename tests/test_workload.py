@@ -171,10 +171,10 @@ def test_the_one_step_lock_deadlocks_where_arbiter_does_not(
         arbiter.add(history)
     for number in range(ROUNDS):
         one_step.add(played(stage, "one_step", f"one_step {number}")[1])
-        if one_step.refused["40P01"]:
+        if one_step.rejected["40P01"]:
             break
-    assert one_step.refused["40P01"] > 0
-    assert arbiter.refused["40P01"] == 0
+    assert one_step.rejected["40P01"] > 0
+    assert arbiter.rejected["40P01"] == 0
 
 
 # The steps ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
-"""The user's cache directory, and what npm downloads into it.
+"""The user's cache directory, and downloads into it by npm.
 
-Nothing here is called unless somebody asks for a download, with one of the ``fetch`` commands or
-with ``arbiter-db demo --web``.
+Only the ``fetch`` commands and ``arbiter-db demo --web`` download anything.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def on_linux_x86_64() -> bool:
 
 @contextlib.contextmanager
 def work_in(parent: Path) -> Iterator[Path]:
-    """A temporary directory in ``parent``, so that what is made there can be renamed into it."""
+    """A temporary directory in ``parent``, whose contents can be renamed into it."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=parent) as work:
         yield Path(work)

@@ -479,9 +479,9 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    # A shell starts what it runs in the background with this one ignored.
+    # A shell starts its background jobs with this signal ignored.
     signal.signal(signal.SIGINT, interrupt)
-    # An interrupt is how this ends: a clean end, with the server stopped by then.
+    # Ctrl-C is the normal end, so it leaves no traceback.
     with contextlib.suppress(KeyboardInterrupt), EmbeddedServer(major, options, tcp=tcp) as server:
         click.echo(f"PostgreSQL {server.version}")
         click.echo(server.conninfo())

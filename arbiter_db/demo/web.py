@@ -61,7 +61,7 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
 def site(
     conninfo_for: Callable[[str], str], port: int = 0, real_time: bool = False
 ) -> Iterator[Gateway]:
-    """Serve the page for a database with the trading schema and arbiter, but nobody in it yet.
+    """Serve the page for a database with the trading schema and arbiter, but without users.
 
     ``conninfo_for`` gives the connection string of a user.
     """

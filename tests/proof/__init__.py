@@ -1,1 +1,1 @@
-"""Trying hard to break it: a workload, the histories that its clients saw, and their checker."""
+"""Tries to break the guarantee: a workload, the histories that its clients saw, their checker."""

@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m proof
     PYTHONPATH=tests python -m proof --replay 7.3 --against arbiter
 
-Exit status 1 when arbiter let a violation through or was not tried as hard as asked for, or when
-the checker did not catch a rule that is known to be unsafe: it would prove nothing of arbiter then.
+Exit status 1 when arbiter let a violation through or the run was smaller than asked for; also when
+the checker did not catch a rule that is known to be unsafe, because it then proves nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from proof.workload import RULES, SERVER_OPTIONS, create_roles
 
 WITH_LEASES = ("arbiter", "advisory", "one_step")
 
-# What is shown -----------------------------------------------------------------------------------
+# Output ------------------------------------------------------------------------------------------
 
 
 def _table(provers: Sequence[Prover]) -> Table:
@@ -51,10 +51,10 @@ def _table(provers: Sequence[Prover]) -> Table:
     counts("writes attempted", "writes")
     counts("rows attempted", "rows")
     counts("admitted", "admitted")
-    for code in sorted({code for tally in tallies for code in tally.refused}):
-        row(f"  refused {code}", [f"{tally.refused[code]:,}" for tally in tallies])
+    for code in sorted({code for tally in tallies for code in tally.rejected}):
+        row(f"  rejected {code}", [f"{tally.rejected[code]:,}" for tally in tallies])
     counts("registry writes", "registry_writes")
-    # Without a lease there is nothing to hand over, and without decision tables no right answer.
+    # The naive rules have no lease to hand over and no decision tables to compare answers with.
     row(
         "handovers",
         [
@@ -94,7 +94,7 @@ def _rate(tally: Tally) -> float:
 
 
 def _line(prover: Prover) -> Text:
-    """How it stands."""
+    """The progress in one line."""
     tally = prover.tally
     return Text(
         f"{prover.rule}: {prover.elapsed:.0f} s, {prover.writes:,} writes,"
@@ -107,7 +107,7 @@ def _line(prover: Prover) -> Text:
 
 @contextmanager
 def _watching(prover: Prover, console: Console) -> Iterator[None]:
-    """Show how it stands while it runs, if anybody is there to see it."""
+    """Show the progress while it runs, on a terminal."""
     if not console.is_terminal:
         yield
     else:

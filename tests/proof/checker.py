@@ -1,11 +1,11 @@
-"""Is there any way in which what the clients saw was right?
+"""Checks whether the answers that clients saw can be right in any order of events.
 
     report = check(history)
     for violation in report.violations:
         print(render(violation))
 
-The checker works from the history and from commit order only; nothing is asked of arbiter. It
-accuses where the windows of the history leave no doubt, so a correct database is never accused.
+The checker uses the history and the commit order only, nothing from arbiter. It accuses only where
+the windows of the history leave no doubt, so a correct database is never accused.
 ``Report.sharp`` counts the answers where one answer alone could be right.
 
 ====================  ==============================================================================
@@ -59,7 +59,7 @@ Operation = Transaction | RegistryWrite
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """Something that no correct database does.
+    """A result that no correct database gives.
 
     ``operations`` are those that it is about, ``write`` the number of the write in the first one,
     ``expected`` the answers that would have been right, with their reasons. ``history`` shows it:
@@ -81,18 +81,18 @@ class Violation:
 
     @property
     def identity(self) -> object:
-        """What stays the same while the history around it shrinks."""
+        """The parts that stay the same while the history around it shrinks."""
         instants = [op.invoked for op in self.operations if isinstance(op, RegistryWrite)]
         return self.kind, self.user, self.tags, instants, self.write, self.expected
 
 
 @dataclass(slots=True)
 class Report:
-    """What a check found, and how much it could say.
+    """The result of a check, and how much it could decide.
 
     ``sharp`` counts the writes and the yeses for which one answer alone was right, ``loose`` those
     for which several were (a serialization failure above read committed aside), ``no_verdict``
-    those whose answer says nothing of who may write. The longest durations are in seconds and of
+    those whose answer does not tell who may write. The longest durations are in seconds and of
     operations that were answered.
     """
 
@@ -104,7 +104,7 @@ class Report:
     sharp: int = 0
     loose: int = 0
     no_verdict: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     registry_writes: int = 0
     longest_write: float = 0.0
     longest_registry_write: float = 0.0
@@ -265,7 +265,7 @@ class _Check:
                     report.no_verdict[write.answer] += 1
                     continue
                 else:
-                    report.refused[write.answer] += 1
+                    report.rejected[write.answer] += 1
                 report.longest_write = max(report.longest_write, write.returned - write.invoked)
                 expected = oracle.answers(transaction, write)
                 right = {answer for answer, _ in expected}
@@ -295,7 +295,7 @@ class _Check:
 
     def _count(self, right: set[str | None]) -> None:
         """Note how many answers would have been right."""
-        # The foreign key and the guard say the same of a machine that is not there.
+        # The foreign key and the guard both reject a machine that does not exist.
         is_sharp = len(right - {"40001", "23503"}) == 1
         self.report.sharp += is_sharp
         self.report.loose += not is_sharp
@@ -322,7 +322,7 @@ def _is_answered(invoked: float, returned: float) -> bool:
 
 
 def _complete(transaction: Transaction) -> Transaction:
-    """The transaction with whatever has no answer taken as lost, and under way for ever."""
+    """The transaction with its unanswered operations taken as lost and never ended."""
     has_ended = _is_answered(transaction.began, transaction.ended)
     if has_ended and all(_is_answered(w.invoked, w.returned) for w in transaction.writes):
         return transaction
@@ -348,9 +348,9 @@ def _judged(answer: str | None, expected: Expected, success: str) -> str:
 
 
 def shrink(violation: Violation) -> Violation:
-    """The same violation, with a history of no more than is needed to show it.
+    """The same violation, with the shortest history that shows it.
 
-    Operations of the user are dropped as long as a check of the others finds the same: the same
+    Operations of the user are dropped while a check of the others finds the same: the same
     kind, of the same operations, with the same answers that would have been right.
     """
     whole = violation.history
@@ -359,7 +359,7 @@ def shrink(violation: Violation) -> Violation:
         return replace(violation, history=_part(whole, ()))
     operations: list[Operation] = [t for t in whole.transactions if t.user == violation.user]
     operations += [entry for entry in whole.registry if entry.user == violation.user]
-    # What was invoked after the last of it had returned decides nothing.
+    # Operations that began after the last of these had returned cannot matter.
     end = max(_last_instant(op) for op in needed)
     others = sorted(
         (op for op in operations if not _is_in(op, needed) and _start(op) <= end), key=_start
@@ -369,7 +369,7 @@ def shrink(violation: Violation) -> Violation:
         found = check(_part(whole, [*kept, *needed])).violations
         return next((v for v in found if v.identity == violation.identity), None)
 
-    # Mostly the last few before it do.
+    # Mostly the last few before them are enough.
     few = 0
     while few < len(others) and not shows(others[len(others) - few :]):
         few = max(8, 4 * few)
@@ -377,7 +377,7 @@ def shrink(violation: Violation) -> Violation:
     size = max(len(kept), 1)
     while True:
         shorter = kept
-        # The latest first: what a history rests on comes early.
+        # The latest first: later operations depend on earlier ones.
         for at in range((len(kept) - 1) // size * size, -1, -size):
             without = shorter[:at] + shorter[at + size :]
             if len(without) < len(shorter) and shows(without):
@@ -412,13 +412,13 @@ def _last_instant(operation: Operation) -> float:
     return operation.ended if isinstance(operation, Transaction) else operation.returned
 
 
-# For people ------------------------------------------------------------------------------------
+# Output ---------------------------------------------------------------------------------------
 
 
 def render(violation: Violation) -> str:
     """The violation and the shortest history that shows it, one line for each step.
 
-    Times are in seconds from the first step: of invocation and return. What the violation is about
+    Times are in seconds from the first step: of invocation and return. The accused operation
     is marked.
     """
     short = shrink(violation)
@@ -479,7 +479,7 @@ def _steps(violation: Violation, zero: float) -> Iterator[_Step]:
             level = ""
             is_it = violation.write is None or number <= violation.write < number + times
             number += times
-            answer = "admitted" if write.answer is None else f"refused: {write.answer}"
+            answer = "admitted" if write.answer is None else f"rejected: {write.answer}"
             yield _Step(write.invoked, write.returned, who, what, answer, is_accused and is_it)
         answer = transaction.outcome
         if transaction.tag in history.committed_at:

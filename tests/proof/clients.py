@@ -1,5 +1,5 @@
-"""The connections of the workload: they come back whenever they are lost, and first wait until what
-has got no answer cannot come true any more."""
+"""The connections of the workload. A lost one is opened again, once its unanswered statement cannot
+take effect any more."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class User:
 
 
 class Admin:
-    """The superuser's look at what became of a connection that was lost."""
+    """The superuser's look at the server's side of a lost connection."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -218,7 +218,7 @@ class Client:
                 while waits := waits & set(await ask(_BACKENDS, None, self._label)):
                     await asyncio.sleep(LOOK_EVERY_S)
             else:
-                # What PgBouncer had passed on may not even have begun: wait until all have noticed.
+                # What PgBouncer passed on may not have begun yet: wait until all backends noticed.
                 while await ask(_BACKENDS, None, self._label):
                     await asyncio.sleep(LOOK_EVERY_S)
 

@@ -5,11 +5,11 @@ a naive rule.
     inject("kill_backend", Target(server, "workload", None), random.Random("seed"))
 
 The injectors' own sessions write in the names of the workload's users, because only so do they hold
-a lease that the workload wants. They never commit: no row of theirs is ever found, by whatever a
-checker looks for rows.
+a lease that the workload wants. They never commit, so a checker never finds
+a row of theirs.
 
-Sessions of a superuser are the run's own: nobody aims at them, but what takes the whole server down
-takes them along.
+Sessions of a superuser belong to the run itself: no fault picks them, but they end when the server
+does.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class ClientProcess:
         return self.start(query).result(TIMEOUT_S)
 
     def kill(self) -> None:
-        """Kill the client, whatever it is doing. Harmless when repeated."""
+        """Kill the client at once. Harmless when repeated."""
         self._process.kill()
         self._process.wait(TIMEOUT_S)
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -183,25 +183,25 @@ def connect(
 
 
 def cut(conn: psycopg.Connection[Any]) -> None:
-    """Cut the connection under its client and its server, without a word to either of them."""
+    """Cut the connection under its client and its server, without telling either of them."""
     # By a second descriptor of the same socket: the client closes its own one.
     with socket.socket(fileno=os.dup(conn.pgconn.socket)) as line:
         line.shutdown(socket.SHUT_RDWR)
 
 
 def kill_backend(server: EmbeddedServer, pid: int) -> None:
-    """Kill a backend with SIGKILL and wait for the crash restart that this means for everybody."""
+    """Kill a backend with SIGKILL and wait for the crash restart, which ends all sessions."""
     if server.pid is None or _parent(pid) != server.pid:
         return  # ended meanwhile: its process id may be another process's by now
     os.kill(pid, signal.SIGKILL)
-    # The postmaster refuses connections from when it has collected the dead one until it has
-    # recovered; before that, a connection would be accepted and then dropped.
+    # The postmaster refuses connections after it noticed the dead backend, until it has recovered;
+    # before that, it would accept a connection and then drop it.
     _wait(lambda: _parent(pid) is None, f"the postmaster collects backend {pid}")
     connect(server).close()
 
 
 def kill_postmaster(server: EmbeddedServer) -> None:
-    """Kill the postmaster with SIGKILL and start the server again on what is left."""
+    """Kill the postmaster with SIGKILL and start the server again on the same data."""
     pid = server.pid
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
@@ -250,7 +250,7 @@ def _parent(pid: int) -> int | None:
 
 # The injectors -----------------------------------------------------------------------------------
 
-# Those in the middle of an arbitrated transaction first: there a fault hurts.
+# Those in the middle of an arbitrated transaction first: there a fault matters most.
 _BACKENDS = """
 select a.pid, a.state,
        exists (
@@ -310,7 +310,7 @@ def _terminate_backend(target: Target, rng: random.Random) -> str:
     with _admin(target) as conn:
         victim = _victim(conn, target, rng)
         if victim is None:
-            return "nobody was there"
+            return "no backend was found"
         conn.execute("select pg_terminate_backend(%s, 10000)", (victim[0],))
         return victim[1]
 
@@ -319,7 +319,7 @@ def _cancel_backend(target: Target, rng: random.Random) -> str:
     with _admin(target) as conn:
         victim = _victim(conn, target, rng, active=True)
         if victim is None:
-            return "nobody was at work"
+            return "no backend was active"
         conn.execute("select pg_cancel_backend(%s)", (victim[0],))
         return victim[1]
 
@@ -328,7 +328,7 @@ def _kill_backend(target: Target, rng: random.Random) -> str:
     with _admin(target) as conn:
         victim = _victim(conn, target, rng)
     if victim is None:
-        return "nobody was there"
+        return "no backend was found"
     kill_backend(target.server, victim[0])
     return victim[1]
 
@@ -355,7 +355,7 @@ def _cut_bouncer(target: Target, rng: random.Random) -> str:
 def _open_write(target: Target, rng: random.Random, client: ClientProcess) -> str:
     """Begin a transaction that writes for one of the users, in the environment that may.
 
-    Both are tried; when both are refused the transaction has no lease.
+    Both are tried; when both are rejected the transaction has no lease.
     """
     with _admin(target) as conn:
         trader, machine = rng.choice(conn.execute(_USERS).fetchall())

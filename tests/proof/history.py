@@ -1,7 +1,7 @@
-"""What clients saw: the transactions and registry writes of a run, each with its instants.
+"""What clients saw of a run: its transactions and registry writes, each with its instants.
 
-This is all the checker works from, besides what a look at the table after the run finds there.
-Nothing here was told by arbiter but the answers (SQLSTATE) that its clients got.
+The checker uses this and the table's rows after the run, nothing else. From arbiter it holds only
+the answers (SQLSTATE) that clients got.
 
 Instants are ``time.monotonic()`` of the clients' machine, in seconds; all clients of a run are on
 one machine. An operation took effect, if at all, between its ``invoked`` and its ``returned``. When
@@ -105,14 +105,14 @@ class RegistryWrite:
 
 @dataclass(slots=True)
 class History:
-    """A run: what its clients did and saw, and what the table held afterwards.
+    """A run: the operations of its clients, and the rows of the table afterwards.
 
     ``found`` maps the tag of a transaction to the rows of it that were in the table after the run,
     and ``committed_at`` to the server's commit timestamp of them, on the clients' clock.
 
     ``strangers`` are the windows in which sessions that are not of this history (a fault's own)
-    may have had transactions open that wrote for its users: whoever waits for nobody may have
-    found a lease locked then. Nothing that they wrote was committed.
+    may have had transactions open that wrote for its users: an operation that does not wait may
+    have found a lease locked then. Nothing that they wrote was committed.
     """
 
     seed: str

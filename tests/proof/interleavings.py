@@ -19,7 +19,7 @@ The steps of a session: ``look`` at the status, which fixes the snapshot (above 
 that holder's write in a transaction of its own. A step that is kept waiting stays pending: the
 other session goes on, and what follows in the waiting session comes once it was answered.
 
-What must hold in each case is said at ``judge``. The short id of a case replays it alone::
+``judge`` says what must hold in each case. The short id of a case replays it alone::
 
     python -m proof.interleavings --case 'local+heartbeat/cloud-lapsed/rr+rc/commit+commit/BABBAAA'
 """
@@ -80,7 +80,7 @@ PERIOD = "1 hour"
 #: The shortest that the settings allow: how long two sessions may keep each other waiting.
 DRAIN_TIMEOUT = "100 ms"
 
-#: How long a statement runs before somebody looks whether it is kept waiting.
+#: How long a statement runs before it is checked whether it waits for a lock.
 QUICK_S = 0.004
 #: How long a session that was kept waiting may take to notice that the other's transaction is over.
 NOTICE_S = 0.02
@@ -92,7 +92,7 @@ WORKERS = 3
 SHOWN = 10
 
 
-# What is combined -------------------------------------------------------------------------------
+# Operations ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def _groups_of(pair: Pair, levels: Sequence[tuple[str, str]]) -> Iterator[Group]
             continue
         for pair_of_levels, ends in product(levels, product(ENDS, ENDS)):
             if ends == ("rollback", "rollback"):
-                continue  # commits nothing that anybody could have seen
+                continue  # it commits nothing that the other session could have seen
             if first is second and (pair_of_levels, ends) > (pair_of_levels[::-1], ends[::-1]):
                 continue  # the sessions have just changed places
             yield Group(pair, situation, pair_of_levels, ends)
@@ -361,7 +361,7 @@ def for_rule(chosen: Iterable[Group], rule: str) -> list[Group]:
     ]
 
 
-# What happened ----------------------------------------------------------------------------------
+# Outcomes --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -414,7 +414,7 @@ class Played:
         return self.operation(side).writes or self.operation(side).used_by
 
     def is_write(self, answer: Answer) -> bool:
-        """Whether the step writes to the protected table in somebody's name."""
+        """Whether the step writes to the protected table for a user."""
         return answer.verb == "use" or bool(
             self.operation(answer.side).writes and answer.verb in ("act", "again")
         )
@@ -469,7 +469,7 @@ class Outcome:
     answers: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, played: Iterable[Played]) -> None:
-        """Count what was played."""
+        """Count the cases that were played."""
         for one in played:
             self.cases += 1
             if one.flaws:
@@ -488,7 +488,7 @@ def _other(side: str) -> str:
     return SIDES[side == "A"]
 
 
-# What must hold ---------------------------------------------------------------------------------
+# Judgement ------------------------------------------------------------------------------------
 
 
 def judge(played: Played, serial: Sequence[Played]) -> list[str]:
@@ -534,7 +534,7 @@ def is_documented(played: Played, answer: Answer, began: int) -> bool:
     side = answer.side
     match answer.outcome:
         case "WX007":
-            # A heartbeat waits for nobody, and is never refused.
+            # A heartbeat does not wait and is never rejected.
             patient = played.is_write(answer) or played.operation(side).name == "confirm"
             return patient and played.meets(side, answer.sent, answer.answered)
         case "40001":
@@ -550,7 +550,7 @@ def is_documented(played: Played, answer: Answer, began: int) -> bool:
 
 
 def _serial_outcomes(played: Played, answer: Answer, serial: Sequence[Played]) -> set[str]:
-    # A second write in a transaction may get what the first one gets: the world changed in between.
+    # A second write in a transaction may get any answer of the first: the lease may have changed.
     verbs = ("act", "again") if answer.verb == "again" else (answer.verb,)
     # Where both do the same, A alone is played first.
     sides = SIDES if played.case.group.is_symmetric else answer.side
@@ -805,7 +805,7 @@ class Arena:
             if player.poll(0.001):
                 return False
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{player.session} neither ends nor waits for anybody")
+                raise TimeoutError(f"{player.session} neither ends nor waits")
 
     def play_group(self, cases: Sequence[Case]) -> list[Played]:
         """Play cases of one group, each with a new user; the serial ones must be among them."""
@@ -869,13 +869,13 @@ class Arena:
         return played
 
     def _advance(self, players: Mapping[str, Player]) -> list[Future[Result]]:
-        """Let both play on as far as they can; what they are waiting for then."""
+        """Let both play on as far as they can; return the steps that still wait."""
         while any(player.advance() for player in players.values()):
-            pass  # what one did may let the other go on
+            pass  # a step of one may let the other go on
         return [player.future for player in players.values() if player.future is not None]
 
     def findings(self) -> list[str]:
-        """After all cases: what the audit finds, and deadlocks. Ends all sessions."""
+        """After all cases: the audit's findings, and deadlocks. Ends all sessions."""
         found: list[str] = []
         if self.rule == "arbiter":
             rows = self.owner.execute(
@@ -899,7 +899,7 @@ class Arena:
         return found
 
     def _deadlocks(self) -> list[str]:
-        # Sessions report what they saw when they leave.
+        # A session reports its statistics when it ends.
         pause, deadline = threading.Event(), time.monotonic() + TIMEOUT_S
         while self._watcher.execute(
             """

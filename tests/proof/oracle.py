@@ -1,4 +1,4 @@
-"""What a write may have been answered, given only what clients saw: the tables over intervals.
+"""The answers that a write may have got, given only what clients saw: the tables over intervals.
 
 Clients know no instant at which something happened, only a window around it. So everything here is
 a set: the states that a machine may be in at a time, those that the user's lease may be in, and so
@@ -7,7 +7,7 @@ whenever the database keeps its promise. Where the history leaves no doubt they 
 and then an answer can be right or wrong.
 
 This is a statement of DESIGN section 4 of its own and shares nothing with the SQL. In one point it
-says more: the cloud is refused from the instant at which a takeover by the browser is possible.
+says more: the cloud is rejected from the instant at which a takeover by the browser is possible.
 
 An answer is believed until it is found wrong: an admitted write narrows what the lease may be. The
 sets go on without one that was wrong, so what follows from a user's first violation may look like
@@ -66,12 +66,12 @@ _STATES = {
 
 
 def may_have_committed(answer: str | None) -> bool:
-    """Whether an operation with this answer may have taken effect, though nobody said so."""
+    """Whether an operation with this answer may have taken effect although no answer said so."""
     return answer is not None and (answer == LOST or answer[:4] == "57P0" or answer[:2] == "08")
 
 
 def is_no_verdict(answer: str | None) -> bool:
-    """Whether the answer is a fault's, and says nothing of who may write."""
+    """Whether the answer comes from a fault and does not tell who may write."""
     return may_have_committed(answer) or answer in ("57014", "55P03")
 
 
@@ -121,7 +121,7 @@ class Timeline(Generic[S]):
 class _Operation(Generic[S]):
     """Something that took effect at one instant between ``invoked`` and ``returned``, if at all.
 
-    ``certain``: it did take effect, so what is possible after its return has it in. Otherwise it
+    ``certain``: it did take effect, so every state after its return includes it. Otherwise it
     may have happened at any instant of the window, or not.
     """
 
@@ -204,7 +204,7 @@ class _Worlds(Generic[S]):
         operation = self._pending.pop(number)
         self._witnessed.pop(number, None)
         if operation.certain:
-            # None left: the answer can't be right, which is for the checker to say.
+            # None left: the answer cannot be right, and the checker reports that.
             kept = {world for world in self._worlds if number in world[1]}
             self._worlds = {(state, done - {number}) for state, done in kept or self._worlds}
         if operation.settles:
@@ -220,7 +220,7 @@ class _Worlds(Generic[S]):
         """Add every world that the operations under way lead to, now that there is one more."""
         for state, _ in self._worlds:
             self._pending[number].look(state)
-        # What it has been witnessed by is a new world, to which everything else may happen yet.
+        # A world that witnesses it is new, so all other operations may still happen in it.
         numbers: Iterable[int] = self._pending if number in self._witnessed else (number,)
         todo = [(world, numbers) for world in self._worlds]
         while todo and len(self._worlds) <= limit:
@@ -242,7 +242,7 @@ class _Worlds(Generic[S]):
 
 
 def _explore(initial: S, operations: Sequence[_Operation[S]]) -> Timeline[S]:
-    """What may have become of it over time, by these operations."""
+    """Its possible states over time, after these operations."""
     timeline = Timeline(initial)
     events = [(op.invoked, 0, number) for number, op in enumerate(operations)]
     events += [(op.returned, 1, number) for number, op in enumerate(operations)]
@@ -323,7 +323,7 @@ def _lapses(machine: Machine, settings: Settings) -> Window:
 
 
 def _takeover(machine: Machine, settings: Settings) -> tuple[str, str, Window]:
-    """For the browser, while this machine is who the lease is for: the code until a takeover is
+    """For the browser, while the lease is for this machine: the code until a takeover is
     possible, the reason of the takeover, and from when on it is."""
     lapses = _lapses(machine, settings)
     # When it left running is noted whenever it is not running.
@@ -340,15 +340,18 @@ def _takeover(machine: Machine, settings: Settings) -> tuple[str, str, Window]:
     return "WX002", "machine_stopped", cooled
 
 
-def _refused_from(machine: Machine, settings: Settings) -> Window:
-    """From when on the machine is refused although the lease is for it."""
+def _rejected_from(machine: Machine, settings: Settings) -> Window:
+    """From when on the machine is rejected although the lease is for it."""
     lapses = _lapses(machine, settings)
     _, _, takeover = _takeover(machine, settings)
     return min(lapses[0], takeover[0]), min(lapses[1], takeover[1])
 
 
 class _OnMachine(_Operation[Machine]):
-    """A registry write, as its machine sees it. ``leaves_healthy``: what it may leave behind."""
+    """A registry write, as its machine sees it.
+
+    ``leaves_healthy``: whether the machine is healthy after it, both values when either may be.
+    """
 
     def __init__(self, write: RegistryWrite, settings: Settings) -> None:
         super().__init__(write.invoked, write.returned, write.answer is None)
@@ -394,9 +397,9 @@ class _OnMachine(_Operation[Machine]):
 
 # The lease --------------------------------------------------------------------------------------
 
-#: Whom the lease is for when that is no machine. UNBORN: nobody has needed it yet. CONFIRMED: the
-#: user has said yes to a takeover, and the next local write completes it. LOCAL: nobody else has
-#: ever had it. AGAIN: the browser has taken it back.
+#: Whom the lease is for when that is no machine. UNBORN: no write has needed it yet. CONFIRMED: the
+#: user confirmed a takeover, and the next local write completes it. LOCAL: only the browser has had
+#: it. AGAIN: the browser has taken it back.
 UNBORN, LOCAL, CONFIRMED, AGAIN = "unborn", "local", "confirmed", "local again"
 
 
@@ -409,15 +412,15 @@ class _Lease(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is the browser's, and nothing is left to be done about it."""
+        """Whether it is the browser's and needs no handover."""
         return isinstance(self.claimant, str) and self.claimant in (LOCAL, AGAIN)
 
 
 class _Activation(_Operation[_Lease]):
     """A registry write, as the lease sees it.
 
-    It waits for nobody: while somebody has the lease locked it changes nothing, and the next
-    heartbeat does.
+    It does not wait: while another transaction has the lease locked it changes nothing, and the
+    next heartbeat changes it.
     """
 
     def __init__(self, change: _OnMachine, oracle: Oracle) -> None:
@@ -429,8 +432,8 @@ class _Activation(_Operation[_Lease]):
 
     def enter(self, timeline: Timeline[_Lease], now: frozenset[_Lease]) -> None:
         oracle, window = self.oracle, (self.invoked, self.returned)
-        # For once it may not be certain that nobody has the lease locked. Among others, a cloud
-        # write that took the lease to be its machine's locks it before it looks again.
+        # The lease may be locked by another session: a cloud write that took the lease to be its
+        # machine's, for one, locks it before it looks again.
         self.may_find_locked = (
             self.returned - self.invoked
             >= min(oracle.settings.heartbeat_timeout, oracle.settings.stop_grace)
@@ -462,9 +465,9 @@ class _Activation(_Operation[_Lease]):
     def _challenge(self, state: _Lease, incumbent: UUID) -> Iterable[_Lease]:
         earliest = inf
         for machine in self.oracle.machine(incumbent).between(self.invoked, self.returned):
-            refused_from = _refused_from(machine, self.oracle.settings)
-            earliest = min(earliest, refused_from[0])
-            if self.invoked < refused_from[1]:
+            rejected_from = _rejected_from(machine, self.oracle.settings)
+            earliest = min(earliest, rejected_from[0])
+            if self.invoked < rejected_from[1]:
                 yield state
         if self.returned >= earliest:
             yield _Lease(self.write.machine)
@@ -515,7 +518,7 @@ class _Admission(_Witnessed[_Lease]):
     def apply(self, state: _Lease) -> Iterable[_Lease]:
         if state.locked_by is not None:
             return
-        # From local: it came for a takeover, and somebody else's was through just before.
+        # From local: it came for a takeover, and another session's had just committed.
         if self.saw_takeover if state.is_settled else self._can_take(state.claimant):
             yield state._replace(locked_by=self.transaction.tag)
 
@@ -531,7 +534,7 @@ class _Admission(_Witnessed[_Lease]):
 
 
 class _End(_Operation[_Lease]):
-    """The end of a local transaction: what it had locked is handed over, or let go."""
+    """The end of a local transaction: a lease that it had locked is handed over or unlocked."""
 
     settles = True
 
@@ -593,7 +596,7 @@ class Oracle:
             if transaction.machine is not None
             for write in transaction.writes
         )
-        # Whoever may have the lease locked: transactions until they end, and yeses.
+        # These may have the lease locked: transactions until they end, and confirmations.
         self.everything = _Spans(
             [
                 *(_Span(t.writes[0].invoked, t.ended, t.machine) for t in transactions if t.writes),
@@ -647,7 +650,7 @@ class Oracle:
                 continue
             windows: dict[Window, bool] = {}
             for write in transaction.writes:
-                # What failed of anything but a verdict may have had the lease locked before.
+                # A write that failed without a verdict may have locked the lease before.
                 if write.answer is None or write.answer[:2] != "WX":
                     window = write.invoked, write.returned
                     is_admitted = write.answer is None or (
@@ -677,7 +680,7 @@ class Oracle:
     def _answered(
         self, expected: set[tuple[str | None, str]], invoked: float, returned: float
     ) -> Expected:
-        """What may come of waiting: only who could be admitted waits for others."""
+        """The answers after a wait: only a write that could be admitted waits for others."""
         if returned - invoked >= self.settings.drain_timeout - 2 * CLOCK_ERROR and any(
             answer in (None, "blocked") for answer, _ in expected
         ):
@@ -685,7 +688,7 @@ class Oracle:
         return frozenset([pair for pair in expected if pair[0] != "blocked"])
 
     def _snapshot(self, transaction: Transaction, write: Write) -> Window:
-        """When what the write sees was committed: above read committed, by its first statement."""
+        """When the state that the write sees was committed, at its snapshot."""
         if transaction.level == "read committed":
             return write.invoked, write.returned
         return transaction.began, transaction.writes[0].returned
@@ -748,7 +751,7 @@ class Oracle:
                 continue
             locked = transaction.level == "read committed" and lease.locked_by is not None
             for machine in present:
-                earliest, latest = _refused_from(machine, self.settings)
+                earliest, latest = _rejected_from(machine, self.settings)
                 if start < latest:
                     expected.add(("blocked" if locked else None, "holder"))
                 if end >= earliest:
@@ -760,7 +763,7 @@ class Oracle:
         start, end = write.invoked, write.returned
         if write.verb == "confirm":
             return self._answered(self._confirm(start, end), start, end)
-        expected: set[tuple[str | None, str]] = {(None, "never refused")}
+        expected: set[tuple[str | None, str]] = {(None, "never rejected")}
         if write.verb == "create":
             # Its keys are the app's.
             expected.add(("23505", "a machine already"))

@@ -126,7 +126,7 @@ def fetch() -> Path:
 def _download(packages: Iterable[str], work: Path) -> list[Path]:
     """Get packages with apt, reading the lists of packages first when there are none."""
     before = set(work.glob("*.deb"))
-    # Without it, apt tries to become a user who may not write here, and complains.
+    # Without it, apt changes to a user who may not write here, and complains.
     command = ("apt-get", "download", "-o", "APT::Sandbox::User=root", *packages)
     try:
         _tool(*command, cwd=work)
@@ -210,7 +210,7 @@ class PgBouncer(ChildProcess):
         if found is None:
             raise PgBouncerError(f"PgBouncer in {self._binary} does not say its version: {told!r}")
         self.version = f"{found[1]}.{found[2]}"
-        # Prepared statements of clients are none of a pooler's business here; older ones know none.
+        # Clients do not prepare statements here; older versions do not know the setting.
         old = (int(found[1]), int(found[2])) < (1, 21)
         self.port = free_port()
         (place / "pgbouncer.ini").write_text(

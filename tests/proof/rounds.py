@@ -25,7 +25,7 @@ from proof.workload import Round, Rule, create_database, play
 
 __all__ = ["ONLY_ARBITERS", "UNSAFE", "Goal", "Prover", "Tally", "play_and_check"]
 
-#: What a rule gets wrong when two sessions meet; one_step only gets it wrong who waits for whom.
+#: The naive rules that break exclusion. one_step does not, but its sessions deadlock.
 UNSAFE: tuple[Rule, ...] = ("client", "exists", "policy", "advisory")
 
 WORKERS = 2
@@ -33,7 +33,7 @@ WORKERS = 2
 USERS = 12
 ROUND_S = 25.0
 OPPONENTS_ROUND_S = 8.0
-#: An opponent that was caught is let off after that.
+#: A naive rule that was caught is not tried for longer than this.
 OPPONENT_S = 20.0
 LOOK_EVERY_S = 0.1
 COUNT_EVERY_S = 2.0
@@ -45,7 +45,7 @@ HEAVY = frozenset({"kill_backend", "immediate_stop", "kill_postmaster", "cut_bou
 STRANGERS = frozenset({"idle_in_transaction", "kill_client"})
 STRANGERS_AT_MOST = 1000
 
-#: What audit() says when there was nothing it could judge by; everything else is a violation.
+#: The violations that audit() found; a row that is not_provable has no evidence.
 AUDIT = """
 select a.finding, a.reason, a.user_id, a.row_key, a.epoch
   from arbiter.audit('public.signals') a
@@ -56,17 +56,17 @@ HANDOVERS = {
     "naive": "select count(*) from naive.handovers where epoch > 1",
 }
 
-#: What a decision table has to say about is not asked of rules that never had one. Of these answers
-#: it is: no rule may give them, at any level. (Of arbiter they are wrong answers.)
+#: The naive rules have no decision tables, so most of their answers cannot be judged. No rule may
+#: give the answers of NEVER_RIGHT, at any level. (From arbiter they are wrong answers.)
 ONLY_ARBITERS = frozenset({"wrong answer"})
 NEVER_RIGHT = {"40P01": "deadlock"}
 
 
 @dataclass(slots=True)
 class Tally:
-    """What happened in one round or in many.
+    """The counts of one round or of many.
 
-    ``writes`` are write statements, ``rows`` the rows that they tried to write, ``refused`` the
+    ``writes`` are write statements, ``rows`` the rows that they tried to write, ``rejected`` the
     SQLSTATEs of those that were not admitted. ``late_heartbeats`` were kept waiting for longer than
     heartbeat_timeout. ``violations`` are counted by kind; ``first`` is one of them, rendered.
     Durations are in seconds.
@@ -87,7 +87,7 @@ class Tally:
     longest_write: float = 0.0
     sharp: int = 0
     loose: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     via: Counter[str] = field(default_factory=Counter)
     levels: Counter[str] = field(default_factory=Counter)
     how: Counter[str] = field(default_factory=Counter)
@@ -112,10 +112,10 @@ class Tally:
                 if write.answer is None:
                     self.admitted += 1
                 else:
-                    self.refused[write.answer] += 1
+                    self.rejected[write.answer] += 1
         for entry in history.registry:
             self.registry_writes += 1
-            # One whose connection was lost has waited for a fault, not for anybody's write.
+            # One whose connection was lost has waited for a fault, not for a write.
             if entry.verb == "heartbeat" and entry.answer is None:
                 waited = entry.returned - entry.invoked
                 self.heartbeats += 1
@@ -183,14 +183,14 @@ class _Board:
 
     @contextmanager
     def stranger(self) -> Iterator[None]:
-        """While that lasts, somebody else may write."""
+        """While that lasts, a fault may write for a user."""
         place = 2 * sum(begin > 0 for begin in self.strangers[::2])
         self.strangers[place : place + 2] = [time.monotonic(), math.inf]
         yield
         self.strangers[place + 1] = time.monotonic()
 
     def windows(self) -> list[tuple[float, float]]:
-        """When somebody else may have written."""
+        """When a fault may have written for a user."""
         pairs = zip(self.strangers[::2], self.strangers[1::2], strict=True)
         return [(begin, end) for begin, end in pairs if begin > 0]
 
@@ -215,7 +215,7 @@ def _work(round_: Round, worker: int) -> Tally:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """When there is enough of all, arbiter has proved itself. ``seconds`` ends it in any case."""
+    """Ends a run when there is enough of all; ``seconds`` ends it in any case."""
 
     writes: int
     handovers: int
@@ -298,7 +298,7 @@ class Prover:
             running.add(pool.submit(_work, round_, worker))
         target = faults.Target(self.server, name, self.bouncer)
         while not all(future.done() for future in running):
-            # As far as the writes, so are the faults; none before the first or after the last one.
+            # Faults are spread like the writes, between the first and the last one.
             due = goal.faults * self.writes / goal.writes
             playing = sum(self._board.writes[:]) > 0 and self.elapsed < ends
             if playing and self.tally.faults.total() < due:
@@ -313,8 +313,8 @@ class Prover:
         (name,) = self._rng.choices(self._names, self._weights)
         with self._board.stranger() if name in STRANGERS else nullcontext():
             self.note = faults.inject(name, target, self._rng)
-        # Nobody to break anything for is no fault.
-        if not self.note.startswith((f"{name}: nobody", f"{name}: not granted")):
+        # A fault that found no victim does not count.
+        if not self.note.startswith((f"{name}: no backend", f"{name}: not granted")):
             self.tally.faults[name] += 1
 
     def _count_handovers(self, name: str) -> None:

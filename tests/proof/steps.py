@@ -1,4 +1,4 @@
-"""What the actors of the workload do, drawn at random: pure, and the same for the same seed.
+"""The steps of the workload's actors, drawn at random: pure, and the same for the same seed.
 
 Per user: a machine (``fly``, which alone writes the registry), its two writers, three browsers, and
 a person who says yes after errors. Each of these actors draws all its steps from a generator of its
@@ -16,7 +16,7 @@ actor       connection   acts as                     writes
 ``person``  PgBouncer    authenticated, with claims  says yes (confirm_takeover)
 ==========  ===========  ==========================  =====================================
 
-Writers write whether their machine is entitled or not: a zombie does not know that it is one.
+Writers write whether their machine is entitled or not, as a machine does that was frozen.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Plan:
     """One transaction of a writer; without ``begins`` its only statement commits by itself.
 
     ``pipelined``: all statements, single rows, are sent at once, without waiting for their answers.
-    ``pause`` seconds pass before its end, ``rest`` after it, ``patience`` when it was refused.
+    ``pause`` seconds pass before its end, ``rest`` after it, ``patience`` when it was rejected.
     """
 
     level: Level
@@ -83,7 +83,7 @@ class Deed:
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who connects how, and as whom. ``role`` None is the owner of the tables."""
+    """How an actor connects, and as which role; None is the owner of the tables."""
 
     via: Literal["direct", "pgbouncer"]
     role: str | None
@@ -124,7 +124,7 @@ def own_level(rng: random.Random, actor: Actor) -> Level:
 
 
 def writer_steps(rng: random.Random, actor: Actor) -> Iterator[Plan]:
-    """What a writer does, without end."""
+    """The steps of a writer, without end."""
     level = own_level(rng, actor)
     while True:
         # Roles and claims of a transaction do not go into a pipeline.
@@ -155,7 +155,7 @@ def _statement(rng: random.Random, actor: Actor, begins: bool) -> Statement:
 
 
 def machine_steps(rng: random.Random) -> Iterator[Deed]:
-    """What a machine does, and the app to it: live after live, each created and deleted again."""
+    """The steps of a machine and of the app with it: life after life, each created and deleted."""
     while True:
         yield Deed("create", "provisioning", rng.random() * 0.1)
         for _ in range(rng.randint(3, 12)):
@@ -182,7 +182,7 @@ def _ending(rng: random.Random) -> Iterator[Deed]:
             yield Deed("status", "stopping", rng.uniform(0.2, 0.5))
         case "crashed":
             yield Deed("heartbeat", None, rng.uniform(0.22, 0.5))
-            yield from _beats(rng, rng.choice((0, 1, 2)))  # wakes up, as if nothing had been
+            yield from _beats(rng, rng.choice((0, 1, 2)))  # wakes up and goes on
         case "failed":
             yield Deed("status", "error", rng.uniform(0.05, 0.3))
             yield from _beats(rng, rng.choice((0, 0, 1, 2)))
@@ -194,6 +194,6 @@ def _ending(rng: random.Random) -> Iterator[Deed]:
 
 
 def person_steps(rng: random.Random) -> Iterator[Deed]:
-    """What a person does who says yes, mostly when there is nothing to say it to."""
+    """The steps of a person who confirms takeovers, mostly when there is none to confirm."""
     while True:
         yield Deed("confirm", None, rng.uniform(0.03, 0.3))

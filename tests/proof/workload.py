@@ -1,9 +1,9 @@
-"""A random workload: what browsers, machines and their owners do, and what they saw of it.
+"""A random workload of browsers, machines and their owners, and the history that they saw.
 
     history = play(Round(seed="7.1", rule="arbiter", place=place, users=(0, 1, 2, 3), seconds=5))
 
-Who they are and what they do is in ``steps``, and depends on the seed only. What they meet on the
-way is up to the operating system.
+``steps`` says who they are and what they do, by the seed only. The timing is up to the operating
+system.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _fill(conninfo: str, rule: Rule) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What is played: it ends after ``seconds``, or ``writes`` write statements."""
+    """A round to play: it ends after ``seconds``, or ``writes`` write statements."""
 
     seed: str
     rule: Rule
@@ -150,7 +150,7 @@ class Round:
 
 
 def play(round_: Round, report: Callable[[int], None] = lambda writes: None) -> History:
-    """Play a round and look at what it left; ``report`` is told now and then of the writes so far.
+    """Play a round and return its history; ``report`` gets the writes so far, now and then.
 
     Raises TimeoutError when it does not come to an end.
     """
@@ -215,8 +215,8 @@ _TAGS = 100_000
 _ROWS = 1_000
 
 
-class _Refused(Exception):
-    """The client's own check said no."""
+class _Rejected(Exception):
+    """The client's own check rejected the write."""
 
 
 class _Play:
@@ -331,7 +331,7 @@ class _Play:
                 await client.cursor.execute("commit" if plan.commits else "rollback")
                 done.ended = clock()
             done.outcome = "committed" if plan.commits or not plan.begins else "rolled back"
-        except (psycopg.Error, _Refused) as error:
+        except (psycopg.Error, _Rejected) as error:
             await self._fail(client, plan, done, error)
         if done.writes:
             self.history.transactions.append(done)
@@ -357,14 +357,14 @@ class _Play:
     async def _write_pipelined(
         self, client: Client, plan: Plan, done: Transaction, machine: UUID | None
     ) -> None:
-        """All inserts in one message. What came after one that failed was never tried."""
+        """All inserts in one message. The inserts after a failed one were never tried."""
         if self.round.rule == "client":
             await self._ask(client, machine)
         cursors = [client.connection.cursor() for _ in plan.statements]
         invoked = clock()
         try:
             async with client.connection.pipeline():
-                # Not prepared: what a pipeline prepares and then aborts is not there the next time.
+                # Not prepared: what a pipeline prepares and then aborts is missing the next time.
                 await client.cursor.execute(client.begin[plan.level], prepare=False)
                 for n, cursor in enumerate(cursors):
                     row = self._row(client, machine, done.tag, n)
@@ -380,7 +380,7 @@ class _Play:
             done.ending, done.ended = invoked, returned
 
     async def _fail(
-        self, client: Client, plan: Plan, done: Transaction, error: psycopg.Error | _Refused
+        self, client: Client, plan: Plan, done: Transaction, error: psycopg.Error | _Rejected
     ) -> None:
         """Note the answer of what has failed, and end the transaction."""
         if isinstance(error, psycopg.Error):
@@ -424,7 +424,7 @@ class _Play:
                             )
                 except ValueError as error:
                     # An answer and, at once behind it, the session's end are two results, and the
-                    # driver expects one: what the answer was is lost with the session.
+                    # driver expects one: the answer is lost with the session.
                     raise psycopg.OperationalError("the session ended as COPY did") from error
 
     def _row(
@@ -438,7 +438,7 @@ class _Play:
         row = await client.cursor.fetchone()
         assert row is not None
         if row[0] != (machine is not None):
-            raise _Refused("WX001" if machine is None else "WX004")
+            raise _Rejected("WX001" if machine is None else "WX004")
 
     # ------------------------------------------------------------------------- the registry
 
@@ -512,7 +512,7 @@ class _Play:
     async def _answer(self, client: Client, error: psycopg.Error) -> str:
         """What an error says: LOST once nothing of a lost connection is left on the server."""
         if error.sqlstate is None:
-            # Not the server's word, and what that was nobody will know: hang up.
+            # The error is not the server's, whose answer is lost: hang up.
             await client.close()
         if client.broken:
             await client.recover(error)
