@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import arbiter_db
+from arbiter_db.queries import cut
 
 WIDTH = 100
 MARGIN = 9  # the widest client name, its prompt and a space
@@ -38,14 +38,7 @@ def sql_file(name: str) -> bytes:
     return files(__package__).joinpath(name).read_bytes()
 
 
-def _named_statements() -> dict[str, bytes]:
-    parts = re.split(r"^-- name: (\w+)\n", sql_file("story.sql").decode(), flags=re.MULTILINE)
-    return {
-        name: text.strip().encode() for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
-
-
-STATEMENTS = _named_statements()
+STATEMENTS = cut(sql_file("story.sql").decode())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import psycopg
 
 import arbiter_db
 from arbiter_db.demo.embedded import EmbeddedServer
-from arbiter_db.queries import _load
+from arbiter_db.queries import cut
 from bench.samples import Conn
 
 __all__ = [
@@ -31,7 +31,7 @@ DEMO = Path(arbiter_db.__file__).parent / "demo"
 
 def load_sql(name: str) -> dict[str, bytes]:
     """The statements of a file beside this one, by name."""
-    return _load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return cut((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 SQL = load_sql("bench.sql")

@@ -397,9 +397,8 @@ class _OnMachine(_Operation[Machine]):
 
 # The lease --------------------------------------------------------------------------------------
 
-#: Whom the lease is for when that is no machine. UNBORN: no write has needed it yet. CONFIRMED: the
-#: user confirmed a takeover, and the next local write completes it. LOCAL: only the browser has had
-#: it. AGAIN: the browser has taken it back.
+#: Whom the lease is for when that is no machine. UNBORN: no write needed it yet. LOCAL: only the
+#: browser had it. AGAIN: it took it back. CONFIRMED: its next write completes a takeover.
 UNBORN, LOCAL, CONFIRMED, AGAIN = "unborn", "local", "confirmed", "local again"
 
 
