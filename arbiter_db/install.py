@@ -32,7 +32,7 @@ from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 from yoyo.migrations import default_migration_table, read_migrations, topological_sort
 
-from . import __version__
+from ._version import __version__
 from .errors import InstallError, OutdatedSchema
 from .queries import QUERIES
 

@@ -16,6 +16,19 @@ begin
 end
 $schema$;
 
+-- Notes which comments functions and types have before this transaction, for _left_over() (40_left_over.sql). (0,0),
+-- where no row can be, keeps the list from being empty.
+do $note$
+begin
+  perform set_config('arbiter.documented_before', concat_ws(' ', '(0,0)', string_agg(d.ctid::text, ' ')), true)
+     from pg_catalog.pg_description d
+    where d.objoid in (
+      select p.oid from pg_catalog.pg_proc p where p.pronamespace = 'arbiter'::regnamespace
+      union all
+      select t.oid from pg_catalog.pg_type t where t.typnamespace = 'arbiter'::regnamespace);
+end
+$note$;
+
 create or replace function arbiter._fail(p_condition text, p_message text, p_hint text)
 returns void
 language plpgsql

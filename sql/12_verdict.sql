@@ -1,7 +1,7 @@
 -- The verdict: who may write, as one pure function of (lease, machine, settings, instant). It reads no table and no
 -- clock: its callers in 14_lease.sql and 30_status.sql pass what it needs.
 
--- The migrations create the type.
+-- The migrations create the types; see _left_over() (40_left_over.sql).
 comment on type arbiter.machine is
   'A machine as the verdict sees it. state: starting, running, stopping, stopped, error, or deleted when the registry has no such row of this user.';
 comment on type arbiter.verdict is

@@ -100,7 +100,7 @@ declare
 begin
   for v_grantee in
     select distinct case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
-      from aclexplode(coalesce(p_acl, acldefault((case p_kind when 'function' then 'f' else 'r' end)::"char", p_owner))) a
+      from aclexplode(coalesce(p_acl, acldefault((case p_kind when 'routine' then 'f' else 'r' end)::"char", p_owner))) a
      where a.grantee <> p_owner
   loop
     execute format('revoke all on %s %s from %s', p_kind, p_object, v_grantee);
@@ -108,7 +108,7 @@ begin
 end
 $$;
 comment on function arbiter._close(text, text, aclitem[], oid) is
-  'Revokes every privilege on a function, table or sequence of arbiter from everybody but its owner.';
+  'Revokes every privilege on an object of arbiter from every role but its owner. p_kind: routine, table or sequence.';
 
 create or replace function arbiter._seal(p_function regprocedure, p_meaning text)
 returns void
@@ -116,7 +116,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform arbiter._close('function', p_function::text, p.proacl, p.proowner)
+  perform arbiter._close('routine', p_function::text, p.proacl, p.proowner)
      from pg_catalog.pg_proc p
     where p.oid = p_function;
   execute format('comment on function %s is %L', p_function,

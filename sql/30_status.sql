@@ -8,7 +8,7 @@ set search_path = pg_catalog, pg_temp
 return '0.1.0';
 comment on function arbiter.version() is 'The version of arbiter in this database.';
 
--- The migrations create the type.
+-- The migrations create the type; see _left_over() (40_left_over.sql).
 comment on type arbiter.execution_status is
   'What arbiter.status() returns: what a write in the instant as_of would get.';
 

@@ -25,7 +25,7 @@
 --                          another cluster: this database was restored from a dump. A row is then judged only if
 --                          its xmin shows that it was written here.
 
--- The migrations create the type.
+-- The migrations create the type; see _left_over() (40_left_over.sql).
 comment on type arbiter.audit_finding is
   'What arbiter.audit() returns. finding: contradiction (a row, with its key, and who held its epoch), history (a flaw of a user''s handovers at an epoch) or not_provable (row_count rows, for one reason).';
 

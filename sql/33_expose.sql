@@ -74,7 +74,7 @@ begin
     'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
 
   -- Supabase's default privileges open every new function of public, also to anon.
-  perform arbiter._close('function', e.function_name::text, p.proacl, p.proowner)
+  perform arbiter._close('routine', e.function_name::text, p.proacl, p.proowner)
      from arbiter._exposed() e
      join pg_catalog.pg_proc p on p.oid = e.function_name
     where e.schema_name = p_schema;

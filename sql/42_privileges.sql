@@ -20,7 +20,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform arbiter._close('function', p.oid::regprocedure::text, p.proacl, p.proowner)
+  perform arbiter._close('routine', p.oid::regprocedure::text, p.proacl, p.proowner)
      from pg_catalog.pg_proc p
     where p.pronamespace = 'arbiter'::regnamespace;
   perform arbiter._close(case c.relkind when 'S' then 'sequence' else 'table' end, c.oid::regclass::text, c.relacl, c.relowner)

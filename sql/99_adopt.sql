@@ -19,5 +19,6 @@ begin
   if v_adopt.signals is not null then
     perform arbiter.protect(v_adopt.signals);
   end if;
+  perform arbiter._drop_left_over();
 end
 $adopt$;
