@@ -14,6 +14,8 @@ from typing import get_args
 
 import psycopg
 import pytest
+
+from arbiter_db.demo.embedded import EmbeddedServer
 from proof.checker import check, render
 from proof.clients import Place
 from proof.history import History, Level, Transaction
@@ -21,8 +23,6 @@ from proof.pgbouncer import PgBouncer, fetch
 from proof.rounds import ONLY_ARBITERS, UNSAFE, Tally
 from proof.steps import ACTORS, Plan, dice, machine_steps, person_steps, writer_steps
 from proof.workload import SERVER_OPTIONS, Round, Rule, create_database, create_roles, play
-
-from arbiter_db.demo.embedded import EmbeddedServer
 
 MAJOR = int(os.environ.get("PG") or "18")
 ROUND_S = 2.0

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("read committed", "repeatable read", "serializable")
 ABOVE = LEVELS[1:]
-NAIVE_SQL = (Path(__file__).parent / "naive_locks.sql").read_text(encoding="utf-8")
+NAIVE_SQL = (Path(__file__).parents[1] / "naive_locks.sql").read_text(encoding="utf-8")
 AN_HOUR = timedelta(hours=1)
 
 #: In what a test must not wait; drain_timeout is longer unless a scenario says otherwise.

@@ -21,7 +21,7 @@ from yoyo.migrations import read_sql_migration
 
 import arbiter_db
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 MIGRATIONS = REPOSITORY / "migrations"
 SQL = REPOSITORY / "sql"
 RELEASED = MIGRATIONS / "SHA256SUMS"

@@ -16,6 +16,7 @@ from typing import Literal
 from uuid import UUID
 
 import pytest
+
 from proof.checker import Report, check, render, shrink
 from proof.history import LOST, History, Level, RegistryWrite, Settings, Transaction, Write
 

@@ -12,6 +12,7 @@ from math import comb
 
 import pytest
 from conftest import Database, Templates
+
 from proof.interleavings import (
     DDL_SITUATIONS,
     ENDS,

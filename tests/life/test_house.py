@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 FILES = sorted((REPOSITORY / "sql").glob("*.sql"))
 
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

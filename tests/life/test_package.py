@@ -19,7 +19,7 @@ from conftest import Database
 
 import arbiter_db
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 VERSION = arbiter_db.__version__
 
 
@@ -141,7 +141,7 @@ def test_the_source_archive_holds_what_it_takes_to_test(dist: Path) -> None:
         }
     folders = {"arbiter_db", "migrations", "sql", "tests", ".ci"}
     expected = files(*folders)
-    assert {"tests/test_package.py", "tests/conftest.py", ".ci/run"} <= expected
+    assert {"tests/life/test_package.py", "tests/conftest.py", ".ci/run"} <= expected
     assert {name for name in names if name.split("/")[0] in folders} == expected
     others = {name for name in names if name.split("/")[0] not in folders}
     wanted = {

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
 from bench import report
 from bench.__main__ import COMPARISONS, main
 from bench.samples import Comparison, Group, Plan, Samples
 from bench.stage import Stage
-from click.testing import CliRunner
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = Path(__file__).parent / "bench" / "results"
+README = Path(__file__).parents[2] / "README.md"
+RESULTS = Path(__file__).parent / "results"
 
 INSERTS = Group("Inserts, as a multiple of unguarded")
 STEPS = Group("Steps", ratios=False)

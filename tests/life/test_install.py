@@ -30,7 +30,7 @@ from arbiter_db.demo.embedded import EmbeddedServer
 # By this way, because the package's attribute `install` is the function.
 installer = importlib.import_module("arbiter_db.install")
 
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
 TRADING = Path(arbiter_db.__file__).parent / "demo" / "trading.sql"
 
 USER = "00000000-0000-0000-0000-00000000000a"
