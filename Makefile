@@ -8,7 +8,7 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test supabase-tools test-supabase prove bench lint dist clean
+.PHONY: help demo test stop-servers supabase-tools test-supabase prove bench lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench [ARGS=...]  what a statement costs the server, beside what a user would pick instead; hours, ARGS=--help'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
+	@echo 'make stop-servers      end the servers that tests keep for the next run; after half an hour they end by themselves'
 	@echo 'make clean             remove what the others made'
 
 demo: $(VENV)/demo.stamp
@@ -65,7 +66,10 @@ dist: $(VENV)/test.stamp
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist .
 
-clean:
+stop-servers:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python tests/kept_server.py stop; fi
+
+clean: stop-servers
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

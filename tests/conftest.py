@@ -1,7 +1,9 @@
 """The server the tests run on, and a fresh database for each test.
 
-The server is an embedded one of the major version in the environment variable PG (default 18).
-A database is cloned from a template, which is built when the first test asks for it:
+The server is an embedded one of the major version in the environment variable PG (default 18). It
+is kept for the next run (see ``kept_server``), unless the environment variable CI is set.
+A database is cloned from a template, which is built when the first test asks for it, and anew when
+something that it is made from has changed:
 
 ``bare_db``     an empty database
 ``trading_db``  the demo's trading schema, created by ``app_owner``
@@ -13,23 +15,30 @@ becomes ``anon``, ``authenticated`` or ``service_role``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import kept_server
 import psycopg
 import pytest
+from kept_server import KeptServer
 from psycopg import sql
 from pytest_postgresql.janitor import DatabaseJanitor
 from sessions import Session, watch_with
 
 import arbiter_db
-from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError, find_installation
 
 # The tests must not depend on how the shell that runs them reaches some other server.
 for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:
@@ -54,37 +63,73 @@ grant anon, authenticated, service_role to authenticator;
 _SERVER = pytest.StashKey[EmbeddedServer]()
 
 
+def _major() -> int:
+    """The major version to test on."""
+    wanted = os.environ.get("PG") or "18"
+    if not wanted.isdigit():
+        raise pytest.UsageError(f"PG is not a major version of PostgreSQL: {wanted}")
+    return int(wanted)
+
+
 def _server(config: pytest.Config) -> EmbeddedServer:
-    """The session's server, started when it is asked for the first time."""
+    """The session's server, taken or started when it is asked for the first time."""
     if _SERVER not in config.stash:
-        wanted = os.environ.get("PG") or "18"
-        if not wanted.isdigit():
-            raise pytest.UsageError(f"PG is not a major version of PostgreSQL: {wanted}")
         try:
-            server = EmbeddedServer(int(wanted))
-            server.start()
+            server = _kept_server() or _new_server()
         except EmbeddedServerError as error:
             raise pytest.UsageError(str(error)) from error
         config.stash[_SERVER] = server
         watch_with(server.conninfo())
-        with psycopg.connect(server.conninfo(), autocommit=True) as conn:
-            conn.execute(ROLES)
     return config.stash[_SERVER]
+
+
+def _kept_server() -> EmbeddedServer | None:
+    if os.environ.get("CI"):
+        return None
+    return kept_server.claim(_major(), setup=ROLES, keep=template_hash())
+
+
+def _new_server() -> EmbeddedServer:
+    server = EmbeddedServer(_major())
+    server.start()
+    with psycopg.connect(server.conninfo(), autocommit=True) as conn:
+        conn.execute(ROLES)
+    return server
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Name the server that is tested, in its own words."""
     if config.option.collectonly:
         return []
+    if getattr(config.option, "numprocesses", None):  # each worker has a server of its own
+        try:
+            postgres = find_installation(_major()).bindir / "postgres"
+        except EmbeddedServerError as error:
+            raise pytest.UsageError(str(error)) from error
+        done = subprocess.run([postgres, "--version"], capture_output=True, text=True, check=True)
+        return [f"servers: {done.stdout.strip()}"]
     server = _server(config)
     with psycopg.connect(server.conninfo()) as conn:
         row = conn.execute("select version()").fetchone()
     assert row is not None
-    return [f"server: {row[0]}", f"server's files: {server.bindir}, data: {server.data_directory}"]
+    how = "kept from an earlier run" if isinstance(server, KeptServer) else "of this run alone"
+    if isinstance(server, KeptServer) and server.is_new:
+        how = "new, kept for later runs"
+    return [
+        f"server: {row[0]}, {how}",
+        f"server's files: {server.bindir}, data: {server.data_directory}",
+    ]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Spare a run without hypothesis the half second in which its plugin imports all of it."""
+    config = session.config
+    if "hypothesis" not in sys.modules and not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.unregister(name="hypothesispytest")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the server."""
+    """Stop the server, or leave it to the next run."""
     if _SERVER in config.stash:
         watch_with(None)
         config.stash[_SERVER].close()
@@ -97,15 +142,19 @@ class Janitor(DatabaseJanitor):
         """Create the database. Copying its files takes a third of the default's time."""
         with self.cursor() as cur:
             cur.execute(
-                sql.SQL(
-                    "create database {} owner {} template {} is_template {} strategy file_copy"
-                ).format(
+                sql.SQL("create database {} owner {} template {} strategy file_copy").format(
                     sql.Identifier(self.dbname),
                     sql.Identifier(OWNER),
                     sql.Identifier(self.template_dbname or "template1"),
-                    sql.Literal(self.as_template),
                 )
             )
+
+    def make_template(self) -> None:
+        """Mark the database as a template, now that it is complete."""
+        self.as_template = True
+        with self.cursor() as cur:
+            name = sql.Identifier(self.dbname)
+            cur.execute(sql.SQL("alter database {} is_template true").format(name))
 
     def drop(self) -> None:
         """Drop the database, ending the sessions in it."""
@@ -170,13 +219,30 @@ class Database:
         self._opened.close()
 
 
+@cache
+def template_hash() -> str:
+    """A hash of all that the templates are made from, but for the server."""
+    root, package = Path(__file__).parents[1], Path(arbiter_db.__file__).parent
+    files = [Path(__file__), *package.rglob("*.sql")]
+    files += [path for path in package.rglob("*.py") if path.parent.name != "demo"]
+    for folder in ("migrations", "sql"):
+        files += (root / folder).rglob("*.sql")
+    found = hashlib.sha256(version("yoyo-migrations").encode())
+    for path in sorted(files):
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:12]
+
+
 class Templates:
-    """The template databases, each built when it is asked for the first time."""
+    """The template databases, each built when it is asked for and not there.
+
+    On a server that is kept they stay for the next run.
+    """
 
     def __init__(self, server: EmbeddedServer) -> None:
         self._server = server
         self._stack = ExitStack()
-        self._built: set[str] = set()
+        self._known: set[str] = set()
         self._numbers = count(1)
         self._build: dict[str, tuple[str | None, Callable[[str], None]]] = {
             "bare": (None, lambda conninfo: None),
@@ -185,7 +251,7 @@ class Templates:
         }
 
     def close(self) -> None:
-        """Drop the templates."""
+        """Drop the templates, unless the server is kept."""
         self._stack.close()
 
     @contextmanager
@@ -193,36 +259,42 @@ class Templates:
         """A fresh database made from the template ``kind``, dropped at the end."""
         name = f"test_{kind}_{next(self._numbers)}"
         with ExitStack() as stack:
-            self._create(stack, name, self._template(kind), is_template=False)
+            self._create(stack, name, self._template(kind))
             database = Database(self._server, name)
             stack.callback(database.close)
             yield database
 
     def _template(self, kind: str) -> str:
-        name = f"template_{kind}"
-        if kind not in self._built:
+        name = f"template_{kind}_{template_hash()}"
+        if name not in self._known and not self._is_there(name):
             parent, build = self._build[kind]
             source = self._template(parent) if parent else None
             with ExitStack() as stack:  # a template that cannot be built is dropped again
-                self._create(stack, name, source, is_template=True)
+                janitor = self._create(stack, name, source)
                 build(self._server.conninfo(dbname=name, user=OWNER))
-                self._stack.push(stack.pop_all())
-            self._built.add(kind)
+                janitor.make_template()
+                made = stack.pop_all()
+                if not isinstance(self._server, KeptServer):
+                    self._stack.push(made)
+        self._known.add(name)
         return name
 
-    def _create(
-        self, stack: ExitStack, name: str, template: str | None, *, is_template: bool
-    ) -> None:
+    def _is_there(self, name: str) -> bool:
+        with psycopg.connect(self._server.conninfo(), autocommit=True) as conn:
+            query = "select from pg_database where datname = %s and datistemplate"
+            return conn.execute(query, (name,)).rowcount == 1
+
+    def _create(self, stack: ExitStack, name: str, template: str | None) -> Janitor:
         janitor = Janitor(
             user="postgres",
             host=self._server.host,
             port=self._server.port,
             dbname=name,
             template_dbname=template,
-            as_template=is_template,
         )
         stack.callback(janitor.drop)
         janitor.init()
+        return janitor
 
 
 def _create_trading(conninfo: str) -> None:
@@ -232,9 +304,15 @@ def _create_trading(conninfo: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config) -> EmbeddedServer:
-    """The server that all tests share; who stops it must start it again."""
-    return _server(pytestconfig)
+def server(pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
+    """The server that all tests share. A test that stops it, or changes its options, takes its own.
+
+    What concerns all databases must be at the end as it was: roles, settings, tablespaces.
+    """
+    server = _server(pytestconfig)
+    before = kept_server.state_of(server)
+    yield server
+    assert kept_server.state_of(server) == before
 
 
 @pytest.fixture(scope="session")

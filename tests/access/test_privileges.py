@@ -7,6 +7,7 @@ write the file anew: the failing test prints it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,14 +90,13 @@ select format('policy %%I on %%s', p.polname, p.polrelid::regclass),
 
 
 @pytest.fixture
-def stranger(db: Database) -> psycopg.Connection[tuple[object, ...]]:
+def stranger(db: Database) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """The superuser's connection to a database with a role of no meaning and exposed functions."""
     conn = db.connect("postgres")
-    conn.execute(
-        "do $$ begin create role stranger; exception when duplicate_object then null; end $$"
-    )
+    conn.execute("create role stranger")
     db.connect().execute("select arbiter.expose()")
-    return conn
+    yield conn
+    conn.execute("drop owned by stranger; drop role stranger")
 
 
 def matrix(conn: psycopg.Connection[tuple[object, ...]]) -> str:
