@@ -24,6 +24,8 @@ from math import inf
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
+from codes import SQLSTATES
+
 from proof.history import LOST, RegistryWrite, Settings, Transaction, Write
 
 __all__ = [
@@ -801,4 +803,6 @@ _LOCAL = {
     CONFIRMED: "takeover was confirmed",
     AGAIN: "local holds again",
 }
-_REASONS = {"WX001": "cloud_active", "WX002": "cooling_down", "WX003": "takeover_unconfirmed"}
+_REASONS = {
+    SQLSTATES[code]: code for code in ("cloud_active", "cooling_down", "takeover_unconfirmed")
+}

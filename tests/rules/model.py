@@ -20,6 +20,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
+import codes
+
 __all__ = [
     "FORGED",
     "NOBODY",
@@ -72,26 +74,13 @@ STATES: Mapping[str, str] = {
 }
 
 SQLSTATES: Mapping[str, str] = {
-    "cloud_active": "WX001",
-    "cooling_down": "WX002",
-    "takeover_unconfirmed": "WX003",
-    "not_holder": "WX004",
-    "wrong_identity": "WX005",
-    "provenance_immutable": "WX006",
-    "handover_draining": "WX007",
-    "append_only": "WX008",
+    **codes.SQLSTATES,
     # Not arbiter's codes, but the server's conditions in the same place.
     "check_violation": "23514",
     "not_protected": "42704",
     "nothing_to_confirm": "55000",
     "unknown_machine": "P0002",
     "foreign_key_violation": "23503",
-}
-
-MESSAGES: Mapping[str, str] = {
-    "cloud_active": "Cloud active",
-    "cooling_down": "Cooling down",
-    "takeover_unconfirmed": "Cloud failed",
 }
 
 Blocker = Literal["self", "rival"]
@@ -367,10 +356,10 @@ def status(world: World, user: UUID, shown: UUID | None, now: datetime) -> dict[
     if browser.code is None:
         environment = "local"
         starting = claimant is None and state == "starting"
-        message = "Cloud starting" if starting else "Browser mode"
+        message = "Cloud starting" if starting else codes.BADGES[None]
     else:
         environment = "cloud" if judge(world, user, claimant, now).code is None else "none"
-        message = MESSAGES[browser.code]
+        message = codes.BADGES[browser.code]
     heartbeat = world.machines[shown].heartbeat if shown and state != "deleted" else None
     return {
         "environment": environment,

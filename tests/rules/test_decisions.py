@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from codes import BADGES, MESSAGES, SQLSTATES
 from story import (
     SETTINGS,
     activate,
@@ -50,18 +51,6 @@ DELAY = SETTINGS["error_takeover_delay"]
 #: So much before a period has passed; a test does not take that long.
 SHORTLY = 5 * S
 
-MESSAGES = {
-    "cloud_active": ("WX001", "a healthy cloud machine is active for this user"),
-    "cooling_down": ("WX002", "the cloud machine left running too recently"),
-    "takeover_unconfirmed": (
-        "WX003",
-        "the cloud machine failed and the takeover is not confirmed",
-    ),
-    "not_holder": (
-        "WX004",
-        "this machine does not hold the lease of the user, or its heartbeat is stale",
-    ),
-}
 HINTS = {
     "cloud_active": "Switch to monitoring, or stop the cloud machine to write from the browser.",
     "cooling_down": "Try again at retry_at, when its last writes can no longer be in flight.",
@@ -72,12 +61,6 @@ HINTS = {
     ),
 }
 TOO_EARLY = "Too early: ask the user at retry_at, then call arbiter.confirm_takeover()."
-BADGES = {
-    "cloud_active": "Cloud active",
-    "cooling_down": "Cooling down",
-    "takeover_unconfirmed": "Cloud failed",
-    None: "Browser mode",
-}
 
 
 @dataclass(frozen=True)
@@ -326,7 +309,7 @@ def assert_refused(
     """That write must be refused exactly so, and leave everything as it was."""
     before = stage.everything()
     error = refusal(write)
-    sqlstate, message = MESSAGES[code]
+    sqlstate, message = SQLSTATES[code], MESSAGES[code]
     assert (error.sqlstate, error.diag.message_primary) == (sqlstate, message)
     assert detail_of(error) == {"code": code, "user_id": str(stage.user.id), **detail}
     assert error.diag.message_hint == (hint or HINTS[code])
@@ -847,7 +830,8 @@ def test_confirm_where_there_is_nothing_to_confirm(stage: Stage, case: Case, how
     before = stage.everything()
     error = refusal(confirm, stage.browser)
     if case.code:
-        assert (error.sqlstate, error.diag.message_primary) == MESSAGES[case.code]
+        said = (error.sqlstate, error.diag.message_primary)
+        assert said == (SQLSTATES[case.code], MESSAGES[case.code])
     else:
         assert error.sqlstate == "55000"
     detail = {
