@@ -63,10 +63,21 @@ OPTIONS = {"fsync": "on", "full_page_writes": "on"}
     "--report",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep JSON, tables and plots there; figures of other comparisons in it stay.",
+    help="Keep JSON and tables there; figures of other comparisons in it stay.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Draw a plot of each table there.",
 )
 def main(
-    names: tuple[str, ...], rounds: int, seconds: int, scale: float, pg: int, folder: Path | None
+    names: tuple[str, ...],
+    rounds: int,
+    seconds: int,
+    scale: float,
+    pg: int,
+    folder: Path | None,
+    plots: Path | None,
 ) -> None:
     console = Console(stderr=True)
     plan = Plan(rounds, seconds, scale)
@@ -91,6 +102,8 @@ def main(
                 found[name] = report.as_figures(COMPARISONS[name], samples, about)
                 if folder:  # at once: what comes next may take hours, and fail
                     report.keep(found, folder)
+                if plots:
+                    report.draw(found, plots)
     except (EmbeddedServerError, load.BenchError) as error:
         failure = f"bench: {error}"
     for title, table in report.tables(found):

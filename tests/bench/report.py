@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON file, its tables in Markdown, and a plot for each table."""
+"""What a run leaves behind: one JSON file, its tables in Markdown, and plots of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from tabulate import tabulate
 
 from bench.samples import Comparison, Samples
 
-__all__ = ["as_figures", "keep", "tables"]
+__all__ = ["SHOWN", "as_figures", "draw", "keep", "tables"]
 
 #: The figures of a comparison, as JSON has them.
 Figures = dict[str, Any]
+
+#: The groups whose plots the README shows.
+SHOWN = ("Server CPU per statement, as a multiple of unguarded",)
 
 #: A bar's height in inches, and what a plot has around its bars.
 BAR, MARGIN = 0.16, 1.1
@@ -61,18 +64,28 @@ def tables(found: Mapping[str, Figures]) -> Iterator[tuple[str, str]]:
 
 
 def keep(found: Mapping[str, Figures], folder: Path) -> None:
-    """Write all of it into a folder; what is there of other comparisons stays and is shown, too."""
+    """Write all of it into a folder; what is there of other comparisons stays and is shown, too.
+
+    A plot is drawn of what the README shows; ``draw`` makes the others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
     kept: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
     kept.update(found)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-    text = "\n\n".join(
-        f"### {title}\n\n{table}\n\n![{title}]({_plot_name(title)})"
-        for title, table in tables(kept)
-    )
-    (folder / "tables.md").write_text(text + "\n")
-    for title, members in _groups(kept):
+    parts = []
+    for title, table in tables(kept):
+        parts += [f"### {title}", table]
+        if title in SHOWN:
+            parts.append(f"![{title}]({_plot_name(title)})")
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
+    draw({name: one for name, one in kept.items() if one["group"] in SHOWN}, folder)
+
+
+def draw(found: Mapping[str, Figures], folder: Path) -> None:
+    """Draw a plot of each table into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, members in _groups(found):
         _plot(title, members, folder / _plot_name(title))
 
 

@@ -79,19 +79,25 @@ def test_what_was_kept_of_others_stays(tmp_path: Path) -> None:
         f"### {INSERTS.title}",
         f"### {STEPS.title}",
     ]
-    # A plot for each table, with each comparison in it.
-    inserts, steps = ((folder / name).read_text() for name in ("inserts.svg", "steps.svg"))
+    assert {file.name for file in folder.iterdir()} == {"bench.json", "tables.md"}
+
+
+def test_a_plot_for_each_table_has_each_comparison_in_it(tmp_path: Path) -> None:
+    report.draw({"one": ONE | {"title": "again"}, "many": MANY, "drain": DRAIN}, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"inserts.svg", "steps.svg"}
+    inserts, steps = ((tmp_path / name).read_text() for name in ("inserts.svg", "steps.svg"))
     assert ">again</text>" in inserts
     assert ">many</text>" in inserts
     assert ">drain</text>" in steps
-    assert f"![{INSERTS.title}](inserts.svg)" in text
 
 
 def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
     names = ["status", "rejects"]
     short = ["--rounds", "2", "--seconds", "1", "--scale", "0.001", "--report", str(tmp_path)]
+    short += ["--plots", str(tmp_path / "plots")]
     done = CliRunner().invoke(main, [*names, *short])
     assert done.exit_code == 0, done.output
+    assert list((tmp_path / "plots").iterdir())
     found = json.loads((tmp_path / "bench.json").read_text())
     assert list(found) == names
     for name in names:
@@ -115,8 +121,11 @@ def test_the_results_are_those_of_every_comparison(tmp_path: Path) -> None:
     assert set(made) == {file.name for file in RESULTS.iterdir()}
 
 
-def test_the_readme_shows_tables_of_the_results() -> None:
+def test_the_readme_shows_tables_and_all_plots_of_the_results() -> None:
     results = (RESULTS / "tables.md").read_text()
+    plots = {file.name for file in RESULTS.glob("*.svg")}
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", results)) == plots
+    assert plots == set(re.findall(r"tests/bench/results/([\w-]+\.svg)", README.read_text()))
     chapter = README.read_text(encoding="utf-8").split("\n## Cost\n")[1].split("\n## ")[0]
     shown = re.findall(r"^(?:\|.*\n)+", chapter, re.MULTILINE)
     assert len(shown) > 3
