@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-JOBS   ?= 2
+# The tests mostly wait: for the server, and for each other's locks.
+JOBS   ?= $(shell echo $$((2 * $$(nproc 2>/dev/null || echo 1))))
 PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -13,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18; ARGS goes to pytest'
-	@echo 'make test JOBS=0       in one process, one after the other'
+	@echo 'make test JOBS=0       in one process, one after the other; else in two for each core'
 	@echo 'make test PG=17        run them on that version, 15 to 18'
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'

@@ -19,6 +19,7 @@ outcome      meaning
 
 Who is who: ``tab`` and ``phone`` are browsers of the user ada, ``fly`` and ``fly2`` her machines,
 ``east`` and ``west`` backends that write for ada and bob, ``solo`` a program that writes as both.
+``owner`` lets ada's machine lapse, or lengthens the drain timeout for all writes from then on.
 After each scenario exclusion is proven twice: from what the sessions saw, and from the rows and
 the handovers alone (``EVIDENCE``).
 """
@@ -713,6 +714,7 @@ SCENARIOS = [
         west  begin     | ok        | =
         west  write bob | ok        | =
         east  write bob | waits     | =
+        owner lengthens | ok        | .
         west  write ada | waits     | =
         east  ends      | WX007     | 40P01,ok,23505
         east  rollback  | ok        | =
@@ -1401,9 +1403,16 @@ def play(stage: Stage, script: Iterator[Line]) -> list[str]:
     outcomes: list[str] = []
     for line in script:
         by_level = line.expected.split("/")
-        if line.verb in ("killed", "lapses"):
-            stage.kill(line.actor) if line.verb == "killed" else stage.lapse()
-            continue
+        match line.verb:
+            case "killed":
+                stage.kill(line.actor)
+                continue
+            case "lapses":
+                stage.lapse()
+                continue
+            case "lengthens":
+                stage.set(drain_timeout=DRAIN_TIMEOUT)
+                continue
         actor = stage[line.actor]
         level = stage.machine_level if line.actor.startswith("fly") else stage.level
         expected = by_level[min(LEVELS.index(level), len(by_level) - 1)]
