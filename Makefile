@@ -9,11 +9,12 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stop-servers supabase-tools test-supabase prove bench lint dist clean
+.PHONY: help demo test quick stop-servers supabase-tools test-supabase prove bench lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18; ARGS goes to pytest'
+	@echo 'make quick [ARGS=...]  the same without the slow ones, PG and JOBS as with make test'
 	@echo 'make test JOBS=0       in one process, one after the other; else in two for each core'
 	@echo 'make test PG=17        run them on that version, 15 to 18'
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
@@ -33,6 +34,10 @@ test: $(VENV)/test.stamp
 	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+quick: $(VENV)/test.stamp
+	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
 
 # All but Chromium goes into the user's cache directory.
 supabase-tools: $(VENV)/test.stamp

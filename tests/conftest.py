@@ -48,6 +48,9 @@ for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:
 # that is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+#: The version on which everything runs.
+NEWEST = 18
+
 OWNER = "app_owner"
 LOGIN = "authenticator"
 
@@ -65,7 +68,7 @@ _SERVER = pytest.StashKey[EmbeddedServer]()
 
 def _major() -> int:
     """The major version to test on."""
-    wanted = os.environ.get("PG") or "18"
+    wanted = os.environ.get("PG") or str(NEWEST)
     if not wanted.isdigit():
         raise pytest.UsageError(f"PG is not a major version of PostgreSQL: {wanted}")
     return int(wanted)
@@ -97,10 +100,30 @@ def _new_server() -> EmbeddedServer:
     return server
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what says nothing of arbiter on this version; the header names it."""
+    if _major() == NEWEST:
+        return
+    naive = [item for item in items if item.get_closest_marker("naive")]
+    if naive:
+        config.hook.pytest_deselected(items=naive)
+        items[:] = [item for item in items if item not in set(naive)]
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Name the server that is tested, in its own words."""
+    """Name the server that is tested, in its own words, and what is not run on it."""
     if config.option.collectonly:
         return []
+    lines = _server_lines(config)
+    if _major() != NEWEST:
+        lines.append(
+            "not run on this version: the tests that show only that a naive rule goes wrong;"
+            f" they run on PostgreSQL {NEWEST} (there `-m naive` runs them alone)"
+        )
+    return lines
+
+
+def _server_lines(config: pytest.Config) -> list[str]:
     if getattr(config.option, "numprocesses", None):  # each worker has a server of its own
         try:
             postgres = find_installation(_major()).bindir / "postgres"

@@ -91,6 +91,7 @@ def test_a_plot_for_each_table_has_each_comparison_in_it(tmp_path: Path) -> None
     assert ">drain</text>" in steps
 
 
+@pytest.mark.slow
 def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
     names = ["status", "rejects"]
     short = ["--rounds", "2", "--seconds", "1", "--scale", "0.001", "--report", str(tmp_path)]

@@ -1483,7 +1483,13 @@ PAIRS = [
     ("repeatable read", "read committed"),
 ]
 WITH_ARBITER = [
-    pytest.param(s, level, m, id=f"{s.name}-{short(level)}-{short(m)}")
+    pytest.param(
+        s,
+        level,
+        m,
+        id=f"{s.name}-{short(level)}-{short(m)}",
+        marks=() if level == m == LEVELS[0] else pytest.mark.slow,
+    )
     for s in SCENARIOS
     for level, m in PAIRS
     if level in s.levels and m in s.machine_levels
@@ -1503,6 +1509,8 @@ def test_exclusion_holds(db: Database, scenario: Scenario, level: str, machine_l
     stage.settle()
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "level"), NAIVELY)
 def test_the_naive_rule_goes_wrong(trading_db: Database, scenario: Scenario, level: str) -> None:
     stage = cast(trading_db, scenario, scenario.twin, level, level)
@@ -1624,6 +1632,7 @@ def race(stage: Stage, given: str, verb: str, *, look: bool) -> int:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("what", RACES, ids=lambda r: r.name)
 def test_exclusion_holds_in_every_order(db: Database, what: Race, level: str) -> None:
@@ -1633,6 +1642,8 @@ def test_exclusion_holds_in_every_order(db: Database, what: Race, level: str) ->
     assert stage.deadlocks() == 0
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RACES, ids=lambda r: r.name)
 def test_the_naive_rule_goes_wrong_in_some_order(trading_db: Database, what: Race) -> None:
     stage = Stage(trading_db, "exists")
@@ -1670,6 +1681,7 @@ def stream(stage: Stage) -> Iterator[Callable[[int], None]]:
         assert stage[name].play("commit") in ("ok", "void")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_stream_of_writers_does_not_hold_the_machine_up(db: Database, level: str) -> None:
     stage = Stage(db, level=level)
@@ -1691,6 +1703,8 @@ def test_a_stream_of_writers_does_not_hold_the_machine_up(db: Database, level: s
     stage.settle()
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_stream_of_writers_starves_the_one_step_lock(trading_db: Database, level: str) -> None:
     stage = Stage(trading_db, "one_step", level)
@@ -1744,6 +1758,7 @@ PREPARED = Scenario(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_prepared_write_counts_as_in_flight(preparing: Templates, level: str) -> None:
     with preparing.clone("installed") as db:
@@ -1774,6 +1789,8 @@ def test_a_prepared_write_that_blocks_is_looked_for_where_it_is(preparing: Templ
         story.add_signal(owner, ada.trader, "cloud", machine)
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_naive_rule_does_not_see_a_prepared_write(preparing: Templates, level: str) -> None:
     with preparing.clone("trading") as db:
@@ -1864,6 +1881,7 @@ def chaos(stage: Stage, seed: str) -> set[str]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["one", "two"])
 def test_exclusion_holds_in_chaos(db: Database, seed: str) -> None:
     stage = Stage(db)
@@ -1878,6 +1896,8 @@ def test_exclusion_holds_in_chaos(db: Database, seed: str) -> None:
     stage.settle()
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 def test_the_naive_rule_goes_wrong_in_chaos(trading_db: Database) -> None:
     stage = Stage(trading_db, "exists")
     stage.given("local")
@@ -1892,6 +1912,7 @@ FIRST_WRITES = 300
 WRITERS = 4
 
 
+@pytest.mark.slow
 def test_simultaneous_first_writes_do_not_fail_on_the_second_unique_index(db: Database) -> None:
     """About one in a hundred did: the insertion of the lease knew of the other index only."""
     owner = db.connect()

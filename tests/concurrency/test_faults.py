@@ -43,6 +43,8 @@ from sessions import TIMEOUT_S, Session, wait_until_blocked, watch_with
 import arbiter_db
 from arbiter_db.demo.embedded import EmbeddedServer, find_installation
 
+pytestmark = pytest.mark.slow
+
 MAJOR = int(os.environ.get("PG") or "18")
 AN_HOUR = timedelta(hours=1)
 

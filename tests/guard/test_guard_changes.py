@@ -534,6 +534,7 @@ def test_a_plan_made_while_the_table_was_small_probes_as_well(db: Database) -> N
     assert scans_of_a_plan_made_while_the_table_was_small(db.connect("postgres"), user) == 0
 
 
+@pytest.mark.naive
 def test_a_naive_join_scans_the_owners_table(trading_db: Database) -> None:
     conn = trading_db.connect("postgres")
     conn.execute(NAIVE.read_bytes())

@@ -157,6 +157,7 @@ def test_a_machine_that_changed_its_user_writes_for_neither(at: Stage) -> None:
     assert at.refused(add_signal, at.owner, at.bob.trader, "cloud", at.bobs_machine) == IDENTITY
 
 
+@pytest.mark.naive
 def test_a_naive_guard_takes_any_machine_that_runs(trading_db: Database) -> None:
     owner = trading_db.connect()
     owner.execute(NAIVE.read_bytes())

@@ -370,6 +370,7 @@ def test_a_row_that_moves_keeps_its_provenance(
     assert count_rows(at.owner, "public.ticks_b") == 1
 
 
+@pytest.mark.naive
 def test_a_naive_guard_of_updates_lets_a_row_that_moves_change(trading_db: Database) -> None:
     owner = trading_db.connect()
     owner.execute(NAIVE.read_bytes())

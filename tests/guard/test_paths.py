@@ -425,6 +425,7 @@ PAST = [
 ]
 
 
+@pytest.mark.naive
 @pytest.mark.parametrize(("guard", "table", "role", "path"), PAST)
 def test_a_way_past_a_naive_guard(
     naive: World, guard: str, table: str, role: str, path: str
@@ -475,6 +476,7 @@ def test_the_time_is_that_of_the_write(world: World) -> None:
     assert world.counts() == before
 
 
+@pytest.mark.naive
 def test_a_naive_guard_takes_the_start_of_the_transaction_for_the_time(naive: World) -> None:
     naive.owner.execute("select naive.guard('row', 'public.signals')")
     claim = naive.claim("cloud", admitted=True)
@@ -678,6 +680,7 @@ def test_provenance_cannot_be_changed(
     }
 
 
+@pytest.mark.naive
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_naive_guard_of_inserts_lets_provenance_change(

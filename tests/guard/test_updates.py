@@ -154,6 +154,7 @@ def test_a_superusers_session_is_refused_as_well(at: Stage, role: str) -> None:
     assert int(at.row(at.ada).arbiter_xid) > int(before)
 
 
+@pytest.mark.naive
 def test_a_naive_guard_of_inserts_lets_updates_pass(trading_db: Database) -> None:
     owner = trading_db.connect()
     owner.execute(NAIVE.read_bytes())

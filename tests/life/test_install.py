@@ -199,6 +199,7 @@ def test_again_changes_nothing(populated: Database) -> None:
     assert_same("\n".join(catalog), "\n".join(column(conn, APPS_CATALOG)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [
@@ -217,6 +218,7 @@ def test_again_does_not_wait_for_writes_in_flight(populated: Database, write: st
         writer.run("commit")
 
 
+@pytest.mark.slow
 def test_again_keeps_what_a_dba_decided_since(populated: Database) -> None:
     """The first install adopts tables by name; none after it does."""
     arbiter_db.install(populated.conninfo())
@@ -229,6 +231,7 @@ def test_again_keeps_what_a_dba_decided_since(populated: Database) -> None:
     assert_same(before, dump(populated.conninfo()))
 
 
+@pytest.mark.slow
 def test_twenty_at_once_are_one_installation(trading_db: Database, fresh: str) -> None:
     start = threading.Barrier(20)
 
@@ -248,6 +251,7 @@ def test_twenty_at_once_are_one_installation(trading_db: Database, fresh: str) -
 # -- live data ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_does_not_rewrite_existing_rows(trading_db: Database) -> None:
     conn = trading_db.connect()
     conn.execute(PEOPLE.encode())
@@ -325,6 +329,7 @@ def test_loses_no_write_of_clients_that_never_stop(populated: Database) -> None:
     assert sorted(column(conn, evidence)) == [False, True]
 
 
+@pytest.mark.slow
 def test_gives_up_on_a_table_that_is_busy_for_long(templates: Templates, fresh: str) -> None:
     """The limit is 5 seconds for each: they are waited for at the same time."""
 
@@ -368,6 +373,7 @@ def test_gives_up_on_a_table_that_is_busy_for_long(templates: Templates, fresh: 
             future.result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "writes",
     [
@@ -513,6 +519,7 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_over_an_older_one_equals_a_fresh_one(db: Database, fresh: str, damage: str) -> None:
     db.connect().execute(damage.encode())
@@ -586,6 +593,7 @@ def crash_before_mark(db: Database, migration: str) -> None:
     assert value(conn, effect[migration]) is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("migration", ["0001.schema", "0002.columns"])
 def test_mends_a_crash_between_a_migration_and_its_mark(
     populated: Database, fresh: str, migration: str
@@ -596,6 +604,7 @@ def test_mends_a_crash_between_a_migration_and_its_mark(
     assert column(populated.connect(), "select locked from arbiter.yoyo_lock") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_columns", [True, False], ids=["columns too", "columns stay"])
 @pytest.mark.parametrize("migration", ["0001.schema", "0002.columns"])
 def test_uninstalls_what_a_crash_has_left(
@@ -627,6 +636,7 @@ def install_until(db: Database, step: str) -> None:
         arbiter_db.install(db.conninfo(), on_step=interrupt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["00_basics.sql", "0001.schema", "0002.columns", "99_adopt.sql"])
 def test_mends_an_install_that_ended_after(populated: Database, fresh: str, step: str) -> None:
     install_until(populated, step)
@@ -660,6 +670,7 @@ def test_adopts_tables_that_come_later(bare_db: Database, fresh: str) -> None:
     assert_same(fresh, schema(bare_db.conninfo()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["signals", "cloud_machines"])
 def test_adopts_the_one_table_and_the_other_when_it_comes(
     trading_db: Database, fresh: str, missing: str
@@ -683,6 +694,7 @@ def test_adopts_the_one_table_and_the_other_when_it_comes(
     assert_same(fresh, schema(trading_db.conninfo()))
 
 
+@pytest.mark.slow
 def test_adopts_the_apps_own_columns(trading_db: Database) -> None:
     conn = trading_db.connect()
     conn.execute(PEOPLE.encode())
@@ -827,6 +839,7 @@ MISFITS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("misfit", "named"), MISFITS.values(), ids=MISFITS)
 def test_refuses_what_does_not_fit_and_changes_nothing(
     populated: Database, misfit: str, named: list[str]
@@ -841,6 +854,7 @@ def test_refuses_what_does_not_fit_and_changes_nothing(
     assert_same(before, dump(populated.conninfo()))
 
 
+@pytest.mark.slow
 def test_refuses_what_does_not_fit_when_it_comes_later(bare_db: Database) -> None:
     """An installation that has adopted nothing yet stays as it is, too."""
     arbiter_db.install(bare_db.conninfo())
@@ -870,6 +884,7 @@ def work(db: Database) -> None:
     conn.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
 
 
+@pytest.mark.slow
 def test_up_down_up(db: Database, fresh: str) -> None:
     work(db)
     report = arbiter_db.uninstall(db.conninfo())
@@ -889,6 +904,7 @@ def test_up_down_up(db: Database, fresh: str) -> None:
     assert_same(fresh, schema(db.conninfo()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apps_own", ["select", APPS_OWN_COLUMNS], ids=["nothing", "columns"])
 def test_uninstall_with_its_columns_leaves_what_was_there(
     trading_db: Database, apps_own: str
@@ -930,6 +946,7 @@ def stock_yoyo(db: Database) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_migrations_up_down_up_by_yoyo_alone(trading_db: Database) -> None:
     conn = trading_db.connect()
     with conn.transaction():
@@ -948,6 +965,7 @@ def test_migrations_up_down_up_by_yoyo_alone(trading_db: Database) -> None:
     assert_same(up, schema(trading_db.conninfo()))
 
 
+@pytest.mark.slow
 def test_the_script_gives_what_install_gives(populated: Database, fresh: str) -> None:
     assert populated.server.psql is not None
     for _ in range(2):  # it can run again

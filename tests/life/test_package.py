@@ -19,6 +19,8 @@ from conftest import Database
 
 import arbiter_db
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 VERSION = arbiter_db.__version__
 

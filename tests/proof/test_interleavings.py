@@ -190,6 +190,7 @@ def arena(templates: Templates) -> Iterator[Arena]:
         assert arena.findings() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=name)
 def test_two_operations_in_any_order(arena: Arena, pair: Pair) -> None:
     for cases in sample(groups(SEED, [pair]), SEED, CASES, ORDERS):
@@ -197,6 +198,8 @@ def test_two_operations_in_any_order(arena: Arena, pair: Pair) -> None:
             assert one.flaws == [], f"seed {SEED}: {one}"
 
 
+@pytest.mark.naive
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exists", "advisory"])
 def test_a_naive_rule_lets_writes_overlap(trading_db: Database, rule: str) -> None:
     pairs = [pair for pair in PAIRS if name(pair) in ("local+cloud", "local+activation")]
@@ -218,6 +221,7 @@ def test_an_old_snapshot_is_among_what_is_played(templates: Templates) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_all_that_can_be_drawn_is_played_by_run(templates: Templates) -> None:
     seen: list[tuple[int, int]] = []
     outcome = run(templates, SEED, 60, orders_each=1, workers=2, progress=lambda *n: seen.append(n))

@@ -24,6 +24,8 @@ from proof.rounds import ONLY_ARBITERS, UNSAFE, Tally
 from proof.steps import ACTORS, Plan, dice, machine_steps, person_steps, writer_steps
 from proof.workload import SERVER_OPTIONS, Round, Rule, create_database, create_roles, play
 
+pytestmark = pytest.mark.slow
+
 MAJOR = int(os.environ.get("PG") or "18")
 ROUND_S = 2.0
 UNSAFE_ROUND_S = 1.0
@@ -132,6 +134,13 @@ def test_the_rows_agree_with_the_history_of_handovers(
     assert holders == {"local", "cloud"}
 
 
+def test_arbiter_does_not_deadlock(rounds: list[tuple[Place, History]]) -> None:
+    tally = Tally()
+    for _, history in rounds:
+        tally.add(history)
+    assert tally.refused["40P01"] == 0
+
+
 def test_the_workload_leaves_nothing_out(rounds: list[tuple[Place, History]]) -> None:
     assert left_out([history for _, history in rounds]) == {}
 
@@ -151,6 +160,7 @@ def test_every_commit_is_dated_within_its_transaction(
 # The naive rules ---------------------------------------------------------------------------------
 
 
+@pytest.mark.naive
 @pytest.mark.parametrize("rule", UNSAFE)
 def test_the_checker_catches_the_unsafe_rule(stage: Stage, rule: Rule) -> None:
     for number in range(ROUNDS):
@@ -162,19 +172,15 @@ def test_the_checker_catches_the_unsafe_rule(stage: Stage, rule: Rule) -> None:
     assert found, "the checker proves nothing of arbiter when this one passes"
 
 
-def test_the_one_step_lock_deadlocks_where_arbiter_does_not(
-    stage: Stage, rounds: list[tuple[Place, History]]
-) -> None:
-    # It excludes, but whoever hands over waits for whatever others have open, as they do for him.
-    arbiter, one_step = Tally(), Tally()
-    for _, history in rounds:
-        arbiter.add(history)
+@pytest.mark.naive
+def test_the_one_step_lock_deadlocks(stage: Stage) -> None:
+    # It excludes, but a handover waits for all that others have open, as they do for it.
+    one_step = Tally()
     for number in range(ROUNDS):
         one_step.add(played(stage, "one_step", f"one_step {number}")[1])
         if one_step.rejected["40P01"]:
             break
     assert one_step.rejected["40P01"] > 0
-    assert arbiter.rejected["40P01"] == 0
 
 
 # The steps ---------------------------------------------------------------------------------------

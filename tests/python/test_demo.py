@@ -10,6 +10,8 @@ import unicodedata
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 #: The story itself waits for ten seconds; the rest is for slow machines.
 TIMEOUT_S = 240
 

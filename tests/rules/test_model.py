@@ -1131,6 +1131,7 @@ def stage(templates: Templates, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield Stage(db)
 
 
+@pytest.mark.slow
 def test_arbiter_does_what_its_model_says(stage: Stage) -> None:
     """Random operations; the database and the model agree on every answer and every row."""
     run_state_machine_as_test(  # type: ignore[no-untyped-call, unused-ignore]

@@ -33,6 +33,8 @@ from arbiter_db.demo.embedded import (
     find_installation,
 )
 
+pytestmark = pytest.mark.slow
+
 MAJOR = int(os.environ.get("PG") or "18")
 DURABLE = {"fsync": "on", "full_page_writes": "on"}
 TIMEOUT_S = 30.0

@@ -16,7 +16,9 @@ import pytest
 from kept_server import IDLE_S, KeptServer, folder
 from sessions import TIMEOUT_S
 
-from arbiter_db.embedded import EmbeddedServerError
+from arbiter_db.demo.embedded import EmbeddedServerError
+
+pytestmark = pytest.mark.slow
 
 MAJOR = int(os.environ.get("PG") or "18")
 SETUP = "create role kept_owner"
