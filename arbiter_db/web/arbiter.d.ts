@@ -6,7 +6,7 @@ export interface ExecutionStatus {
   readonly message: string;
   readonly retry_at: string | null;
   readonly machine_id: string | null;
-  readonly machine_state: 'starting' | 'running' | 'stopping' | 'stopped' | 'error' | null;
+  readonly machine_state: 'starting' | 'running' | 'stopping' | 'stopped' | 'error' | 'deleted' | null;
   readonly heartbeat_age: string | null;
   readonly epoch: number | null;
   readonly draining: boolean;
