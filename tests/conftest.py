@@ -159,7 +159,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 class Janitor(DatabaseJanitor):
-    """Creates a database that ``app_owner`` owns; drops it whoever is still connected."""
+    """Creates a database that ``app_owner`` owns; drops it even while sessions are connected."""
 
     def init(self) -> None:
         """Create the database. Copying its files takes a third of the default's time."""

@@ -66,7 +66,7 @@ begin atomic
        and m.last_health_check > clock_timestamp() - s.heartbeat_timeout);
 end;
 
-create function naive.refuse(p_source text)
+create function naive.reject(p_source text)
 returns void
 language plpgsql
 volatile
@@ -88,7 +88,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if naive.is_running(naive.owner_of(new.trader_id), new.machine_id) <> (new.source = 'cloud') then
-    perform naive.refuse(new.source);
+    perform naive.reject(new.source);
   end if;
   return new;
 end
@@ -126,7 +126,7 @@ begin
     return new;
   end if;
   if new.source = 'cloud' or naive.is_running(v_user_id) then
-    perform naive.refuse(new.source);
+    perform naive.reject(new.source);
   end if;
   update naive.leases
      set epoch = v_lease.epoch + 1, holder = 'local', machine_id = null

@@ -119,7 +119,7 @@ class Session:
         return self.start(sql, params).result(timeout)
 
     def close(self) -> None:
-        """End the connection, whatever it is doing. Harmless when repeated."""
+        """End the connection, also while a statement runs. Harmless when repeated."""
         if self.last is not None and not self.last.done():
             # A connection must not be closed under the thread that uses it: end its backend.
             with _watcher() as conn:

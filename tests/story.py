@@ -1,6 +1,6 @@
 """The people, machines and writes of a test on the demo's trading schema.
 
-Each function takes the connection of whoever does it: ``db.connect()`` is the owner of the
+Each function takes the connection that it uses: ``db.connect()`` is the owner of the
 database, ``browser(db, user)`` a signed-in browser, ``backend(db)`` the service role, which is also
 what a machine uses. Nothing here waits: ``age`` moves what happened into the past instead.
 """
@@ -43,7 +43,7 @@ __all__ = [
     "lease",
     "next_bar",
     "one",
-    "refusal",
+    "rejection",
     "rows",
     "set_status",
     "sign_in",
@@ -230,7 +230,7 @@ def add_signal(
     return signal
 
 
-def refusal(run: Callable[..., object], *args: Any) -> psycopg.Error:
+def rejection(run: Callable[..., object], *args: Any) -> psycopg.Error:
     """The database's error when that is run; it must be one."""
     with pytest.raises(psycopg.Error) as caught:
         run(*args)

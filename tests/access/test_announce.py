@@ -68,7 +68,7 @@ def test_a_drain_and_a_handover_are_announced(db: Database, listener: Conn) -> N
     """With who holds from then on."""
     user = add_user(db.connect())
     add_signal(browser(db, user), user.trader)
-    assert heard(listener) == []  # a lease that begins changes nobody's environment
+    assert heard(listener) == []  # a lease that begins changes no environment
     machine = add_machine(backend(db), user, "running")
     beat(backend(db), machine)
     before = {"user_id": str(user.id), "holder": "local", "machine_id": None}

@@ -17,7 +17,7 @@ from story import (
     beat,
     browser,
     count_rows,
-    refusal,
+    rejection,
     rows,
     status,
     value,
@@ -61,7 +61,7 @@ def test_a_browser_cannot_claim_to_be_its_running_machine(db: Database) -> None:
     owner = db.connect()
     user = add_user(owner)
     machine = activate(backend(db), user)
-    error = refusal(add_signal, browser(db, user), user.trader, "cloud", machine)
+    error = rejection(add_signal, browser(db, user), user.trader, "cloud", machine)
     assert error.sqlstate == "42501"
     assert "arbiter_claim" in str(error)
     assert count_rows(owner, "public.signals") == 0
@@ -83,8 +83,8 @@ def test_a_generous_policy_of_the_app_changes_nothing(db: Database) -> None:
     for role in ("anon", "authenticated"):
         owner.execute(f"grant insert on public.signals to {role}".encode())
         conn = db.connect(role=role, claims={"sub": str(user.id), "role": role})
-        assert refusal(add_signal, conn, user.trader, "cloud", machine).sqlstate == "42501"
-        assert refusal(add_signal, conn, user.trader, "local", machine).sqlstate == "42501"
+        assert rejection(add_signal, conn, user.trader, "cloud", machine).sqlstate == "42501"
+        assert rejection(add_signal, conn, user.trader, "local", machine).sqlstate == "42501"
     assert count_rows(owner, "public.signals") == 0
 
 
@@ -94,7 +94,7 @@ def test_a_browser_cannot_change_a_row_that_says_cloud(db: Database) -> None:
     machine = activate(backend(db), user)
     signal = add_signal(backend(db), user.trader, "cloud", machine)
     change = "update public.signals set symbol = 'X' where id = %s"
-    assert refusal(browser(db, user).execute, change, (signal,)).sqlstate == "42501"
+    assert rejection(browser(db, user).execute, change, (signal,)).sqlstate == "42501"
     assert value(db.connect(), "select symbol from public.signals") == "BTCUSDT"
 
 
@@ -110,9 +110,9 @@ def test_a_browser_takes_over_a_row_by_saying_so(db: Database) -> None:
         (user.id, machine),
     )
     conn = browser(db, user)
-    assert refusal(conn.execute, "update public.positions set quantity = 1").sqlstate == "42501"
+    assert rejection(conn.execute, "update public.positions set quantity = 1").sqlstate == "42501"
     claim = "update public.positions set quantity = 1, source = 'local', machine_id = null"
-    assert refusal(conn.execute, claim).sqlstate == "WX001"
+    assert rejection(conn.execute, claim).sqlstate == "WX001"
     assert value(owner, "select quantity from public.positions") == 0
 
 
@@ -134,7 +134,7 @@ def test_a_partition_has_the_policy_too(db: Database) -> None:
         "insert into public.trades_2026 (user_id, day, source, machine_id)"
         " values (%s, '2026-03-01', 'cloud', %s)"
     )
-    error = refusal(browser(db, user).execute, insert, (user.id, machine))
+    error = rejection(browser(db, user).execute, insert, (user.id, machine))
     assert error.sqlstate == "42501"
     assert count_rows(owner, "public.trades") == 0
 
@@ -149,9 +149,9 @@ def test_a_machines_token_writes_as_that_machine(db: Database) -> None:
     machine, stranger = activate(backend(db), user), activate(backend(db), other)
     conn = token(db, user.id, machine)
     add_signal(conn, user.trader, "cloud", machine)
-    assert refusal(add_signal, conn, user.trader).sqlstate == "42501"
-    assert refusal(add_signal, conn, user.trader, "cloud", stranger).sqlstate == "42501"
-    assert refusal(add_signal, conn, other.trader, "cloud", machine).sqlstate == "42501"
+    assert rejection(add_signal, conn, user.trader).sqlstate == "42501"
+    assert rejection(add_signal, conn, user.trader, "cloud", stranger).sqlstate == "42501"
+    assert rejection(add_signal, conn, other.trader, "cloud", machine).sqlstate == "42501"
     assert count_rows(owner, "public.signals") == 1
 
 
@@ -161,11 +161,11 @@ def test_a_made_up_machine_gets_nothing(db: Database) -> None:
     user, other = add_user(owner), add_user(owner)
     machine = activate(backend(db), other)
     unknown = uuid4()
-    error = refusal(add_signal, token(db, user.id, unknown), user.trader, "cloud", unknown)
+    error = rejection(add_signal, token(db, user.id, unknown), user.trader, "cloud", unknown)
     assert error.sqlstate == "23503"  # the foreign key is asked first
-    error = refusal(add_signal, token(db, user.id, machine), user.trader, "cloud", machine)
+    error = rejection(add_signal, token(db, user.id, machine), user.trader, "cloud", machine)
     assert error.sqlstate == "WX005"
-    assert refusal(add_signal, token(db, user.id, "me"), user.trader).sqlstate == "22P02"
+    assert rejection(add_signal, token(db, user.id, "me"), user.trader).sqlstate == "22P02"
     assert count_rows(owner, "public.signals") == 0
 
 
@@ -176,7 +176,7 @@ def test_what_a_user_may_edit_makes_no_machine(db: Database) -> None:
     metadata = {"machine_id": str(machine)}
     claims = {"sub": str(user.id), "user_metadata": metadata, "app_metadata": metadata}
     conn = db.connect(role="authenticated", claims=claims)
-    assert refusal(add_signal, conn, user.trader, "cloud", machine).sqlstate == "42501"
+    assert rejection(add_signal, conn, user.trader, "cloud", machine).sqlstate == "42501"
 
 
 def test_a_machines_token_sends_its_heartbeat(db: Database) -> None:
@@ -202,12 +202,12 @@ def test_a_machines_token_touches_no_other_machine(db: Database) -> None:
     user, other, third = add_user(owner), add_user(owner), add_user(owner)
     machine, stranger = activate(backend(db), user), activate(backend(db), other)
     conn = token(db, user.id, machine)
-    error = refusal(conn.execute, "select arbiter.heartbeat(%s::uuid)", (stranger,))
+    error = rejection(conn.execute, "select arbiter.heartbeat(%s::uuid)", (stranger,))
     assert error.sqlstate == "P0002"
     stop = "update public.cloud_machines set status = 'stopped' where id = %s"
     assert conn.execute(stop, (stranger,)).rowcount == 0
     move = "update public.cloud_machines set user_id = %s where id = %s"
-    assert refusal(conn.execute, move, (third.id, machine)).sqlstate == "42501"
+    assert rejection(conn.execute, move, (third.id, machine)).sqlstate == "42501"
     found = rows(owner, "select id, user_id, status from public.cloud_machines")
     assert {tuple(row) for row in found} == {
         (machine, user.id, "running"),
@@ -244,7 +244,7 @@ def test_a_browser_cannot_write_the_registry(db: Database, statement: str) -> No
         activate(backend(db), user)
     before = rows(owner, "select id, status, last_health_check, region from public.cloud_machines")
     conn = browser(db, user)
-    assert refusal(conn.execute, statement).sqlstate == "42501"
+    assert rejection(conn.execute, statement).sqlstate == "42501"
     after = rows(owner, "select id, status, last_health_check, region from public.cloud_machines")
     assert after == before
 
@@ -290,7 +290,7 @@ def test_users_read_what_is_theirs(db: Database) -> None:
         query = f"select distinct user_id from arbiter.{table}"
         assert [row[0] for row in rows(browser(db, user), query)] == [user.id]
         assert {row[0] for row in rows(backend(db), query)} == {user.id, other.id}
-        assert refusal(db.connect(role="anon").execute, query).sqlstate == "42501"
+        assert rejection(db.connect(role="anon").execute, query).sqlstate == "42501"
 
 
 @pytest.mark.parametrize("role", ["anon", "authenticated"])
@@ -315,7 +315,7 @@ def test_browsers_write_nothing_of_arbiter(db: Database, role: str, statement: s
     user = add_user(db.connect())
     activate(backend(db), user)
     conn = db.connect(role=role, claims={"sub": str(user.id)})
-    assert refusal(conn.execute, statement).sqlstate == "42501"
+    assert rejection(conn.execute, statement).sqlstate == "42501"
 
 
 # In place ----------------------------------------------------------------------------------------
@@ -415,12 +415,12 @@ def test_a_request_gets_the_rejection_in_postgrests_words(db: Database) -> None:
     """What PostgREST makes an HTTP 409 of; in plain SQL it stays what it is."""
     user = add_user(db.connect())
     activate(backend(db), user)
-    plain = refusal(add_signal, browser(db, user), user.trader)
+    plain = rejection(add_signal, browser(db, user), user.trader)
     assert plain.sqlstate == "WX001"
 
     conn = browser(db, user)
     conn.execute("select set_config('request.method', 'POST', false)")
-    error = refusal(add_signal, conn, user.trader)
+    error = rejection(add_signal, conn, user.trader)
     assert error.sqlstate == "PGRST"
     body = json.loads(error.diag.message_primary or "")
     assert json.loads(error.diag.message_detail or "") == {"status": 409, "headers": {}}
@@ -436,5 +436,5 @@ def test_a_request_gets_the_rejection_in_postgrests_words(db: Database) -> None:
 def test_user_of_another_name(db: Database) -> None:
     """A sub that is no uuid reads nothing and is told so."""
     conn = db.connect(role="authenticated", claims={"sub": "auth0|ada"})
-    assert refusal(conn.execute, "select arbiter.status()").sqlstate == "22P02"
-    assert refusal(conn.execute, "select * from arbiter.leases").sqlstate == "22P02"
+    assert rejection(conn.execute, "select arbiter.status()").sqlstate == "22P02"
+    assert rejection(conn.execute, "select * from arbiter.leases").sqlstate == "22P02"

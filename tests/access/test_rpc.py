@@ -12,7 +12,7 @@ from story import (
     age,
     backend,
     browser,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -45,7 +45,7 @@ def test_nothing_is_exposed_unasked(db: Database) -> None:
 
 
 def test_a_browser_asks_for_itself(db: Database) -> None:
-    """The same answer as arbiter.status(), and the same refusal for another user."""
+    """The same answer as arbiter.status(), and the same rejection for another user."""
     owner = db.connect()
     owner.execute("select arbiter.expose()")
     user, other = add_user(owner), add_user(owner)
@@ -55,8 +55,8 @@ def test_a_browser_asks_for_itself(db: Database) -> None:
     query = "select environment, can_write_local, message, epoch from public.execution_status()"
     assert tuple(rows(conn, query)[0]) == ("cloud", False, "Cloud active", found["epoch"])
     forged = "select public.execution_status(%s)"
-    assert refusal(conn.execute, forged, (other.id,)).sqlstate == "42501"
-    assert refusal(db.connect(role="anon").execute, query).sqlstate == "42501"
+    assert rejection(conn.execute, forged, (other.id,)).sqlstate == "42501"
+    assert rejection(db.connect(role="anon").execute, query).sqlstate == "42501"
     assert value(backend(db), "select environment from public.execution_status(%s)", user.id)
 
 
@@ -71,8 +71,8 @@ def test_the_users_yes(db: Database) -> None:
     age(owner, machine, heartbeat=long_ago, left_running=long_ago, entered_error=long_ago)
     forged = "select public.confirm_takeover(%s)"
     stranger = browser(db, other)
-    assert refusal(stranger.execute, forged, (user.id,)).sqlstate == "42501"
-    assert refusal(stranger.execute, "select public.confirm_takeover()").sqlstate == "55000"
+    assert rejection(stranger.execute, forged, (user.id,)).sqlstate == "42501"
+    assert rejection(stranger.execute, "select public.confirm_takeover()").sqlstate == "55000"
     assert value(browser(db, user), "select environment from public.confirm_takeover()") == "local"
 
 
@@ -105,7 +105,7 @@ def test_a_function_of_the_app_is_not_replaced(db: Database, name: str) -> None:
     owner.execute(
         f"create function public.{name}(p_user_id uuid) returns text return 'the app''s'".encode()
     )
-    error = refusal(owner.execute, "select arbiter.expose()")
+    error = rejection(owner.execute, "select arbiter.expose()")
     assert error.sqlstate == "42723"
     assert f"public.{name}(uuid)" in str(error)
     assert exposed(db) == [f"{name}(uuid)"]
@@ -116,7 +116,7 @@ def test_a_function_of_the_app_is_not_replaced(db: Database, name: str) -> None:
 @pytest.mark.parametrize("schema", ["nowhere", "arbiter", None])
 def test_a_schema_that_will_not_do(db: Database, schema: str | None) -> None:
     """Missing, arbiter's own, null."""
-    error = refusal(db.connect().execute, "select arbiter.expose(%s)", (schema,))
+    error = rejection(db.connect().execute, "select arbiter.expose(%s)", (schema,))
     assert error.sqlstate == "3F000"
     assert error.diag.message_hint == (
         "Name a schema of the app that its API serves, such as public."
@@ -135,4 +135,4 @@ def test_only_the_owner_exposes(db: Database) -> None:
     for role in ("anon", "authenticated", "service_role"):
         for call in ("expose", "unexpose"):
             conn = db.connect(role=role)
-            assert refusal(conn.execute, f"select arbiter.{call}()").sqlstate == "42501"
+            assert rejection(conn.execute, f"select arbiter.{call}()").sqlstate == "42501"

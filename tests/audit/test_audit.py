@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import story
 from psycopg import sql
-from story import User, backend, browser, refusal, rows, value
+from story import User, backend, browser, rejection, rows, value
 
 import arbiter_db
 
@@ -474,7 +474,7 @@ def test_a_restored_row_is_not_taken_for_one_of_here(owner: Conn) -> None:
 def test_a_transaction_id_of_another_cluster_is_not_taken_for_the_own(
     db: Database, owner: Conn
 ) -> None:
-    """By chance it is the number of the transaction that takes over here: no reason to refuse."""
+    """By chance it is the number of the transaction that takes over here: no reason to reject."""
     ada = story.add_user(owner)
     machine = story.activate(owner, ada)
     story.age(owner, machine, heartbeat=AN_HOUR)
@@ -628,16 +628,16 @@ def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
 
 
 def test_an_unprotected_table_cannot_be_audited(owner: Conn) -> None:
-    error = refusal(owner.execute, "select * from arbiter.audit('public.traders')")
+    error = rejection(owner.execute, "select * from arbiter.audit('public.traders')")
     assert error.sqlstate == "42704"
     assert error.diag.message_primary == "arbiter: table public.traders is not protected"
-    error = refusal(owner.execute, "select * from arbiter.audit(null)")
+    error = rejection(owner.execute, "select * from arbiter.audit(null)")
     assert error.diag.message_primary == "arbiter: table null is not protected"
 
 
 def test_a_table_without_evidence_cannot_be_audited(owner: Conn) -> None:
     owner.execute("select arbiter.protect('public.signals', p_evidence => false)")
-    error = refusal(owner.execute, "select * from arbiter.audit('public.signals')")
+    error = rejection(owner.execute, "select * from arbiter.audit('public.signals')")
     assert error.sqlstate == "55000"
     assert error.diag.message_hint is not None
     assert "p_evidence => true" in error.diag.message_hint
@@ -645,19 +645,21 @@ def test_a_table_without_evidence_cannot_be_audited(owner: Conn) -> None:
 
 @pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
 def test_others_than_the_owner_may_not_audit(db: Database, role: str) -> None:
-    error = refusal(db.connect(role=role).execute, "select * from arbiter.audit('public.signals')")
+    error = rejection(
+        db.connect(role=role).execute, "select * from arbiter.audit('public.signals')"
+    )
     assert error.sqlstate == "42501"
 
 
 def test_rows_that_a_policy_hides_are_an_error(owner: Conn) -> None:
     owner.execute("alter table public.signals force row level security")
-    error = refusal(owner.execute, "select * from arbiter.audit('public.signals')")
+    error = rejection(owner.execute, "select * from arbiter.audit('public.signals')")
     assert error.sqlstate == "42501"
 
 
 def test_a_changed_table_is_an_error(owner: Conn) -> None:
     owner.execute("alter table public.signals drop constraint signals_trader_id_fkey")
-    error = refusal(owner.execute, "select * from arbiter.audit('public.signals')")
+    error = rejection(owner.execute, "select * from arbiter.audit('public.signals')")
     assert error.sqlstate == "22023"
 
 

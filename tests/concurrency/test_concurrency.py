@@ -17,7 +17,7 @@ outcome      meaning
 ``.``        the line is not played in that world
 ===========  =================================================================================
 
-Who is who: ``tab`` and ``phone`` are browsers of the user ada, ``fly`` and ``fly2`` her machines,
+The actors: ``tab`` and ``phone`` are browsers of the user ada, ``fly`` and ``fly2`` her machines,
 ``east`` and ``west`` backends that write for ada and bob, ``solo`` a program that writes as both.
 ``owner`` lets ada's machine lapse, or lengthens the drain timeout for all writes from then on.
 After each scenario exclusion is proven twice: from what the sessions saw, and from the rows and
@@ -1233,7 +1233,7 @@ SCENARIOS = [
         machine_levels=LEVELS[:1],
     ),
     Scenario(
-        # Whoever marks the drain does not end it in the same transaction, even if it need not wait.
+        # The transaction that marks the drain does not end it, even if it need not wait.
         "one transaction takes its local write back, then writes as cloud",
         """
         solo  begin     | ok    | =
@@ -1698,8 +1698,8 @@ def test_a_stream_of_writers_does_not_hold_the_machine_up(db: Database, level: s
     handover = story.handovers(stage.owner, ada)[-1]
     assert handover.to_holder == "cloud"
     assert (handover.handed_over_at - since).total_seconds() < longest + 1
-    refused = sum(d.source == "local" for d in stage.deeds)
-    assert refused < ROUNDS_BEFORE + ROUNDS_AFTER, "nobody was refused: that was no stream"
+    rejected = sum(d.source == "local" for d in stage.deeds)
+    assert rejected < ROUNDS_BEFORE + ROUNDS_AFTER, "nobody was rejected: that was no stream"
     stage.settle()
 
 
@@ -1715,7 +1715,7 @@ def test_a_stream_of_writers_starves_the_one_step_lock(trading_db: Database, lev
         wait_until_blocked(stage["fly"].session)
         play_rounds(ROUNDS_AFTER)
         last = stage["fly"].session.last
-        # Longer than the longest transaction plus a second, and nobody was refused.
+        # Longer than the longest transaction plus a second, and nobody was rejected.
         assert last is not None
         assert not last.done()
         assert len(stage.deeds) == ROUNDS_BEFORE + ROUNDS_AFTER
@@ -1780,7 +1780,7 @@ def test_a_prepared_write_that_blocks_is_looked_for_where_it_is(preparing: Templ
         tab.close()
         machine = story.add_machine(owner, ada, "running")
         story.beat(owner, machine)
-        error = story.refusal(story.add_signal, owner, ada.trader, "cloud", machine)
+        error = story.rejection(story.add_signal, owner, ada.trader, "cloud", machine)
         assert error.sqlstate == "WX007"
         assert story.detail_of(error)["blockers"] == []
         assert error.diag.message_hint is not None

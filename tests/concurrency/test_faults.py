@@ -9,7 +9,7 @@ each the same is asked:
 - the lease, the history and the rows are as before, but for what was acknowledged since: an
   acknowledged write is there, all of its rows, and one that got no answer is there whole or not at
   all;
-- the environment that must not write is refused, and the other one writes;
+- the environment that must not write is rejected, and the other one writes;
 - ``arbiter.audit`` proves every row of the database.
 
 The server is the module's own: most of these faults end it.
@@ -802,7 +802,7 @@ def test_injected_cancel(own: EmbeddedServer, arena: str) -> None:
 
 @pytest.mark.parametrize("holder", ["local", "cloud"])
 @pytest.mark.parametrize("name", ["idle_in_transaction", "kill_client"])
-def test_injected_writes_hold_the_lease_of_whoever_may_write(
+def test_injected_writes_hold_the_lease_of_the_one_that_may_write(
     own_templates: Templates, name: str, holder: str
 ) -> None:
     with own_templates.clone("installed") as db, Case(db.server, db.name) as case:
@@ -886,7 +886,7 @@ class TestClock:
     Settings are the defaults: heartbeat_timeout and stop_grace 30 s, error_takeover_delay 120 s.
     """
 
-    def test_forward_an_hour_a_machine_is_refused_until_its_next_heartbeat(
+    def test_forward_an_hour_a_machine_is_rejected_until_its_next_heartbeat(
         self, case: Case
     ) -> None:
         case.given("cloud")

@@ -3,12 +3,12 @@
 -- Runs on the demo's trading schema, without arbiter. naive.guard(kind, table) puts one on a table
 -- that has trader_id, source and machine_id:
 --
---   policy     a restrictive RLS policy asks; whoever bypasses row security is never asked
+--   policy     a restrictive RLS policy asks; a role that bypasses row security is never asked
 --   row        a row trigger asks before an insert; an update, or a replica's session, passes by
 --   statement  a statement trigger asks after an insert, on the named table; partitions pass by
 --   join       the same over a join with the owner's table, which is planned by its statistics
---   immutable  a row trigger refuses to change source after the fact; a row that moves passes by
---   foreign    row's question, and that the machine exists; whose machine it is nobody asks
+--   immutable  a row trigger rejects to change source after the fact; a row that moves passes by
+--   foreign    row's question, and that the machine exists; not whose machine it is
 --
 -- But for join and immutable, they ask naive.may_write(), which takes the transaction's start for the time.
 

@@ -22,7 +22,7 @@ from story import (
     detail_of,
     handovers,
     lease,
-    refusal,
+    rejection,
     rows,
     value,
 )
@@ -67,7 +67,7 @@ def everything(conn: Conn) -> dict[tuple[str, ...], str]:
     return {tuple(row[:2]): row[2] for row in found}
 
 
-def assert_refused(
+def assert_rejected(
     conn: Conn,
     owner: Conn,
     statement: str,
@@ -78,7 +78,7 @@ def assert_refused(
 ) -> psycopg.Error:
     """The statement fails with that SQLSTATE (or one of a|b), message and hint; nothing changed."""
     before = everything(owner)
-    error = refusal(conn.execute, statement, params)
+    error = rejection(conn.execute, statement, params)
     assert error.sqlstate in sqlstate.split("|"), error
     text = error.diag.message_primary or ""
     assert re.search(message, text), text
@@ -127,7 +127,7 @@ values (%(trader)s, 'BTCUSDT', '1m', 'buy', now(), %(source)s, %(machine)s, {xid
 
 @dataclass(frozen=True)
 class Row:
-    """A row that must be refused, by the names in Rows, and the hint that says why."""
+    """A row that must be rejected, by the names in Rows, and the hint that says why."""
 
     id: str
     hint: str
@@ -144,8 +144,8 @@ ROWS = [
     Row("another user's machine", "no such machine of this user", machine="other_machine"),
     Row("a machine of a user without one", "no such machine of this user", trader="local"),
     Row("a user that is nobody", r"no user.*p_unowned => 'allow'", trader="builtin", machine=None),
-    Row("nobody's, by a machine", "no user", trader="builtin"),
-    Row("nobody's, local", "no user", "builtin", "local", None),
+    Row("no owner, by a machine", "no user", trader="builtin"),
+    Row("no owner, local", "no user", "builtin", "local", None),
     Row("a forged xid", "leave it to its default", xid="'3'::xid8"),
     Row("an empty xid", "leave it to its default", xid="null"),
     Row("a future xid", "leave it to its default", xid="'9999999999999'::xid8"),
@@ -180,7 +180,7 @@ def params_of(row: Row, named: Rows) -> dict[str, Any]:
 @pytest.mark.parametrize("row", ROWS, ids=[r.id for r in ROWS])
 def test_row_that_does_not_fit_together(shared: Rows, row: Row, who: str) -> None:
     params = params_of(row, shared)
-    error = assert_refused(
+    error = assert_rejected(
         getattr(shared, who),
         shared.owner,
         INSERT.format(xid=row.xid),
@@ -233,14 +233,14 @@ def test_row_that_no_constraint_of_the_table_catches(named: Rows, row: Row, unow
     named.owner.execute(UNCONSTRAINED.encode())
     params = params_of(row, named)
     if unowned == "allow" and row.trader == "null":
-        params["machine"] = named.machine  # nobody's row is allowed, but not with a machine
+        params["machine"] = named.machine  # a row without a user is allowed, but not with a machine
     hint = HINTS[row.id]
     if unowned == "allow":
         hint = {
             "an unknown trader": "does not exist",
             "an unknown trader, local": "does not exist",
         }.get(row.id, "without a user" if row.trader == "null" else hint)
-    assert_refused(
+    assert_rejected(
         named.backend,
         named.owner,
         INSERT.format(xid="default"),
@@ -261,7 +261,7 @@ def test_unowned_rows_where_they_are_allowed(named: Rows) -> None:
         ("local", named.machine, "A local write has no machine"),
     ]:
         params = {"trader": named.builtin, "source": source, "machine": machine}
-        assert_refused(
+        assert_rejected(
             named.backend,
             named.owner,
             INSERT.format(xid="default"),
@@ -277,7 +277,7 @@ def test_one_bad_row_among_many(shared: Rows, position: str) -> None:
     good = ["(%(good)s, 'ETHUSDT', '1m', 'buy', now())"] * 1
     bad = ["(%(bad)s, 'BTCUSDT', '1m', 'buy', now())"]
     values = ", ".join(bad + good if position == "first" else good + bad)
-    assert_refused(
+    assert_rejected(
         shared.backend,
         shared.owner,
         "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
@@ -308,7 +308,7 @@ def test_one_bad_row_among_many(shared: Rows, position: str) -> None:
 def test_heartbeat_of_no_machine(shared: Rows, call: str, message: str) -> None:
     """The app lost a day to an update that matched zero rows."""
     params = {"known": shared.machine, "unknown": str(uuid4())}
-    assert_refused(
+    assert_rejected(
         shared.backend,
         shared.owner,
         f"select {call}",
@@ -323,16 +323,16 @@ def test_heartbeat_by_those_who_may_not(shared: Rows) -> None:
     """A browser sees a machine but may not update it, others may not touch the registry at all."""
     call, params = "select arbiter.heartbeat(%s::uuid)", (shared.machine,)
     said = f"no machine {shared.machine}"
-    assert_refused(shared.browser, shared.owner, call, "P0002", said, ".", params)
+    assert_rejected(shared.browser, shared.owner, call, "P0002", said, ".", params)
     anon = shared.db.connect(role="anon")
-    assert_refused(anon, shared.owner, call, "42501", "permission denied", "", params)
+    assert_rejected(anon, shared.owner, call, "42501", "permission denied", "", params)
 
 
 def test_heartbeat_without_a_registry(bare_db: Database) -> None:
     arbiter_db.install(bare_db.conninfo())
     owner = bare_db.connect()
     call, params = "select arbiter.heartbeat(%s::uuid)", (NOBODY,)
-    assert_refused(owner, owner, call, "55000", "no registry", r"register_machines\(\)", params)
+    assert_rejected(owner, owner, call, "55000", "no registry", r"register_machines\(\)", params)
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_period_that_makes_no_sense(
     shared: Rows, period: str, nonsense: str, sqlstate: str
 ) -> None:
     conn = shared.owner
-    error = assert_refused(
+    error = assert_rejected(
         conn, conn, f"update arbiter.settings set {period} = {nonsense}", sqlstate, ".", ""
     )
     if sqlstate == "23514":
@@ -392,7 +392,7 @@ def test_settings_that_make_no_sense(
     shared: Rows, statement: str, sqlstate: str, message: str
 ) -> None:
     conn = shared.owner
-    assert_refused(conn, conn, f"update arbiter.settings {statement}", sqlstate, message, "")
+    assert_rejected(conn, conn, f"update arbiter.settings {statement}", sqlstate, message, "")
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_settings_at_the_edge_of_sense(db: Database, edge: str) -> None:
 )
 def test_second_row_of_settings(shared: Rows, values: str) -> None:
     conn = shared.owner
-    error = refusal(conn.execute, f"insert into arbiter.settings {values}")
+    error = rejection(conn.execute, f"insert into arbiter.settings {values}")
     assert error.sqlstate in ("23505", "23514")
     assert value(conn, "select count(*) from arbiter.settings") == 1
 
@@ -428,9 +428,11 @@ def test_without_settings_nothing_is_admitted_that_needs_them(named: Rows, state
         (named.browser, (user.trader,)),
         (named.backend, (user.trader, "cloud", named.machine)),
     ]:
-        assert refusal(add_signal, conn, *write).sqlstate is not None
-    assert refusal(named.browser.execute, "select arbiter.status()").sqlstate is not None
-    assert refusal(named.browser.execute, "select arbiter.confirm_takeover()").sqlstate is not None
+        assert rejection(add_signal, conn, *write).sqlstate is not None
+    assert rejection(named.browser.execute, "select arbiter.status()").sqlstate is not None
+    assert (
+        rejection(named.browser.execute, "select arbiter.confirm_takeover()").sqlstate is not None
+    )
     assert everything(named.owner) == before
 
 
@@ -609,12 +611,12 @@ PROTECT = [
     ("arguments", "sqlstate", "message", "hint"), PROTECT, ids=[p[0] for p in PROTECT]
 )
 def test_protect(odd: Conn, arguments: str, sqlstate: str, message: str, hint: str) -> None:
-    assert_refused(odd, odd, f"select arbiter.protect({arguments})", sqlstate, message, hint)
+    assert_rejected(odd, odd, f"select arbiter.protect({arguments})", sqlstate, message, hint)
 
 
 def test_protect_of_a_temporary_table(odd: Conn) -> None:
     odd.execute("create temporary table brief (user_id uuid)")
-    assert_refused(
+    assert_rejected(
         odd, odd, "select arbiter.protect('brief')", "42809", "brief cannot be protected"
     )
 
@@ -622,8 +624,8 @@ def test_protect_of_a_temporary_table(odd: Conn) -> None:
 def test_protect_that_fails_leaves_an_earlier_protection(named: Rows) -> None:
     """Protected already, called again with nonsense: the guard stays as it was, and works."""
     call = "select arbiter.protect('public.signals', 'symbol')"
-    assert_refused(named.owner, named.owner, call, "42804", "symbol")
-    assert refusal(add_signal, named.browser, named.user.trader).sqlstate == "WX001"
+    assert_rejected(named.owner, named.owner, call, "42804", "symbol")
+    assert rejection(add_signal, named.browser, named.user.trader).sqlstate == "WX001"
     add_signal(named.backend, named.user.trader, "cloud", named.machine)
 
 
@@ -631,7 +633,7 @@ def test_protect_that_fails_leaves_an_earlier_protection(named: Rows) -> None:
     "table", ["'public.loose'", "'public.parted_1'", "null", "'arbiter.leases'"]
 )
 def test_unprotect_of_a_table_that_is_not_protected(odd: Conn, table: str) -> None:
-    assert_refused(
+    assert_rejected(
         odd,
         odd,
         f"select arbiter.unprotect({table})",
@@ -645,7 +647,7 @@ def test_unprotect_twice(db: Database) -> None:
     owner = db.connect()
     call = "select arbiter.unprotect('public.signals')"
     owner.execute(call)
-    assert_refused(owner, owner, call, "42704", "signals is not protected")
+    assert_rejected(owner, owner, call, "42704", "signals is not protected")
 
 
 # register_machines() ------------------------------------------------------------------------------
@@ -781,11 +783,11 @@ def test_register_machines(
 ) -> None:
     owner = registries.owner
     beat(owner, registries.machine)
-    assert_refused(
+    assert_rejected(
         owner, owner, f"select arbiter.register_machines({arguments})", sqlstate, message, hint
     )
     # The registry that there is goes on.
-    assert refusal(add_signal, registries.browser, registries.user.trader).sqlstate == "WX001"
+    assert rejection(add_signal, registries.browser, registries.user.trader).sqlstate == "WX001"
 
 
 # Installing on a database that does not fit -------------------------------------------------------
@@ -859,7 +861,7 @@ OWNERS_WRITES = [
 def test_what_only_the_owner_may_do(shared: Rows, role: str, statement: str) -> None:
     conn = {"authenticated": shared.browser, "service_role": shared.backend}.get(role)
     conn = conn or shared.db.connect(role=role)
-    assert_refused(conn, shared.owner, statement, "42501", "permission denied|must be owner", "")
+    assert_rejected(conn, shared.owner, statement, "42501", "permission denied|must be owner", "")
 
 
 @pytest.mark.parametrize(
@@ -875,7 +877,7 @@ def test_what_browsers_may_not_read(shared: Rows, table: str) -> None:
             found = rows(conn, f"select distinct user_id from arbiter.{table}")
             assert found == [(shared.user.id,)]
         else:
-            assert refusal(conn.execute, f"select from arbiter.{table}").sqlstate == "42501"
+            assert rejection(conn.execute, f"select from arbiter.{table}").sqlstate == "42501"
 
 
 def test_history_is_append_only(shared: Rows) -> None:
@@ -885,7 +887,7 @@ def test_history_is_append_only(shared: Rows) -> None:
         "delete from arbiter.handovers",
         "truncate arbiter.handovers",
     ):
-        error = assert_refused(
+        error = assert_rejected(
             shared.owner,
             shared.owner,
             statement,
@@ -911,7 +913,7 @@ def test_history_is_append_only(shared: Rows) -> None:
 def test_browser_cannot_write_for_another_user(shared: Rows) -> None:
     """The app's own policies: arbiter neither opens nor closes what they say."""
     params = {"trader": shared.local.trader, "source": "local", "machine": None}
-    assert_refused(
+    assert_rejected(
         shared.browser,
         shared.owner,
         INSERT.format(xid="default"),
@@ -927,7 +929,7 @@ def test_unknown_user_has_no_lease_and_no_history(shared: Rows) -> None:
     stranger = User(uuid4(), uuid4())
     before = everything(shared.owner)
     value(shared.backend, "select (arbiter.status(%s)).code", stranger.id)
-    error = refusal(shared.backend.execute, "select arbiter.confirm_takeover(%s)", (stranger.id,))
+    error = rejection(shared.backend.execute, "select arbiter.confirm_takeover(%s)", (stranger.id,))
     assert error.sqlstate == "55000"
     assert handovers(shared.owner, stranger) == []
     assert everything(shared.owner) == before
@@ -945,7 +947,7 @@ def test_unknown_user_has_no_lease_and_no_history(shared: Rows) -> None:
 def test_claims_that_are_no_claims(shared: Rows, claims: dict[str, Any], sqlstate: str) -> None:
     conn = shared.db.connect(role="authenticated", claims=claims)
     for call in ("arbiter.status()", "arbiter.confirm_takeover()"):
-        assert refusal(conn.execute, f"select {call}").sqlstate == sqlstate
+        assert rejection(conn.execute, f"select {call}").sqlstate == sqlstate
 
 
 def test_machine_without_a_user(named: Rows) -> None:
@@ -960,7 +962,7 @@ def test_machine_without_a_user(named: Rows) -> None:
     owner.execute("update public.cloud_machines set last_health_check = now()")
     assert rows(owner, "select * from arbiter.leases where machine_id = %s", machine) == []
     params = {"trader": named.user.trader, "source": "cloud", "machine": machine}
-    assert_refused(
+    assert_rejected(
         named.backend,
         owner,
         INSERT.format(xid="default"),
@@ -973,7 +975,7 @@ def test_machine_without_a_user(named: Rows) -> None:
 
 
 def test_lease_that_would_make_no_sense(shared: Rows) -> None:
-    """The tables themselves refuse what the protocol never writes, to their owner, too."""
+    """The tables themselves reject what the protocol never writes, to their owner, too."""
     of_cloud = [
         "holder = 'browser'",
         "holder = 'local'",
@@ -986,7 +988,7 @@ def test_lease_that_would_make_no_sense(shared: Rows) -> None:
     of_local = ["holder = 'cloud'", "machine_id = gen_random_uuid()", "draining_since = now()"]
     for user, changes in ((shared.user, of_cloud), (shared.local, of_local)):
         for change in changes:
-            assert_refused(
+            assert_rejected(
                 shared.owner,
                 shared.owner,
                 f"update arbiter.leases set {change} where user_id = '{user.id}'",

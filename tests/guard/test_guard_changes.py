@@ -1,4 +1,4 @@
-"""The table changes under its guard: until protect() is called again writes are refused.
+"""The table changes under its guard: until protect() is called again writes are rejected.
 
 And the guard's plans do not change with the statistics: the way to a user, to a lease and to a
 machine is a probe of an index, whatever the planner believes.
@@ -20,7 +20,7 @@ from story import (
     add_signal,
     add_user,
     count_rows,
-    refusal,
+    rejection,
     rows,
     value,
 )
@@ -71,7 +71,7 @@ class Stage:
         self.old = db.connect(prepare_threshold=None)
         self.insert(self.old, self.adas)
         self.insert(self.old, self.bobs, "cloud")
-        assert refusal(self.insert, self.old, self.bobs).sqlstate == "WX001"
+        assert rejection(self.insert, self.old, self.bobs).sqlstate == "WX001"
 
     def insert(self, conn: Conn, whose: UUID, claim: str = "local", **names: str) -> None:
         """An order; columns and table by the names that they have now."""
@@ -103,7 +103,7 @@ class Change:
     """A change, the SQLSTATEs that writes may get then, and how it is made good."""
 
     ddl: str
-    refused: tuple[str, ...]
+    rejected: tuple[str, ...]
     mend: str = ""
     protect: str = "'public.orders'"
     names: tuple[tuple[str, str], ...] = ()
@@ -193,7 +193,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_writes_are_refused_until_protect_is_called_again(at: Stage, change: str) -> None:
+def test_writes_are_rejected_until_protect_is_called_again(at: Stage, change: str) -> None:
     now = CHANGES[change]
     names, mended = dict(now.names), dict(now.mended_names)
     params = {"adas": at.adas, "bobs": at.bobs}
@@ -203,8 +203,8 @@ def test_writes_are_refused_until_protect_is_called_again(at: Stage, change: str
     for conn in (at.old, at.db.connect()):
         for _ in range(2):  # the second time from the plans of the first
             for whose, source in ((at.adas, "local"), (at.bobs, "local"), (at.bobs, "cloud")):
-                error = refusal(lambda c, w, s: at.insert(c, w, s, **names), conn, whose, source)
-                assert error.sqlstate in now.refused
+                error = rejection(lambda c, w, s: at.insert(c, w, s, **names), conn, whose, source)
+                assert error.sqlstate in now.rejected
     assert count_rows(at.owner, "public.orders") == before
 
     for statement in now.mend.split(";"):
@@ -214,7 +214,7 @@ def test_writes_are_refused_until_protect_is_called_again(at: Stage, change: str
     for conn in (at.old, at.db.connect()):
         at.insert(conn, at.adas, **mended)
         at.insert(conn, at.bobs, "cloud", **mended)
-        error = refusal(lambda c: at.insert(c, at.bobs, **mended), conn)
+        error = rejection(lambda c: at.insert(c, at.bobs, **mended), conn)
         assert error.sqlstate == "WX001"
     assert count_rows(at.owner, "public.orders") == before + 4
 
@@ -245,15 +245,15 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_who_is_refused_stays_refused(at: Stage, change: str) -> None:
+def test_who_is_rejected_stays_rejected(at: Stage, change: str) -> None:
     ddl, table = HARMLESS[change]
     at.owner.execute(ddl.encode())
 
     before = count_rows(at.owner, table)
     for conn in (at.old, at.db.connect()):
-        error = refusal(lambda c: at.insert(c, at.bobs, table=table), conn)
+        error = rejection(lambda c: at.insert(c, at.bobs, table=table), conn)
         assert error.sqlstate == "WX001"
-        error = refusal(lambda c: at.insert(c, UUID(int=1), table=table), conn)
+        error = rejection(lambda c: at.insert(c, UUID(int=1), table=table), conn)
         assert error.sqlstate in ("WX005", "23503")
     assert count_rows(at.owner, table) == before
     for conn in (at.old, at.db.connect()):
@@ -272,7 +272,7 @@ PREVENTED = {
 
 @pytest.mark.parametrize("change", PREVENTED)
 def test_what_the_guard_depends_on_stays(at: Stage, change: str) -> None:
-    error = refusal(at.owner.execute, PREVENTED[change].encode())
+    error = rejection(at.owner.execute, PREVENTED[change].encode())
     assert error.sqlstate in ("2BP01", "0A000", "42804")
     at.insert(at.old, at.adas)
 
@@ -313,11 +313,11 @@ def test_another_owner_table_is_not_believed(at: Stage, swap: str) -> None:
 
     before = count_rows(at.owner, "public.orders")
     for conn in (at.old, at.db.connect()):
-        refusal(at.insert, conn, whose)
+        rejection(at.insert, conn, whose)
     assert count_rows(at.owner, "public.orders") == before
 
     at.protect()
-    assert refusal(at.insert, at.db.connect(), whose).sqlstate == "WX001"
+    assert rejection(at.insert, at.db.connect(), whose).sqlstate == "WX001"
 
 
 #: A change, what a snapshot from before it gets, and what the session gets afterwards.
@@ -341,11 +341,11 @@ def test_an_old_snapshot_does_not_bring_a_key_back(at: Stage, change: str) -> No
     at.old.execute("select 1")  # takes the snapshot, and no lock that would keep the change waiting
     at.owner.execute(f"alter table public.orders {ddl}".encode())
 
-    assert refusal(at.insert, at.old, at.adas).sqlstate == by_old_snapshot
+    assert rejection(at.insert, at.old, at.adas).sqlstate == by_old_snapshot
     at.old.execute("rollback")
 
     if afterwards:
-        assert refusal(at.insert, at.old, at.adas).sqlstate == afterwards
+        assert rejection(at.insert, at.old, at.adas).sqlstate == afterwards
     else:
         at.insert(at.old, at.adas)
     assert count_rows(at.owner, "public.orders") == before + (afterwards is None)
@@ -358,7 +358,7 @@ def test_provenance_is_not_left_open_by_a_column_that_goes(at: Stage, column: st
     look = "select id, source from public.orders order by id"
     before = rows(at.owner, look)
 
-    refusal(at.owner.execute, "update public.orders set source = 'cloud'")
+    rejection(at.owner.execute, "update public.orders set source = 'cloud'")
 
     assert rows(at.owner, look) == before
 
@@ -409,7 +409,7 @@ WRITES = {
     "local, 100 users": ("users", "local"),
     "cloud": ("one", "cloud"),
     "cloud, 100 rows": ("many", "cloud"),
-    "refused": ("refused", "local"),
+    "rejected": ("rejected", "local"),
     "position": ("position", "local"),
 }
 
@@ -499,7 +499,7 @@ def test_the_guard_probes_indexes_whatever_the_statistics(
         if how == "position":
             insert = "insert into public.positions (user_id, symbol) values (%s, 'X')"
             conn.execute(insert, (user.id,))
-        elif how == "refused":
+        elif how == "rejected":
             with pytest.raises(psycopg.Error) as caught, conn.transaction():
                 write(conn, kind, ([many.bob.trader], "local", None), 1)
             assert caught.value.sqlstate == "WX001"
@@ -510,7 +510,7 @@ def test_the_guard_probes_indexes_whatever_the_statistics(
         after = scans(conn)
     assert [table for table in PROBED if after[table][0] != before[table][0]] == []
     expected = {"arbiter.leases"} if how == "position" else {"arbiter.leases", "public.traders"}
-    if how != "refused":  # what a savepoint rolled back is not counted
+    if how != "rejected":  # what a savepoint rolled back is not counted
         assert {table for table in PROBED if after[table][1] > before[table][1]} >= expected
 
 

@@ -1,7 +1,7 @@
 """Who a write says it is, and what a client may try so that the guard believes something else.
 
-Ada is local and has a machine that is not up; Bob's machine holds. Whoever tries is the owner of
-the tables unless a test says otherwise: what the owner cannot do, nobody below can.
+Ada is local and has a machine that is not up; Bob's machine holds. The tests write as the owner
+of the tables unless they say otherwise: what the owner cannot do, no role below can.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from story import (
     detail_of,
     handovers,
     lease,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -57,10 +57,10 @@ class Stage:
         add_signal(self.owner, self.ada.trader)
         self.builtin = add_trader(self.owner, None)
 
-    def refused(self, run: Callable[..., object], *args: Any) -> tuple[str | None, str | None]:
-        """SQLSTATE and code of the refusal; no signal may have been written."""
+    def rejected(self, run: Callable[..., object], *args: Any) -> tuple[str | None, str | None]:
+        """SQLSTATE and code of the rejection; no signal may have been written."""
         before = rows(self.owner, "select * from public.signals order by id")
-        error = refusal(run, *args)
+        error = rejection(run, *args)
         assert rows(self.owner, "select * from public.signals order by id") == before
         code = detail_of(error)["code"] if (error.sqlstate or "").startswith("WX") else None
         return error.sqlstate, code
@@ -98,21 +98,21 @@ CLAIMS = {
     "cloud without a machine": ("bob", "cloud", None, "A cloud write names its machine"),
     "another user's machine": ("ada", "cloud", "bob", "no such machine of this user"),
     "another user's holder": ("bob", "cloud", "ada", "no such machine of this user"),
-    "nobody's row": ("builtin", "local", None, "The row has no user"),
-    "nobody's row, cloud": ("builtin", "cloud", None, "The row has no user"),
-    "nobody's row, machine": ("builtin", "cloud", "bob", "The row has no user"),
+    "row without a user": ("builtin", "local", None, "The row has no user"),
+    "row without a user, cloud": ("builtin", "cloud", None, "The row has no user"),
+    "row without a user, machine": ("builtin", "cloud", "bob", "The row has no user"),
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_a_claim_that_does_not_fit_is_refused(shared: Stage, claim: str) -> None:
+def test_a_claim_that_does_not_fit_is_rejected(shared: Stage, claim: str) -> None:
     whose, source, machine, hint = CLAIMS[claim]
     trader = {"ada": shared.ada.trader, "bob": shared.bob.trader, "builtin": shared.builtin}[whose]
     user = {"ada": str(shared.ada.id), "bob": str(shared.bob.id), "builtin": None}[whose]
     machine_id = {"ada": shared.adas_machine, "bob": shared.bobs_machine, None: None}[machine]
     before = count_rows(shared.owner, SIGNALS)
 
-    error = refusal(add_signal, shared.owner, trader, source, machine_id)
+    error = rejection(add_signal, shared.owner, trader, source, machine_id)
 
     assert error.sqlstate == "WX005"
     assert detail_of(error) == {
@@ -128,25 +128,28 @@ def test_a_claim_that_does_not_fit_is_refused(shared: Stage, claim: str) -> None
     assert count_rows(shared.owner, SIGNALS) == before
 
 
-def test_other_words_for_source_are_refused_by_its_constraint(shared: Stage) -> None:
+def test_other_words_for_source_are_rejected_by_its_constraint(shared: Stage) -> None:
     for word, sqlstate in (("browser", "23514"), ("LOCAL", "23514"), (None, "23502")):
-        assert shared.refused(add_signal, shared.owner, shared.ada.trader, word) == (sqlstate, None)
+        assert shared.rejected(add_signal, shared.owner, shared.ada.trader, word) == (
+            sqlstate,
+            None,
+        )
 
 
 @pytest.mark.parametrize("word", [None, "browser", "LOCAL", "local ", ""])
-def test_other_words_for_source_are_refused_by_the_guard(at: Stage, word: str | None) -> None:
+def test_other_words_for_source_are_rejected_by_the_guard(at: Stage, word: str | None) -> None:
     at.owner.execute(
         "alter table public.signals drop constraint arbiter_source_check,"
         " alter column source drop not null"
     )
-    assert at.refused(add_signal, at.owner, at.ada.trader, word) == IDENTITY
+    assert at.rejected(add_signal, at.owner, at.ada.trader, word) == IDENTITY
 
 
-def test_a_machine_that_does_not_exist_is_refused_without_its_foreign_key(at: Stage) -> None:
+def test_a_machine_that_does_not_exist_is_rejected_without_its_foreign_key(at: Stage) -> None:
     unknown = UUID(int=1)
-    assert at.refused(add_signal, at.owner, at.bob.trader, "cloud", unknown) == ("23503", None)
+    assert at.rejected(add_signal, at.owner, at.bob.trader, "cloud", unknown) == ("23503", None)
     at.owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
-    assert at.refused(add_signal, at.owner, at.bob.trader, "cloud", unknown) == IDENTITY
+    assert at.rejected(add_signal, at.owner, at.bob.trader, "cloud", unknown) == IDENTITY
 
 
 def test_a_machine_that_changed_its_user_writes_for_neither(at: Stage) -> None:
@@ -154,7 +157,7 @@ def test_a_machine_that_changed_its_user_writes_for_neither(at: Stage) -> None:
     at.owner.execute(
         "update public.cloud_machines set user_id = %s where id = %s", (carol.id, at.bobs_machine)
     )
-    assert at.refused(add_signal, at.owner, at.bob.trader, "cloud", at.bobs_machine) == IDENTITY
+    assert at.rejected(add_signal, at.owner, at.bob.trader, "cloud", at.bobs_machine) == IDENTITY
 
 
 @pytest.mark.naive
@@ -165,7 +168,7 @@ def test_a_naive_guard_takes_any_machine_that_runs(trading_db: Database) -> None
     ada, bob = add_user(owner), add_user(owner)
     machine = add_machine(owner, bob, "running")
     beat(owner, machine)
-    assert refusal(add_signal, owner, bob.trader, "local").sqlstate == "WX001"
+    assert rejection(add_signal, owner, bob.trader, "local").sqlstate == "WX001"
 
     add_signal(owner, ada.trader, "cloud", machine)
 
@@ -183,13 +186,13 @@ def test_rows_of_built_in_traders_are_written_where_they_are_allowed(at: Stage) 
     add_signal(conn, at.builtin)
     add_signal(conn, at.builtin, "cloud")
 
-    assert at.refused(add_signal, conn, at.builtin, "cloud", at.bobs_machine) == IDENTITY
-    assert at.refused(add_signal, conn, at.builtin, "local", at.bobs_machine) == IDENTITY
-    assert at.refused(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
+    assert at.rejected(add_signal, conn, at.builtin, "cloud", at.bobs_machine) == IDENTITY
+    assert at.rejected(add_signal, conn, at.builtin, "local", at.bobs_machine) == IDENTITY
+    assert at.rejected(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
     assert value(at.owner, "select count(*) from arbiter.leases where user_id is null") == 0
 
     at.owner.execute("select arbiter.protect('public.signals')")
-    assert at.refused(add_signal, conn, at.builtin) == IDENTITY
+    assert at.rejected(add_signal, conn, at.builtin) == IDENTITY
 
 
 @pytest.mark.parametrize("unowned", ["reject", "allow"])
@@ -210,7 +213,7 @@ def test_a_path_that_is_not_there_yet_is_no_way_in(at: Stage, unowned: str) -> N
                 (trader, at.bob.id),
             )
 
-    assert at.refused(smuggle) == IDENTITY
+    assert at.rejected(smuggle) == IDENTITY
     assert value(at.owner, "select count(*) from public.traders where name = 'late'") == 0
 
 
@@ -228,9 +231,9 @@ def test_a_row_without_a_trader_has_no_user(at: Stage, unowned: str) -> None:
                 "update public.signals set trader_id = %s where id = %s", (at.bob.trader, signal)
             )
 
-        assert at.refused(adopt) == ("WX006", "provenance_immutable")
+        assert at.rejected(adopt) == ("WX006", "provenance_immutable")
     else:
-        assert at.refused(add_signal, at.owner, None) == IDENTITY
+        assert at.rejected(add_signal, at.owner, None) == IDENTITY
 
 
 # Forged evidence ---------------------------------------------------------------------------------
@@ -257,12 +260,12 @@ def test_the_evidence_cannot_be_forged(shared: Stage, verb: str, forged: str | N
             with shared.owner.cursor().copy(f"copy public.signals {columns} from stdin") as out:
                 out.write_row(row)
 
-    assert shared.refused(write) == IDENTITY
+    assert shared.rejected(write) == IDENTITY
 
 
-def test_one_forged_row_among_a_hundred_refuses_all(shared: Stage) -> None:
+def test_one_forged_row_among_a_hundred_rejects_all(shared: Stage) -> None:
     assert (
-        shared.refused(
+        shared.rejected(
             shared.owner.execute,
             "insert into public.signals"
             " (trader_id, symbol, interval, signal, bar_time, arbiter_xid)"
@@ -347,10 +350,10 @@ def test_no_trick_opens_the_way(at: Stage, trick: str) -> None:
     tricky = at.db.connect()
     tricky.execute(TRICKS[trick].encode())
 
-    assert at.refused(add_signal, tricky, at.bob.trader) == CLOUD_ACTIVE
-    assert at.refused(add_signal, tricky, at.ada.trader, "cloud", at.adas_machine) == NOT_HOLDER
-    assert at.refused(add_signal, tricky, at.ada.trader, "cloud", at.bobs_machine) == IDENTITY
-    assert at.refused(add_signal, tricky, at.builtin) == IDENTITY
+    assert at.rejected(add_signal, tricky, at.bob.trader) == CLOUD_ACTIVE
+    assert at.rejected(add_signal, tricky, at.ada.trader, "cloud", at.adas_machine) == NOT_HOLDER
+    assert at.rejected(add_signal, tricky, at.ada.trader, "cloud", at.bobs_machine) == IDENTITY
+    assert at.rejected(add_signal, tricky, at.builtin) == IDENTITY
     add_signal(tricky, at.ada.trader)  # and none closes it
     add_signal(tricky, at.bob.trader, "cloud", at.bobs_machine)
 
@@ -367,8 +370,8 @@ def test_set_role_changes_what_is_allowed_and_not_what_is_judged(at: Stage, role
             add_signal(conn, at.bob.trader)
         assert caught.value.sqlstate == "WX001"
     conn.execute(f"set role {role}".encode())
-    assert at.refused(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
-    forged = at.refused(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
+    assert at.rejected(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
+    forged = at.rejected(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
     browser_role = role in ("anon", "authenticated")  # whose row security says it first
     assert forged == (("42501", None) if browser_role else IDENTITY)
     add_signal(conn, at.ada.trader)
@@ -393,7 +396,7 @@ def test_a_client_cannot_write_what_arbiter_judges_by(shared: Stage) -> None:
             "create trigger arbiter_guard_insert before insert on arbiter.leases"
             " for each row execute function arbiter._guard_1()",
         ):
-            assert refusal(conn.execute, attempt).sqlstate == "42501", attempt
+            assert rejection(conn.execute, attempt).sqlstate == "42501", attempt
 
 
 # Row security on what the guard reads ------------------------------------------------------------
@@ -401,18 +404,18 @@ def test_a_client_cannot_write_what_arbiter_judges_by(shared: Stage) -> None:
 
 @pytest.mark.parametrize("policy", ["none", "nothing is visible", "all is visible"])
 @pytest.mark.parametrize("table", ["public.traders", "public.cloud_machines"])
-def test_forced_row_security_refuses_and_does_not_hide(at: Stage, table: str, policy: str) -> None:
+def test_forced_row_security_rejects_and_does_not_hide(at: Stage, table: str, policy: str) -> None:
     # The guard runs as the tables' owner, to whom forced row security applies.
     at.owner.execute(f"alter table {table} force row level security".encode())
     if policy != "none":
         visible = policy == "all is visible"
         at.owner.execute(f"create policy forced on {table} using ({visible})".encode())
     for conn in (at.owner, backend(at.db), at.db.connect("postgres")):
-        error, _ = at.refused(add_signal, conn, at.bob.trader)
+        error, _ = at.rejected(add_signal, conn, at.bob.trader)
         assert error in ("42501", "WX001")
-        error, _ = at.refused(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
+        error, _ = at.rejected(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
         assert error in ("42501", "WX005")
-        error, _ = at.refused(add_signal, conn, at.ada.trader, "cloud", at.adas_machine)
+        error, _ = at.rejected(add_signal, conn, at.ada.trader, "cloud", at.adas_machine)
         assert error in ("42501", "WX004")
     assert value(at.owner, "select count(*) from arbiter.handovers") == 3
 
@@ -437,7 +440,9 @@ def test_what_is_written_is_judged_and_not_what_was_sent(at: Stage, name: str) -
     rewrite(at, name, "insert", "new.source := 'local'; new.machine_id := null;")
 
     # The holder's own write becomes a local one on its way.
-    assert at.refused(add_signal, at.owner, at.bob.trader, "cloud", at.bobs_machine) == CLOUD_ACTIVE
+    assert (
+        at.rejected(add_signal, at.owner, at.bob.trader, "cloud", at.bobs_machine) == CLOUD_ACTIVE
+    )
     add_signal(at.owner, at.ada.trader, "cloud", at.adas_machine)
     assert {row.source for row in rows(at.owner, "select source from public.signals")} == {"local"}
 
@@ -447,19 +452,19 @@ def test_a_row_that_a_trigger_gives_to_somebody_else_is_judged_as_theirs(
     at: Stage, name: str
 ) -> None:
     rewrite(at, name, "insert", f"new.trader_id := '{at.bob.trader}';")
-    assert at.refused(add_signal, at.owner, at.ada.trader) == CLOUD_ACTIVE
+    assert at.rejected(add_signal, at.owner, at.ada.trader) == CLOUD_ACTIVE
 
 
 @pytest.mark.parametrize("name", ["aa_rewrite", "zz_rewrite"])
-def test_a_trigger_that_rewrites_an_update_is_refused(at: Stage, name: str) -> None:
+def test_a_trigger_that_rewrites_an_update_is_rejected(at: Stage, name: str) -> None:
     rewrite(at, name, "update", f"new.source := 'cloud'; new.machine_id := '{at.bobs_machine}';")
-    assert at.refused(at.owner.execute, "update public.signals set price = 1") == (
+    assert at.rejected(at.owner.execute, "update public.signals set price = 1") == (
         "WX006",
         "provenance_immutable",
     )
 
 
-def test_a_trigger_that_changes_the_row_afterwards_is_refused(at: Stage) -> None:
+def test_a_trigger_that_changes_the_row_afterwards_is_rejected(at: Stage) -> None:
     at.owner.execute(
         f"""
         create function public.tg_after() returns trigger language plpgsql as
@@ -469,7 +474,7 @@ def test_a_trigger_that_changes_the_row_afterwards_is_refused(at: Stage) -> None
           for each row execute function public.tg_after();
         """.encode()
     )
-    assert at.refused(add_signal, at.owner, at.ada.trader) == ("WX006", "provenance_immutable")
+    assert at.rejected(add_signal, at.owner, at.ada.trader) == ("WX006", "provenance_immutable")
 
 
 def test_a_write_from_a_deferred_trigger_is_judged_at_the_commit(at: Stage) -> None:
@@ -490,7 +495,7 @@ def test_a_write_from_a_deferred_trigger_is_judged_at_the_commit(at: Stage) -> N
         with at.owner.transaction():
             add_signal(at.owner, at.ada.trader)  # its webhook starts the other one
 
-    assert at.refused(write) == CLOUD_ACTIVE
+    assert at.rejected(write) == CLOUD_ACTIVE
 
 
 # Both environments in one transaction ------------------------------------------------------------
@@ -598,7 +603,7 @@ def test_a_transaction_does_not_write_for_both(
             expected = "WX004"  # what this transaction sees is older than the mark
     assert lease(conn, carol).epoch == epoch
     conn.execute("savepoint attempt")
-    assert refusal(add_signal, conn, carol.trader, *second).sqlstate == expected
+    assert rejection(add_signal, conn, carol.trader, *second).sqlstate == expected
     conn.execute("rollback to attempt")
     conn.execute("commit")
 
@@ -635,7 +640,7 @@ def test_a_machine_activates_in_one_transaction_and_writes_in_the_next(
     set_status(conn, machine, "running")
     beat(conn, machine)
     conn.execute("savepoint s")
-    error = refusal(add_signal, conn, carol.trader, "cloud", machine)
+    error = rejection(add_signal, conn, carol.trader, "cloud", machine)
     assert error.sqlstate == "WX007"
     assert detail_of(error)["blockers"] == [conn.info.backend_pid]
     assert "commit it first" in (error.diag.message_hint or "")
@@ -656,7 +661,7 @@ def test_the_first_write_ever_and_the_machines_in_one_transaction(
     beat(conn, machine)
     beat(conn, machine)
     conn.execute("savepoint attempt")
-    assert refusal(add_signal, conn, dora.trader, "cloud", machine).sqlstate == "WX007"
+    assert rejection(add_signal, conn, dora.trader, "cloud", machine).sqlstate == "WX007"
     conn.execute("rollback to attempt")
     conn.execute("commit")
     epochs_of(shared.owner, dora)
@@ -676,7 +681,7 @@ def test_a_registration_and_both_writes_in_one_transaction(
     beat(conn, machine)
     beat(conn, machine)
     conn.execute("savepoint attempt")
-    assert refusal(add_signal, conn, dora.trader, "cloud", machine).sqlstate == "WX007"
+    assert rejection(add_signal, conn, dora.trader, "cloud", machine).sqlstate == "WX007"
     conn.execute("rollback to attempt")
     conn.execute("commit")
     epochs_of(shared.owner, dora)
@@ -690,7 +695,7 @@ def test_a_takeover_and_the_machines_return_in_one_transaction(at: Stage) -> Non
     beat(conn, at.bobs_machine)
     beat(conn, at.bobs_machine)
     conn.execute("savepoint attempt")
-    error = refusal(add_signal, conn, at.bob.trader, "cloud", at.bobs_machine)
+    error = rejection(add_signal, conn, at.bob.trader, "cloud", at.bobs_machine)
     assert error.sqlstate == "WX007"
     conn.execute("rollback to attempt")
     conn.execute("commit")
@@ -711,7 +716,7 @@ def test_a_drain_that_is_called_off_and_the_machines_return_in_one_transaction(
     beat(conn, machine)
     beat(conn, machine)
     conn.execute("savepoint attempt")
-    assert refusal(add_signal, conn, carol.trader, "cloud", machine).sqlstate == "WX007"
+    assert rejection(add_signal, conn, carol.trader, "cloud", machine).sqlstate == "WX007"
     conn.execute("rollback to attempt")
     conn.execute("commit")
     epochs_of(shared.owner, carol)
@@ -729,7 +734,7 @@ def test_a_write_and_a_confirmed_takeover_in_one_transaction(at: Stage) -> None:
     conn.execute("select arbiter.confirm_takeover(%s)", (at.bob.id,))
     for source, machine in (("local", None), ("cloud", at.bobs_machine)):
         conn.execute("savepoint attempt")
-        error = refusal(add_signal, conn, at.bob.trader, source, machine)
+        error = rejection(add_signal, conn, at.bob.trader, source, machine)
         assert error.sqlstate == {"local": "WX007", "cloud": "WX004"}[source]
         conn.execute("rollback to attempt")
     conn.execute("commit")
@@ -749,7 +754,7 @@ def test_both_environments_in_one_statement(shared: Stage, carol: User) -> None:
         "        (%(trader)s, 'B', '1m', 'buy', now(), 'cloud', %(machine)s)"
     )
     for _ in range(3):  # local holds, it drains, the machine holds
-        error, _ = shared.refused(
+        error, _ = shared.rejected(
             shared.owner.execute, both, {"trader": carol.trader, "machine": machine}
         )
         assert error in ("WX001", "WX004", "WX007")

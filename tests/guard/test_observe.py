@@ -1,4 +1,4 @@
-"""Mode observe: everything is written, and what enforce would have refused is recorded."""
+"""Mode observe: everything is written, and what enforce would have rejected is recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from story import (
     detail_of,
     handovers,
     lease,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -154,12 +154,12 @@ def signals(conn: Conn) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_enforce_refuses_is_written_and_recorded(at: Stage, case: str) -> None:
+def test_what_enforce_rejects_is_written_and_recorded(at: Stage, case: str) -> None:
     happen, write, code = CASES[case]
     happen(at)
     before = signals(at.owner)
     history = rows(at.owner, "select * from arbiter.handovers order by user_id, epoch")
-    error = refusal(write, at)
+    error = rejection(write, at)
     assert signals(at.owner) == before
     assert at.observations() == []
 
@@ -173,7 +173,7 @@ def test_what_enforce_refuses_is_written_and_recorded(at: Stage, case: str) -> N
     assert (seen.code, seen.table_name, seen.xid) == (code, "signals", xid)
     assert seen.detail == detail_of(error)
     assert seen.observed_at.tzinfo is not None
-    # A write that would have been refused hands nothing over.
+    # A write that would have been rejected hands nothing over.
     assert rows(at.owner, "select * from arbiter.handovers order by user_id, epoch") == history
 
 
@@ -219,7 +219,7 @@ def test_a_browser_is_observed_and_does_not_see_it(at: Stage) -> None:
         "delete from arbiter.observations",
         "insert into arbiter.observations (code) values ('x')",
     ):
-        assert refusal(conn.execute, attempt).sqlstate == "42501"
+        assert rejection(conn.execute, attempt).sqlstate == "42501"
 
 
 def test_a_record_goes_with_its_transaction(at: Stage) -> None:
@@ -253,7 +253,7 @@ def test_enforce_and_back(at: Stage) -> None:
     add_signal(at.conn, at.ada.trader)
     for _ in range(2):
         recorded = len(at.observations())
-        assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+        assert rejection(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
         assert len(at.observations()) == recorded
         at.protect("observe")
         add_signal(at.conn, at.bob.trader)
@@ -261,12 +261,12 @@ def test_enforce_and_back(at: Stage) -> None:
         at.protect("enforce")
     at.protect("observe")
     at.owner.execute("select arbiter.protect('public.signals')")  # enforce is the default
-    assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+    assert rejection(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
 
 
 def test_only_the_observed_table_is_observed(at: Stage) -> None:
     at.owner.execute("select arbiter.protect('public.positions', p_mode => 'observe')")
-    assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+    assert rejection(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
 
 
 # Nothing waits, nothing fails --------------------------------------------------------------------
@@ -349,12 +349,12 @@ def test_enforce_does_fail_on_an_old_snapshot(at: Stage, isolation: str) -> None
     beat(at.owner, at.adas_machine)
     beat(at.owner, at.adas_machine)
 
-    assert refusal(add_signal, conn, at.ada.trader).sqlstate == "40001"
+    assert rejection(add_signal, conn, at.ada.trader).sqlstate == "40001"
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 @pytest.mark.parametrize("before", ["observe", None])
-def test_a_snapshot_older_than_the_switch_to_enforce_is_refused(
+def test_a_snapshot_older_than_the_switch_to_enforce_is_rejected(
     at: Stage, level: str, before: str | None
 ) -> None:
     """It saw the table observed, or not protected at all, and writes after that has changed."""
@@ -365,7 +365,7 @@ def test_a_snapshot_older_than_the_switch_to_enforce_is_refused(
     at.conn.execute(f"begin isolation level {level}".encode())
     at.conn.execute("select from public.traders")
     at.protect("enforce")
-    assert refusal(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
+    assert rejection(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
     at.conn.execute("rollback")
     assert at.observations() == []
     assert value(at.owner, "select count(*) from public.signals") == 1

@@ -26,7 +26,7 @@ from story import (
     count_rows,
     detail_of,
     one,
-    refusal,
+    rejection,
     rows,
 )
 
@@ -151,8 +151,8 @@ class Stage:
 
 
 def code(run: Any, *args: Any) -> str:
-    """The SQLSTATE of the refusal, with which its DETAIL must agree."""
-    error = refusal(run, *args)
+    """The SQLSTATE of the rejection, with which its DETAIL must agree."""
+    error = rejection(run, *args)
     codes = {
         "WX001": "cloud_active",
         "WX004": "not_holder",
@@ -287,7 +287,7 @@ def test_an_upsert_is_judged_in_its_partition(db: Database) -> None:
 
 # Rows that stay where they are -------------------------------------------------------------------
 
-#: What an update may try to change; each is refused on a table protected for inserts.
+#: What an update may try to change; each is rejected on a table protected for inserts.
 CHANGES = {
     "source": "source = 'cloud'",
     "machine": "machine_id = %(machine)s",
@@ -380,7 +380,7 @@ def test_a_naive_guard_of_updates_lets_a_row_that_moves_change(trading_db: Datab
     owner.execute(
         "insert into public.ticks (trader_id, venue, day) values (%s, 'x', 5)", (user.trader,)
     )
-    assert refusal(owner.execute, "update public.ticks set source = 'cloud'").sqlstate == "WX006"
+    assert rejection(owner.execute, "update public.ticks set source = 'cloud'").sqlstate == "WX006"
 
     owner.execute("update public.ticks set source = 'cloud', day = 15")
 
@@ -495,7 +495,7 @@ def test_a_detached_partition_does_not_hold_unprotect_up(db: Database) -> None:
 
 def test_a_partition_cannot_be_protected_by_itself(db: Database) -> None:
     at = stage(db, "range", None)
-    error = refusal(at.owner.execute, "select arbiter.protect('public.ticks_a')")
+    error = rejection(at.owner.execute, "select arbiter.protect('public.ticks_a')")
     assert error.sqlstate == "42809"
 
 

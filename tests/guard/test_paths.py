@@ -1,7 +1,7 @@
 """Every verb and every path by which a row gets into a protected table, as every role.
 
 Each path is one entry of ``PATHS``; it is run as each role, from the browser's environment and from
-the cloud's, by a user who may write and by one who may not. What arbiter refuses here, the same
+the cloud's, by a user who may write and by one who may not. What arbiter rejects here, the same
 statement writes in a database without it (the twins), and past each naive guard of naive.sql there
 is a path, too.
 
@@ -32,7 +32,7 @@ from story import (
     lease,
     next_bar,
     one,
-    refusal,
+    rejection,
     rows,
     value,
 )
@@ -276,7 +276,7 @@ class World:
             beat(self.owner, self.bobs_machine)
 
     def claim(self, source: str, *, admitted: bool) -> Claim:
-        """Ada writes as local, Bob's machine as cloud; the other way round they are refused."""
+        """Ada writes as local, Bob's machine as cloud; the other way round they are rejected."""
         ada = (source == "local") == admitted
         user, machine = (self.ada, self.adas_machine) if ada else (self.bob, self.bobs_machine)
         return Claim(user, source, machine if source == "cloud" else None)
@@ -292,7 +292,7 @@ class World:
             token["machine_id"] = str(claim.machine)
         claims = token if role == "browser" else None
         if replica:
-            # Only a superuser may say so, but whoever it becomes then is in that session, too.
+            # Only a superuser may say so, but the role it becomes then is in that session, too.
             conn = self._db.connect("postgres", claims=claims)
             conn.execute("set session_replication_role = replica")
             if role != "superuser":
@@ -302,8 +302,8 @@ class World:
         self._connections[key] = conn
         return conn
 
-    def refusal_of(self, claim: Claim) -> tuple[str, dict[str, Any]]:
-        """SQLSTATE and DETAIL that the refused claim must get."""
+    def rejection_of(self, claim: Claim) -> tuple[str, dict[str, Any]]:
+        """SQLSTATE and DETAIL that the rejected claim must get."""
         held = lease(self.owner, claim.user)
         machine = held.machine_id and str(held.machine_id)
         sqlstate, code = (
@@ -366,15 +366,15 @@ def test_who_may_write_is_admitted(world: World, role: str, path: str, source: s
 
 @pytest.mark.parametrize("source", ["local", "cloud"])
 @pytest.mark.parametrize(("role", "path"), MATRIX)
-def test_who_may_not_write_is_refused(world: World, role: str, path: str, source: str) -> None:
+def test_who_may_not_write_is_rejected(world: World, role: str, path: str, source: str) -> None:
     way = PATHS[path]
     claim = world.claim(source, admitted=False)
     conn = world.connect(role, claim, replica=way.replica)
     before = world.counts()
 
-    error = refusal(way.write, conn, claim)
+    error = rejection(way.write, conn, claim)
 
-    assert (error.sqlstate, detail_of(error)) == world.refusal_of(claim)
+    assert (error.sqlstate, detail_of(error)) == world.rejection_of(claim)
     assert world.counts() == before
 
 
@@ -393,7 +393,7 @@ def test_without_a_guard_the_same_is_written(
     assert value(unguarded.owner, f"select count(*) from {way.table}") == before + way.rows
 
 
-@pytest.mark.parametrize("admitted", [True, False], ids=["admitted", "refused"])
+@pytest.mark.parametrize("admitted", [True, False], ids=["admitted", "rejected"])
 @pytest.mark.parametrize(("role", "path"), CLOSED)
 def test_copy_is_closed_to_whom_row_security_applies(
     world: World, role: str, path: str, admitted: bool
@@ -401,7 +401,7 @@ def test_copy_is_closed_to_whom_row_security_applies(
     claim = world.claim("local", admitted=admitted)
     before = world.counts()
 
-    error = refusal(PATHS[path].write, world.connect(role, claim), claim)
+    error = rejection(PATHS[path].write, world.connect(role, claim), claim)
 
     assert error.sqlstate == "0A000"
     assert world.counts() == before
@@ -435,17 +435,17 @@ def test_a_way_past_a_naive_guard(
     naive.owner.execute("create policy ticks_all on public.ticks using (true)")
     way = PATHS[path]
     for source in ("local", "cloud"):
-        refused = naive.claim(source, admitted=False)
-        conn = naive.connect(role, refused, replica=way.replica)
+        rejected = naive.claim(source, admitted=False)
+        conn = naive.connect(role, rejected, replica=way.replica)
         before = value(naive.owner, f"select count(*) from {table}")
 
-        way.write(conn, refused)
+        way.write(conn, rejected)
 
         assert value(naive.owner, f"select count(*) from {table}") == before + way.rows
 
         # It is a guard, where it looks: the plain way is closed by it.
         plain = PATHS["insert" if table == "public.signals" else "partitioned"]
-        error = refusal(plain.write, naive.connect("browser", refused), refused)
+        error = rejection(plain.write, naive.connect("browser", rejected), rejected)
         assert error.sqlstate == ("42501" if guard == "policy" else "WX001")
 
 
@@ -465,7 +465,7 @@ def test_the_time_is_that_of_the_write(world: World) -> None:
     timeout = value(world.owner, "select heartbeat_timeout from arbiter.settings")
     before = world.counts()
 
-    error = refusal(
+    error = rejection(
         lapse_within_a_transaction,
         world,
         claim,
@@ -491,7 +491,7 @@ def test_a_naive_guard_takes_the_start_of_the_transaction_for_the_time(naive: Wo
     lapse_within_a_transaction(naive, claim, make_old)
 
     assert count_rows(naive.owner, "public.signals") == 2
-    error = refusal(lapse_within_a_transaction, naive, claim, make_old)
+    error = rejection(lapse_within_a_transaction, naive, claim, make_old)
     assert error.sqlstate == "WX001"  # it does look, once the transaction is younger
 
 
@@ -519,18 +519,18 @@ MANY = {"insert": insert_many, "copy": copy_many}
 @pytest.mark.parametrize("place", [0, 50, 99])
 @pytest.mark.parametrize("source", ["local", "cloud"])
 @pytest.mark.parametrize("many", MANY)
-def test_one_refused_user_among_many_refuses_the_statement(
+def test_one_rejected_user_among_many_rejects_the_statement(
     world: World, many: str, source: str, place: int
 ) -> None:
-    refused = world.claim(source, admitted=False)
+    rejected = world.claim(source, admitted=False)
     users = [add_user(world.owner) for _ in range(3)]
     claims = [Claim(users[n % 3], "local", None) for n in range(99)]
-    conn = world.connect("service_role", refused)
+    conn = world.connect("service_role", rejected)
     before = world.counts()
 
-    error = refusal(MANY[many], conn, [*claims[:place], refused, *claims[place:]])
+    error = rejection(MANY[many], conn, [*claims[:place], rejected, *claims[place:]])
 
-    assert (error.sqlstate, detail_of(error)) == world.refusal_of(refused)
+    assert (error.sqlstate, detail_of(error)) == world.rejection_of(rejected)
     assert world.counts() == before
     MANY[many](conn, claims)
     assert world.counts()[0] == before[0] + 99
@@ -539,21 +539,21 @@ def test_one_refused_user_among_many_refuses_the_statement(
 @pytest.mark.parametrize("many", MANY)
 def test_what_was_written_before_the_savepoint_stays(world: World, many: str) -> None:
     admitted = world.claim("local", admitted=True)
-    refused = world.claim("local", admitted=False)
-    conn = world.connect("service_role", refused)
+    rejected = world.claim("local", admitted=False)
+    conn = world.connect("service_role", rejected)
     before = world.counts()
 
     with conn.transaction():
         MANY[many](conn, [admitted] * 2)
         with pytest.raises(psycopg.Error) as caught, conn.transaction():
-            MANY[many](conn, [admitted, refused, admitted])
+            MANY[many](conn, [admitted, rejected, admitted])
         MANY[many](conn, [admitted] * 3)
 
     assert caught.value.sqlstate == "WX001"
     assert world.counts()[0] == before[0] + 5
 
 
-def test_a_loop_that_catches_each_refusal_writes_only_what_is_admitted(world: World) -> None:
+def test_a_loop_that_catches_each_rejection_writes_only_what_is_admitted(world: World) -> None:
     conn = world.connect("service_role", world.claim("local", admitted=True))
     before = world.counts()
 
@@ -698,7 +698,7 @@ def test_a_naive_guard_of_inserts_lets_provenance_change(
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_other_columns_can_be_updated_whoever_holds(world: World, role: str) -> None:
+def test_other_columns_can_be_updated_without_the_lease(world: World, role: str) -> None:
     claim = world.claim("cloud", admitted=True)
     params = claim.params()
     world.owner.execute(f"{INSERT} values ({ROW})".encode(), params)
@@ -706,7 +706,7 @@ def test_other_columns_can_be_updated_whoever_holds(world: World, role: str) -> 
     conn = world.connect(role, Claim(claim.user, "local", None))
     change = "update public.signals set price = 1 where bar_time = %s"
     if role == "browser":  # may not write a row that says cloud, whatever it changes
-        assert refusal(conn.execute, change, (params["bar"],)).sqlstate == "42501"
+        assert rejection(conn.execute, change, (params["bar"],)).sqlstate == "42501"
         return
     cur = conn.execute(change.encode(), (params["bar"],))
 

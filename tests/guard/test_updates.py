@@ -27,7 +27,7 @@ from story import (
     detail_of,
     lease,
     one,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -90,10 +90,10 @@ class Stage:
         """All positions."""
         return rows(self.owner, "select * from public.positions order by user_id, symbol")
 
-    def refused(self, run: Callable[..., object], *args: Any) -> tuple[str | None, str]:
-        """SQLSTATE and code of the refusal; nothing may have been written."""
+    def rejected(self, run: Callable[..., object], *args: Any) -> tuple[str | None, str]:
+        """SQLSTATE and code of the rejection; nothing may have been written."""
         before = self.look()
-        error = refusal(run, *args)
+        error = rejection(run, *args)
         assert self.look() == before
         return error.sqlstate, detail_of(error)["code"]
 
@@ -121,33 +121,33 @@ def test_each_write_names_its_writer(at: Stage) -> None:
     beat(at.owner, at.adas_machine)
     beat(at.owner, at.adas_machine)
     assert lease(at.owner, at.ada).holder == "cloud"
-    assert at.refused(at.update, "quantity = 2", at.ada) == CLOUD_ACTIVE  # the row says local
+    assert at.rejected(at.update, "quantity = 2", at.ada) == CLOUD_ACTIVE  # the row says local
     at.update("quantity = 2, source = 'cloud', machine_id = %(adas_machine)s", at.ada)
     row = at.row(at.ada)
     assert (row.quantity, row.source, row.machine_id) == (2, "cloud", at.adas_machine)
 
 
-def test_the_other_environment_is_refused(at: Stage) -> None:
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
-    assert at.refused(at.update, AS_LOCAL, at.bob) == CLOUD_ACTIVE
+def test_the_other_environment_is_rejected(at: Stage) -> None:
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, AS_LOCAL, at.bob) == CLOUD_ACTIVE
     as_hers = "quantity = 1, source = 'cloud', machine_id = %(adas_machine)s"
-    assert at.refused(at.update, as_hers, at.ada) == NOT_HOLDER
-    assert at.refused(at.insert, at.bob, "SOL") == CLOUD_ACTIVE
+    assert at.rejected(at.update, as_hers, at.ada) == NOT_HOLDER
+    assert at.rejected(at.insert, at.bob, "SOL") == CLOUD_ACTIVE
 
 
-def test_a_browser_is_refused_as_well(at: Stage) -> None:
+def test_a_browser_is_rejected_as_well(at: Stage) -> None:
     at.conn = browser(at.db, at.bob)
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
     at.conn = browser(at.db, at.ada)
     assert at.update("quantity = 1", at.ada) == 1
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
-def test_a_superusers_session_is_refused_as_well(at: Stage, role: str) -> None:
+def test_a_superusers_session_is_rejected_as_well(at: Stage, role: str) -> None:
     at.conn = at.db.connect("postgres")
     at.conn.execute(f"set session_replication_role = {role}".encode())
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
-    assert at.refused(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
     # An updated row says who wrote it, whatever the session is.
     before = at.row(at.ada).arbiter_xid
     at.update("quantity = 1, arbiter_xid = '3'", at.ada)
@@ -170,7 +170,7 @@ def test_a_naive_guard_of_inserts_lets_updates_pass(trading_db: Database) -> Non
         "insert into public.positions (user_id, trader_id, symbol, source, machine_id)"
         " values (%s, %s, 'BTC', %s, %s)"
     )
-    error = refusal(owner.execute, insert, (user.id, user.trader, "local", None))
+    error = rejection(owner.execute, insert, (user.id, user.trader, "local", None))
     assert error.sqlstate == "WX001"
     owner.execute(insert, (user.id, user.trader, "cloud", machine))
 
@@ -190,11 +190,11 @@ def test_a_naive_guard_of_inserts_lets_updates_pass(trading_db: Database) -> Non
         ("user_id = gen_random_uuid()", IMMUTABLE),
     ],
 )
-def test_a_claim_that_does_not_fit_is_refused(
+def test_a_claim_that_does_not_fit_is_rejected(
     at: Stage, change: str, expected: tuple[str, str] | None
 ) -> None:
     before = at.look()
-    error = refusal(at.update, change, at.bob)
+    error = rejection(at.update, change, at.bob)
     assert at.look() == before
     if expected is None or error.sqlstate == "23503":  # its foreign key may speak first
         assert error.sqlstate in ("23503", "WX005")
@@ -203,10 +203,10 @@ def test_a_claim_that_does_not_fit_is_refused(
 
 
 def test_the_user_of_a_row_stays(at: Stage) -> None:
-    assert at.refused(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
+    assert at.rejected(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
     to_cloud = f"user_id = %(bob)s, symbol = 'NEW', {AS_CLOUD}"
-    assert at.refused(at.update, to_cloud, at.ada) == IMMUTABLE
-    detail = detail_of(refusal(at.update, to_cloud, at.ada))
+    assert at.rejected(at.update, to_cloud, at.ada) == IMMUTABLE
+    detail = detail_of(rejection(at.update, to_cloud, at.ada))
     assert detail["user_id"] == str(at.ada.id)
 
 
@@ -230,7 +230,7 @@ def test_a_trigger_of_the_app_cannot_forge_the_evidence(at: Stage) -> None:
           for each row execute function public.tg_forge();
         """
     )
-    assert at.refused(at.update, "quantity = 1", at.ada) == IDENTITY
+    assert at.rejected(at.update, "quantity = 1", at.ada) == IDENTITY
 
 
 @pytest.mark.parametrize("name", ["aa_rewrite", "zz_rewrite"])
@@ -243,7 +243,7 @@ def test_what_a_trigger_of_the_app_has_made_of_the_row_is_judged(at: Stage, name
           for each row execute function public.tg_rewrite();
         """.encode()
     )
-    assert at.refused(at.update, f"quantity = 1, {AS_CLOUD}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, f"quantity = 1, {AS_CLOUD}", at.bob) == CLOUD_ACTIVE
     assert at.update("quantity = 1", at.ada) == 1
 
 
@@ -256,11 +256,11 @@ def test_an_old_machines_row_is_not_written_in_its_name(at: Stage) -> None:
         left_running=SETTINGS["stop_grace"],
     )
     # Nothing said about the writer leaves the machine's claim, and it is not fresh.
-    assert at.refused(at.update, "quantity = 1", at.bob) == NOT_HOLDER
+    assert at.rejected(at.update, "quantity = 1", at.bob) == NOT_HOLDER
 
     assert at.update(f"quantity = 1, {AS_LOCAL}", at.bob) == 1
 
-    assert at.refused(at.update, "quantity = 2", at.bob, "ETH") == NOT_HOLDER
+    assert at.rejected(at.update, "quantity = 2", at.bob, "ETH") == NOT_HOLDER
     assert at.update("quantity = 2", at.bob) == 1
     held = lease(at.owner, at.bob)
     assert (held.holder, held.epoch) == ("local", 3)
@@ -286,11 +286,11 @@ def test_a_deleted_machine_leaves_its_rows(at: Stage) -> None:
 
 def test_a_row_of_a_deleted_machine_is_written_by_who_says_who_writes(at: Stage) -> None:
     delete_machine(at)
-    assert at.refused(at.update, "quantity = 1", at.bob) == IDENTITY
-    assert at.refused(at.update, AS_LOCAL, at.bob) == ("WX002", "cooling_down")
+    assert at.rejected(at.update, "quantity = 1", at.bob) == IDENTITY
+    assert at.rejected(at.update, AS_LOCAL, at.bob) == ("WX002", "cooling_down")
     age(at.owner, at.machine, left_running=SETTINGS["stop_grace"])
 
-    assert at.refused(at.update, "quantity = 1", at.bob) == IDENTITY
+    assert at.rejected(at.update, "quantity = 1", at.bob) == IDENTITY
     assert at.update(f"quantity = 1, {AS_LOCAL}", at.bob) == 1
     assert at.row(at.bob).source == "local"
 
@@ -316,7 +316,7 @@ def test_a_trigger_of_the_app_does_not_write_a_row_of_a_deleted_machine_unjudged
         at.owner.execute("delete from public.cloud_machines where id = %s", (at.machine,))
     at.owner.execute("delete from public.positions where user_id = %s", (at.ada.id,))
 
-    error = at.refused(
+    error = at.rejected(
         at.conn.execute,
         "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
         " values (%s, 'BTC', '1m', 'buy', now())",
@@ -327,7 +327,7 @@ def test_a_trigger_of_the_app_does_not_write_a_row_of_a_deleted_machine_unjudged
 
 
 def test_the_old_machine_cannot_be_taken_off_while_it_is_there(at: Stage) -> None:
-    assert at.refused(at.update, "machine_id = null", at.bob) == IDENTITY
+    assert at.rejected(at.update, "machine_id = null", at.bob) == IDENTITY
     at.owner.execute(
         """
         create function public.tg_nested() returns trigger language plpgsql as
@@ -338,15 +338,15 @@ def test_the_old_machine_cannot_be_taken_off_while_it_is_there(at: Stage) -> Non
         """
     )
     insert = "insert into public.webhook_queue (url, body) values ('x', '{}')"
-    assert at.refused(at.conn.execute, insert) == IDENTITY
+    assert at.rejected(at.conn.execute, insert) == IDENTITY
 
 
 def test_a_source_that_the_app_allows_to_be_null_is_still_needed(db: Database) -> None:
     # Adopted as the app's own migration made it: nullable.
     at = Stage(db, "alter table public.positions add column source text default 'local';" + PROTECT)
 
-    assert at.refused(at.update, "source = null", at.ada) == IDENTITY
-    assert at.refused(at.update, "source = null, machine_id = null, quantity = 9", at.bob) == (
+    assert at.rejected(at.update, "source = null", at.ada) == IDENTITY
+    assert at.rejected(at.update, "source = null, machine_id = null, quantity = 9", at.bob) == (
         IDENTITY
     )
 
@@ -354,12 +354,12 @@ def test_a_source_that_the_app_allows_to_be_null_is_still_needed(db: Database) -
 # Many rows, and statements that insert and update ------------------------------------------------
 
 
-def test_one_refused_user_among_many_refuses_the_update(at: Stage) -> None:
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}") == CLOUD_ACTIVE
+def test_one_rejected_user_among_many_rejects_the_update(at: Stage) -> None:
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}") == CLOUD_ACTIVE
     others = [add_user(at.owner) for _ in range(20)]
     for user in others:
         at.insert(user, "BTC")
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}") == CLOUD_ACTIVE
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}") == CLOUD_ACTIVE
 
     assert at.update("quantity = 1") == 22  # each row in the name of who wrote it last
 
@@ -411,10 +411,10 @@ def test_upserts_are_judged_in_both_arms(at: Stage, upsert: str, symbol: str) ->
         write(at.bob, "local", None)
         assert (at.row(at.bob).source, at.row(at.bob).machine_id) == ("cloud", at.machine)
         age(at.owner, at.machine, heartbeat=timedelta(minutes=1))
-        assert at.refused(write, at.bob, "local", None) == NOT_HOLDER
+        assert at.rejected(write, at.bob, "local", None) == NOT_HOLDER
         return
-    assert at.refused(write, at.bob, "local", None) == CLOUD_ACTIVE
-    assert at.refused(write, at.ada, "cloud", at.adas_machine) == NOT_HOLDER
+    assert at.rejected(write, at.bob, "local", None) == CLOUD_ACTIVE
+    assert at.rejected(write, at.ada, "cloud", at.adas_machine) == NOT_HOLDER
     write(at.bob, "cloud", at.machine)
     write(at.ada, "local", None)
     for user in (at.bob, at.ada):
@@ -429,7 +429,7 @@ def test_one_statement_that_inserts_and_updates_for_many(at: Stage) -> None:
         " on conflict (user_id, symbol) do update"
         " set quantity = 5, source = excluded.source, machine_id = excluded.machine_id"
     )
-    assert at.refused(at.conn.execute, query, ([at.ada.id, at.bob.id],)) == CLOUD_ACTIVE
+    assert at.rejected(at.conn.execute, query, ([at.ada.id, at.bob.id],)) == CLOUD_ACTIVE
     at.conn.execute(query, ([at.ada.id],))
     assert [at.row(at.ada, s).quantity for s in ("BTC", "NEW")] == [5, 1]
 
@@ -440,20 +440,20 @@ def test_one_statement_that_inserts_and_updates_for_many(at: Stage) -> None:
 def test_without_evidence_updates_are_judged_all_the_same(db: Database) -> None:
     at = Stage(db, PROTECT.replace(")", ", p_evidence => false)"))
     assert "arbiter_xid" not in at.look()[0]._fields
-    assert at.refused(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
-    assert at.refused(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
+    assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
     assert at.update("quantity = 1") == 2
     delete_machine_without_evidence = "delete from public.cloud_machines where id = %s"
     at.owner.execute(delete_machine_without_evidence, (at.machine,))
-    assert at.refused(at.update, "quantity = 2", at.bob) == IDENTITY
+    assert at.rejected(at.update, "quantity = 2", at.bob) == IDENTITY
 
 
 def test_back_to_inserts_only(at: Stage) -> None:
     at.owner.execute("select arbiter.protect('public.positions')")
     assert at.update("quantity = 1") == 2
-    assert at.refused(at.update, AS_LOCAL, at.bob) == IMMUTABLE
+    assert at.rejected(at.update, AS_LOCAL, at.bob) == IMMUTABLE
     at.owner.execute(PROTECT)
-    assert at.refused(at.update, f"quantity = 2, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
+    assert at.rejected(at.update, f"quantity = 2, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
 
 
 def test_rows_older_than_protection_are_written_like_others(db: Database) -> None:

@@ -425,9 +425,9 @@ def test_as_superuser(populated: Database, db: Database) -> None:
     arbiter_db.install(populated.conninfo("postgres"))
     assert value(populated.connect(), "select nspowner::regrole::text from pg_namespace "
                  "where nspname = 'arbiter'") == "postgres"  # fmt: skip
-    whoever = ("--no-owner", "--no-privileges")
-    by_owner = schema(db.conninfo("postgres"), *whoever)
-    assert_same(by_owner, schema(populated.conninfo("postgres"), *whoever))
+    without_roles = ("--no-owner", "--no-privileges")
+    by_owner = schema(db.conninfo("postgres"), *without_roles)
+    assert_same(by_owner, schema(populated.conninfo("postgres"), *without_roles))
 
     client = populated.connect(role="authenticated", claims={"sub": USER})
     client.execute(SIGNAL.encode(), ("by the browser",))
@@ -440,7 +440,7 @@ def test_as_superuser(populated: Database, db: Database) -> None:
     assert_same(before, schema(populated.conninfo("postgres")))
 
 
-def test_refuses_who_may_not_create_a_schema(populated: Database) -> None:
+def test_rejects_who_may_not_create_a_schema(populated: Database) -> None:
     before = dump(populated.conninfo())
     with pytest.raises(arbiter_db.InstallError, match=r"permission denied for database") as caught:
         arbiter_db.install(populated.conninfo("authenticator"))
@@ -448,7 +448,7 @@ def test_refuses_who_may_not_create_a_schema(populated: Database) -> None:
     assert_same(before, dump(populated.conninfo()))
 
 
-def test_refuses_who_does_not_own_the_tables(populated: Database) -> None:
+def test_rejects_who_does_not_own_the_tables(populated: Database) -> None:
     grant = sql.SQL("grant create on database {} to authenticator")
     populated.connect().execute(grant.format(sql.Identifier(populated.name)))
     before = dump(populated.conninfo())
@@ -547,7 +547,7 @@ def test_over_a_release_of_the_first_migration_only(trading_db: Database, fresh:
     assert_same(fresh, schema(trading_db.conninfo()))
 
 
-def test_refuses_an_installation_of_a_newer_package(db: Database) -> None:
+def test_rejects_an_installation_of_a_newer_package(db: Database) -> None:
     db.connect().execute(
         "create or replace function arbiter.version() returns text language sql immutable "
         "security invoker return '99.1'"
@@ -841,7 +841,7 @@ MISFITS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("misfit", "named"), MISFITS.values(), ids=MISFITS)
-def test_refuses_what_does_not_fit_and_changes_nothing(
+def test_rejects_what_does_not_fit_and_changes_nothing(
     populated: Database, misfit: str, named: list[str]
 ) -> None:
     populated.connect().execute(misfit.encode())
@@ -855,7 +855,7 @@ def test_refuses_what_does_not_fit_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_refuses_what_does_not_fit_when_it_comes_later(bare_db: Database) -> None:
+def test_rejects_what_does_not_fit_when_it_comes_later(bare_db: Database) -> None:
     """An installation that has adopted nothing yet stays as it is, too."""
     arbiter_db.install(bare_db.conninfo())
     conn = bare_db.connect()
@@ -927,7 +927,7 @@ def test_uninstall_of_nothing_does_nothing(trading_db: Database) -> None:
     assert_same(before, dump(trading_db.conninfo()))
 
 
-def test_uninstall_refuses_while_the_app_uses_arbiter(db: Database) -> None:
+def test_uninstall_rejects_while_the_app_uses_arbiter(db: Database) -> None:
     db.connect().execute("create view public.history as select * from arbiter.handovers")
     before = dump(db.conninfo())
     with pytest.raises(arbiter_db.InstallError, match=r"history"):
@@ -1007,7 +1007,7 @@ def test_the_script_stops_at_what_does_not_fit(populated: Database) -> None:
 # code, same message, same way out.
 
 
-def test_refuses_an_older_server(
+def test_rejects_an_older_server(
     trading_db: Database, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(installer, "_OLDEST_SERVER", server.major + 1)
@@ -1020,7 +1020,7 @@ def test_refuses_an_older_server(
     assert_same(before, dump(trading_db.conninfo()))
 
 
-def test_the_script_refuses_an_older_server(trading_db: Database, server: EmbeddedServer) -> None:
+def test_the_script_rejects_an_older_server(trading_db: Database, server: EmbeddedServer) -> None:
     text = "".join(path.read_text(encoding="ascii") for path in installer._checks())
     limit = f"{installer._OLDEST_SERVER}0000"
     assert text.count(limit) == 1, "one limit, in Python and in SQL"

@@ -295,7 +295,7 @@ def test_definers_pin_their_search_path(ask: Ask) -> None:
 
 
 def test_what_everybody_may_call_pins_its_search_path(ask: Ask) -> None:
-    """Whoever may call a function directly chooses its search_path, unless it has one."""
+    """The caller of a function chooses its search_path, unless it has one."""
     unpinned = ask(
         "select p.oid::regprocedure::text from pg_proc p "
         "where p.pronamespace = 'arbiter'::regnamespace and p.prolang <> "

@@ -38,7 +38,7 @@ def files(*folders: str) -> set[str]:
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with both archives. `build` makes the wheel from the source archive, not from the
-    repository, so whatever the wheel has is in the other one too."""
+    repository, so all that the wheel has is in the other one too."""
     folder = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, REPOSITORY],

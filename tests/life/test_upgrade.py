@@ -122,7 +122,7 @@ def test_an_old_signature_makes_calls_ambiguous_until_then(db: Database) -> None
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
-def test_refuses_while_the_app_uses_it_and_changes_nothing(
+def test_rejects_while_the_app_uses_it_and_changes_nothing(
     db: Database, fresh: str, kind: str
 ) -> None:
     create, use, user = OBJECTS[kind]

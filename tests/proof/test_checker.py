@@ -254,7 +254,7 @@ def test_a_local_write_that_is_admitted_while_the_machine_is_fresh() -> None:
     assert (violation.kind, violation.tags) == ("admitted while fresh", (wrong.tag,))
 
 
-def test_a_later_write_of_a_transaction_is_refused_once_the_machine_has_reported() -> None:
+def test_a_later_write_of_a_transaction_is_rejected_once_the_machine_has_reported() -> None:
     tale = Tale()
     tale.activate(10.0)
     tale.write(9.8, end=12.0, more=(11.0,))
@@ -602,7 +602,7 @@ def test_only_who_has_waited_is_told_of_writes_in_flight(
     assert tale.kinds() == (set() if may else {"wrong answer"})
 
 
-def test_who_is_refused_anyway_does_not_wait() -> None:
+def test_who_is_rejected_anyway_does_not_wait() -> None:
     tale = Tale()
     _running(tale)
     tale.write(11.0, answer="WX007", lasts=3.0)
@@ -631,7 +631,7 @@ def test_a_fault_says_nothing_and_is_counted(answer: str, machine: UUID | None) 
 
 
 @pytest.mark.parametrize("answer", ["WX007", "40001", "40P01"])
-def test_a_heartbeat_is_never_refused(answer: str) -> None:
+def test_a_heartbeat_is_never_rejected(answer: str) -> None:
     tale = Tale()
     _running(tale)
     tale.registry("heartbeat", 12.0, answer=answer)
@@ -1110,8 +1110,8 @@ def test_a_correct_history_is_not_accused(seed: int) -> None:
 
 def test_simulated_histories_have_everything_in_them() -> None:
     reports = [check(_simulate(seed)) for seed in range(20)]
-    refused = sum((report.rejected for report in reports), Counter[str]())
-    assert refused.keys() >= {"WX001", "WX002", "WX003", "WX004", "40001"}
+    rejected = sum((report.rejected for report in reports), Counter[str]())
+    assert rejected.keys() >= {"WX001", "WX002", "WX003", "WX004", "40001"}
     assert sum(report.sharp for report in reports) > sum(report.loose for report in reports)
 
 
@@ -1155,12 +1155,12 @@ def test_an_answer_that_is_replaced_is_caught() -> None:
     for seed in range(20):
         history = _simulate(seed)
         rng = random.Random(seed)
-        refused = [
+        rejected = [
             t
             for t in history.transactions
             if t.level == RC and t.outcome == "failed" and len(t.writes) == 1
         ]
-        wrong = rng.choice(refused)
+        wrong = rng.choice(rejected)
         wrong.writes[0].answer = {"WX001": "WX002", "WX002": "WX003", "WX003": "WX001"}.get(
             str(wrong.answer), "WX001"
         )

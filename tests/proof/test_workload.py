@@ -38,7 +38,7 @@ EXPECTED: dict[str, set[str | None]] = {
     "via": {"direct", "pgbouncer"},
     "level": set(get_args(Level)),
     "how": {"insert", "batch", "copy"},
-    "refused": {"WX001", "WX002", "WX003", "WX004", "WX007", "40001"},
+    "rejected": {"WX001", "WX002", "WX003", "WX004", "WX007", "40001"},
     "admitted": {"local", "cloud"},
     "actor": set(ACTORS),
     "outcome": {"committed", "rolled back", "failed"},
@@ -90,7 +90,7 @@ def left_out(histories: list[History]) -> dict[str, set[str | None]]:
             seen["outcome"].add(transaction.outcome)
             for write in transaction.writes:
                 seen["how"].add(write.how)
-                seen["refused"].add(write.answer)
+                seen["rejected"].add(write.answer)
                 if write.answer is None:
                     seen["admitted"].add(write.source)
         for entry in history.registry:
@@ -138,7 +138,7 @@ def test_arbiter_does_not_deadlock(rounds: list[tuple[Place, History]]) -> None:
     tally = Tally()
     for _, history in rounds:
         tally.add(history)
-    assert tally.refused["40P01"] == 0
+    assert tally.rejected["40P01"] == 0
 
 
 def test_the_workload_leaves_nothing_out(rounds: list[tuple[Place, History]]) -> None:

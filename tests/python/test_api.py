@@ -144,7 +144,7 @@ def test_confirm_takeover_hands_the_lease_to_the_browser(conn: Connection) -> No
     insert_signal(conn)
 
 
-def test_a_refusal_is_raised_as_its_class(conn: Connection) -> None:
+def test_a_rejection_is_raised_as_its_class(conn: Connection) -> None:
     insert_signal(conn)
     activate(conn)
 
@@ -249,7 +249,7 @@ def test_protect_and_unprotect_a_table(conn: Connection) -> None:
     assert row == (["signals"],)
 
 
-def test_protect_passes_the_databases_refusal_on(conn: Connection) -> None:
+def test_protect_passes_the_databases_rejection_on(conn: Connection) -> None:
     with pytest.raises(psycopg.errors.UndefinedTable):
         api.protect(conn, "public.nothing")
     with pytest.raises(psycopg.Error):

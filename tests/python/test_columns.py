@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from codes import BADGES
-from story import activate, add_user, backend, refusal, set_status
+from story import activate, add_user, backend, rejection, set_status
 
 import arbiter_db
 from arbiter_db import Status
@@ -98,7 +98,7 @@ def test_sql_names_the_machine_states_that_an_app_may_map_to(db: Database) -> No
     def register(conn: psycopg.Connection[object]) -> None:
         arbiter_db.register_machines(conn, "public.cloud_machines", states={"up": "flying"})
 
-    error = refusal(register, db.connect())
+    error = rejection(register, db.connect())
     assert error.sqlstate == "22023"
     named = re.findall(r"\w+", (error.diag.message_hint or "").split("are ")[1])
     assert set(named) == WORDS["machine_state"] - {"deleted"}

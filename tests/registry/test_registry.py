@@ -27,7 +27,7 @@ from story import (
     handovers,
     lease,
     one,
-    refusal,
+    rejection,
     rows,
     set_status,
     status,
@@ -286,12 +286,12 @@ def test_stop_endpoint(db: Database) -> None:
     )
     left = notes(owner, machine).left_running_at
     assert began < left < clock(owner)
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX002"
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX002"
     add_signal(app, user.trader, "cloud", machine)  # in flight while it stops
 
     set_status(app, machine, "stopped")
     assert notes(owner, machine).left_running_at == left
-    error = refusal(add_signal, web, user.trader)
+    error = rejection(add_signal, web, user.trader)
     assert (error.sqlstate, detail_of(error)["retry_at"]) == ("WX002", as_detail(left + GRACE))
     age(owner, machine, left_running=GRACE)
     add_signal(web, user.trader)
@@ -314,12 +314,12 @@ def test_stop_endpoint_whose_provider_call_fails(db: Database) -> None:
 
     beat(app, machine)
     add_signal(app, user.trader, "cloud", machine)
-    error = refusal(add_signal, web, user.trader)
+    error = rejection(add_signal, web, user.trader)
     assert error.sqlstate == "WX003"
     assert detail_of(error)["retry_at"] == as_detail(noted.entered_error_at + DELAY)
     # Two minutes on, the user has not said yes, and the machine trades on.
     age(owner, machine, left_running=DELAY, entered_error=DELAY)
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX003"
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX003"
     add_signal(app, user.trader, "cloud", machine)
 
 
@@ -399,15 +399,18 @@ def test_machine_that_goes_ends_its_claim_like_a_stop(
     assert began < noted.left_running_at < clock(owner)
     assert noted.entered_error_at is None
 
-    error = refusal(add_signal, web, user.trader)
+    error = rejection(add_signal, web, user.trader)
     assert error.sqlstate == "WX002"
     assert detail_of(error)["machine_id"] == str(machine)
     assert detail_of(error)["retry_at"] == as_detail(noted.left_running_at + GRACE)
     said = status(web)
     assert (said["environment"], said["machine_state"]) == ("none", "deleted")
 
-    # The machine itself, and whoever it belongs to now, cannot write for this user any more.
-    assert refusal(add_signal, owner, user.trader, "cloud", machine).sqlstate in ("WX005", "23503")
+    # Neither the machine nor its new owner can write for this user any more.
+    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate in (
+        "WX005",
+        "23503",
+    )
 
     age_note(owner, user, machine)
     add_signal(web, user.trader)
@@ -433,13 +436,13 @@ def test_machine_that_is_given_away_serves_its_new_user(db: Database) -> None:
     assert holder(owner, new) == ("local", None, machine)  # it is healthy
     add_signal(owner, new.trader, "cloud", machine)
     assert holder(owner, new) == ("cloud", machine, None)
-    assert refusal(add_signal, owner, old.trader, "cloud", machine).sqlstate == "WX005"
+    assert rejection(add_signal, owner, old.trader, "cloud", machine).sqlstate == "WX005"
 
     # And back again: the note of its absence is gone.
     owner.execute("update public.cloud_machines set user_id = %s", (old.id,))
     add_signal(owner, old.trader, "cloud", machine)
-    assert refusal(add_signal, browser(db, old), old.trader).sqlstate == "WX001"
-    assert refusal(add_signal, browser(db, new), new.trader).sqlstate == "WX002"
+    assert rejection(add_signal, browser(db, old), old.trader).sqlstate == "WX001"
+    assert rejection(add_signal, browser(db, new), new.trader).sqlstate == "WX002"
 
 
 def test_machine_that_changes_its_id_is_another_machine(db: Database) -> None:
@@ -493,7 +496,7 @@ def test_on_delete_set_null_keeps_signals(db: Database) -> None:
 def test_on_delete_set_null_is_no_write_of_a_table_that_records_its_last_writer(
     db: Database,
 ) -> None:
-    """`{insert,update}`: neither refused while the lease is another's nor stamped as a write.
+    """`{insert,update}`: neither rejected while the lease is another's nor stamped as a write.
 
     Whatever the app's own triggers change along with it, before or after arbiter's.
     """
@@ -532,7 +535,7 @@ def test_unmapped_word_counts_as_running(db: Database) -> None:
     beat(owner, machine)
     beat(owner, machine)
     assert holder(owner, user) == ("cloud", machine, None)
-    error = refusal(add_signal, browser(db, user), user.trader)
+    error = rejection(add_signal, browser(db, user), user.trader)
     assert error.sqlstate == "WX001"
     assert status(browser(db, user))["machine_state"] == "running"
     # To leave one such word for another is not to leave running.
@@ -582,9 +585,9 @@ def test_status_column_of_another_type(trading_db: Database, change: str) -> Non
     user = add_user(owner)
     web = browser(trading_db, user)
     machine = activate(backend(trading_db), user)
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX001"
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX001"
     set_status(owner, machine, "stopping")
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX002"
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX002"
     set_status(owner, machine, "error")
     age(owner, machine, entered_error=DELAY)
     assert one(web, "select * from arbiter.confirm_takeover()").machine_state == "stopped"
@@ -623,7 +626,7 @@ def test_registering_gives_leases_to_healthy_machines(trading_db: Database, skew
     assert heartbeat is not None
     assert heartbeat < clock(owner)
     web = browser(trading_db, users["running"])
-    assert refusal(add_signal, web, users["running"].trader).sqlstate == "WX001"
+    assert rejection(add_signal, web, users["running"].trader).sqlstate == "WX001"
     add_signal(owner, users["running"].trader, "cloud", machines["running"])
     for word in ("starting", "stopping", "stopped", "error"):
         leases = rows(owner, "select holder from arbiter.leases where user_id = %s", users[word].id)
@@ -741,7 +744,7 @@ def test_registering_and_protecting_again_changes_nothing(db: Database) -> None:
         "public.cloud_machines m"
     )
     before = rows(conn, CATALOG), rows(conn, data)
-    # Whoever is reading the registry at that time is not in the way.
+    # A session that reads the registry at that time is not in the way.
     with backend(db) as busy, busy.transaction():
         busy.execute("select from arbiter.machines")
         for _ in range(2):
@@ -815,12 +818,12 @@ def test_replacing_the_registry(db: Database) -> None:
     add_signal(app_conn, cloudy.trader, "cloud", machine)  # the guard still knows its table
     for statement in [*MOVE[1:], REGISTER_APPS]:
         owner.execute(statement)
-        assert_guard_refuses(owner, app_conn, web_of_local, cloudy, local, app)
+        assert_guard_rejects(owner, app_conn, web_of_local, cloudy, local, app)
     owner.execute(PROTECT_APPS)
 
     # The old machine's claim has ended; the new one is healthy and gets the lease.
     assert holder(owner, cloudy) == ("cloud", machine, app)
-    assert refusal(add_app_signal, web, cloudy).sqlstate == "WX001"
+    assert rejection(add_app_signal, web, cloudy).sqlstate == "WX001"
     add_app_signal(app_conn, cloudy, "cloud", app)
     assert holder(owner, cloudy) == ("cloud", app, None)
     last = handovers(owner, cloudy)[-1]
@@ -832,10 +835,10 @@ def test_replacing_the_registry(db: Database) -> None:
     write_app(app_conn, app, "seen_at = now() - interval '1 day'")
     assert value(owner, "select seen_at from public.user_fly_apps") > began
     write_app(app_conn, app, "state = 'deprovisioning'")
-    assert refusal(add_app_signal, web, cloudy).sqlstate == "WX002"
+    assert rejection(add_app_signal, web, cloudy).sqlstate == "WX002"
     write_app(app_conn, app, "state = 'error'")
     age(owner, app, entered_error=DELAY)
-    assert refusal(add_app_signal, web, cloudy).sqlstate == "WX003"
+    assert rejection(add_app_signal, web, cloudy).sqlstate == "WX003"
     value(web, "select (arbiter.confirm_takeover()).code")
     assert value(owner, "select state from public.user_fly_apps") == "deleted"
     add_app_signal(web, cloudy)
@@ -851,10 +854,10 @@ def test_replacing_the_registry(db: Database) -> None:
     owner.execute("drop table public.cloud_machines")
 
 
-def assert_guard_refuses(
+def assert_guard_rejects(
     owner: Conn, app_conn: Conn, web: Conn, cloudy: User, local: User, app: UUID
 ) -> None:
-    """A guard whose table changed under it refuses writes: by anybody, also the holder."""
+    """A guard whose table changed under it rejects writes: by anybody, also the holder."""
     before = rows(owner, "select * from public.signals order by id")
     for write in (
         lambda: add_app_signal(web, local),
@@ -862,7 +865,7 @@ def assert_guard_refuses(
         lambda: add_app_signal(app_conn, cloudy, "cloud", app),
         lambda: add_app_signal(app_conn, cloudy, "cloud"),
     ):
-        error = refusal(write)
+        error = rejection(write)
         assert error.sqlstate == "42703"
         assert "call arbiter.protect() again" in (error.diag.internal_query or "")
     assert rows(owner, "select * from public.signals order by id") == before
@@ -878,9 +881,9 @@ def test_holder_whose_registry_was_replaced_without_a_successor(db: Database) ->
     owner.execute(REGISTER_APPS)
     assert holder(owner, user) == ("cloud", machine, None)
     assert began < notes(owner, machine).left_running_at < clock(owner)
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX002"
-    # Refused by the guard, or before it by arbiter's own foreign key, which leads elsewhere now.
-    error = refusal(add_signal, owner, user.trader, "cloud", machine)
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX002"
+    # Rejected by the guard, or before it by arbiter's own foreign key, which leads elsewhere now.
+    error = rejection(add_signal, owner, user.trader, "cloud", machine)
     assert error.sqlstate in ("WX005", "23503")
     beat(owner, machine)  # of a table that is no registry any more
     age_note(owner, user, machine)
@@ -896,13 +899,13 @@ def test_replacing_a_registry_that_was_dropped(db: Database) -> None:
     machine = activate(owner, user)
     owner.execute("drop table public.cloud_machines cascade")
     before = rows(owner, "select * from public.signals")
-    refusal(add_signal, web, user.trader)
-    refusal(add_signal, owner, user.trader, "cloud", machine)
+    rejection(add_signal, web, user.trader)
+    rejection(add_signal, owner, user.trader, "cloud", machine)
     assert rows(owner, "select * from public.signals") == before
 
     owner.execute(FLY_APPS)
     owner.execute(REGISTER_APPS)
-    assert refusal(add_signal, web, user.trader).sqlstate == "WX002"
+    assert rejection(add_signal, web, user.trader).sqlstate == "WX002"
     age_note(owner, user, machine)
     add_signal(web, user.trader)
 
@@ -942,7 +945,7 @@ def test_names_that_need_quoting(db: Database) -> None:
             (machine, user.id),
         )
     assert holder(owner, user) == ("cloud", machine, None)
-    assert refusal(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
+    assert rejection(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
 
 
 def test_heartbeats_in_one_statement_end_a_drain_whatever_their_order(db: Database) -> None:

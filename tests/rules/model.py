@@ -2,9 +2,9 @@
 
 Written from the decision tables and the lease protocol, not from the SQL. Everything here is a
 value: an operation takes a world and the instant, and returns the world afterwards, or raises
-``Refused`` and has changed nothing. A machine of ``None`` is the browser: it stands for ``local``.
+``Rejected`` and has changed nothing. A machine of ``None`` is the browser: it stands for ``local``.
 
-Sessions. A ``Tx`` is what one open transaction has done and nobody else sees yet. At most one is
+Sessions. A ``Tx`` is what one open transaction has done and no other sees yet. At most one is
 open beside the operation at hand, the ``rival``: what it has locked is in the way. Each operation
 sees what is committed at its start.
 
@@ -34,7 +34,7 @@ __all__ = [
     "Machine",
     "Note",
     "Protection",
-    "Refused",
+    "Rejected",
     "Row",
     "Settings",
     "Tx",
@@ -241,7 +241,7 @@ class Tx:
 NOBODY = Tx()
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """The rejection of an operation, with what DETAIL says (None where it says nothing)."""
 
     def __init__(
@@ -397,7 +397,7 @@ def insert(
     """One statement that inserts rows, by key."""
     for row in rows.values():
         if table in world.keyed and row.machine and row.machine not in world.machines:
-            raise Refused("foreign_key_violation")
+            raise Rejected("foreign_key_violation")
     protection = world.protections.get(table)
     if protection is None:
         rows = {key: replace(row, written=None) for key, row in rows.items()}
@@ -437,13 +437,13 @@ def update(
     for key, row in new.items():
         known = row.machine is None or row.machine in world.machines
         if table in world.keyed and not known and row.machine != old[key].machine:
-            raise Refused("foreign_key_violation")
+            raise Rejected("foreign_key_violation")
         if protection:
             tx = _keep_provenance(world, tx, protection, old[key], row)
             if protection.updates:  # looked at before the update and after it
                 tx = _keep_provenance(world, tx, protection, old[key], row)
     if protection and protection.updates:
-        # A row whose machine has gone is nobody's write.
+        # A row whose machine has gone gets no writer.
         writes = {
             key: replace(row, written=OPEN)
             for key, row in new.items()
@@ -466,18 +466,18 @@ def _keep_provenance(world: World, tx: Tx, protection: Protection, old: Row, new
         or new.written != old.written
     )
     if new.user != old.user or (claim_changed and not protection.updates):
-        return _refuse(tx, protection, Refused("provenance_immutable", old.user))
+        return _reject(tx, protection, Rejected("provenance_immutable", old.user))
     if protection.updates and (new.source, new.machine) == ("cloud", None) and not machine_gone:
-        return _refuse(
-            tx, protection, Refused("wrong_identity", old.user, source="cloud", machine_id=None)
+        return _reject(
+            tx, protection, Rejected("wrong_identity", old.user, source="cloud", machine_id=None)
         )
     return tx
 
 
-def _refuse(tx: Tx, protection: Protection, refusal: Refused) -> Tx:
+def _reject(tx: Tx, protection: Protection, rejection: Rejected) -> Tx:
     if protection.mode == "enforce":
-        raise refusal
-    return replace(tx, observed=(*tx.observed, refusal.code))
+        raise rejection
+    return replace(tx, observed=(*tx.observed, rejection.code))
 
 
 def _arbitrate(
@@ -487,8 +487,10 @@ def _arbitrate(
     for claim in sorted(claims, key=_order):
         try:
             tx = _admit(world, tx, rival, protection, claim, now)
-        except Refused as refusal:
-            tx = _refuse(_hold_all_the_same(world, tx, rival, claim, refusal), protection, refusal)
+        except Rejected as rejection:
+            tx = _reject(
+                _hold_all_the_same(world, tx, rival, claim, rejection), protection, rejection
+            )
     return tx
 
 
@@ -503,14 +505,14 @@ def _order(claim: Claim) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def _hold_all_the_same(world: World, tx: Tx, rival: Tx, claim: Claim, refusal: Refused) -> Tx:
+def _hold_all_the_same(world: World, tx: Tx, rival: Tx, claim: Claim, rejection: Rejected) -> Tx:
     # The lease is locked before the machine's health is looked at, and before it turns out that
-    # this transaction is itself in the way. Only where a refusal is observed, not raised, it stays.
+    # this transaction is itself in the way. It stays only where a rejection is observed.
     user, source, machine, forged = claim
     lease = tx.sees(world).leases.get(user) if user else None
     if user is None or lease is None or user in rival.leases:
         return tx
-    if refusal.blockers == ("self",):
+    if rejection.blockers == ("self",):
         return replace(tx, leases={**tx.leases, user: lease})
     holds = not lease.draining and lease.machine == machine and source == source_of(machine)
     return replace(tx, shared=tx.shared | {user}) if holds and not forged else tx
@@ -527,21 +529,21 @@ def _admit(
         or (user is None and (protection.unowned == "reject" or machine is not None))
         or (user is not None and source == "cloud" and machine not in machines_of(world, user))
     ):
-        raise Refused("wrong_identity", user, source=source, machine_id=machine)
+        raise Rejected("wrong_identity", user, source=source, machine_id=machine)
     if user is None:
         return tx
 
     verdict = judge(seen, user, machine, now)
     lease = seen.leases.get(user)
     if verdict.code:
-        raise Refused(verdict.code, user, lease, verdict.retry_at)
+        raise Rejected(verdict.code, user, lease, verdict.retry_at)
 
     wrote = user in tx.shared or user in tx.leases
     own: tuple[Blocker, ...] = ("self",) if wrote else ()
     if user in rival.leases or (
         user in rival.shared and lease and (lease.draining or verdict.takeover)
     ):
-        raise Refused("handover_draining", user, lease, blockers=(*own, "rival"))
+        raise Rejected("handover_draining", user, lease, blockers=(*own, "rival"))
     if lease is None:
         return _own(seen, tx, user, Lease(), now, "first_write")
     if not lease.draining and not verdict.takeover:
@@ -549,7 +551,7 @@ def _admit(
     if lease.machine == machine:  # the drain just ends
         return _own(seen, tx, user, replace(lease, draining=False, draining_to=None), now)
     if wrote:
-        raise Refused("handover_draining", user, lease, blockers=own)
+        raise Rejected("handover_draining", user, lease, blockers=own)
     reason = verdict.takeover or ("confirmed" if machine is None else "activated")
     return _own(seen, tx, user, Lease(lease.epoch + 1, machine), now, reason)
 
@@ -602,7 +604,7 @@ def stamp(world: World, name: UUID, now: datetime) -> datetime:
 def beat(world: World, rival: Tx, names: Sequence[UUID], now: datetime) -> World:
     """One statement that is a heartbeat of these machines."""
     if not all(name in world.machines for name in names):
-        raise Refused("unknown_machine")
+        raise Rejected("unknown_machine")
     beaten = {
         name: replace(world.machines[name], heartbeat=stamp(world, name, now)) for name in names
     }
@@ -675,7 +677,7 @@ def _activate_healthy(world: World, rival: Tx, names: Iterable[UUID], now: datet
         for name, machine in ((name, world.machines[name]) for name in names)
         if machine.user and world.meaning(machine.word) == "running" and world.is_fresh(name, now)
     ]
-    # The end of a drain comes first: whoever looks at a lease before can't end it any more.
+    # The end of a drain comes first: a look at the lease before it is too old to end it.
     ending = {
         name for _, name in healthy if any(x.draining_to == name for x in world.leases.values())
     }
@@ -708,14 +710,14 @@ def confirm(world: World, rival: Tx, user: UUID, now: datetime) -> World:
     lease = world.leases.get(user)
     verdict = judge(world, user, None, now)
     if verdict.code is None:
-        raise Refused("nothing_to_confirm", user, lease)
+        raise Rejected("nothing_to_confirm", user, lease)
     if verdict.code != "takeover_unconfirmed" or verdict.retry_at:
-        raise Refused(verdict.code, user, lease, verdict.retry_at)
+        raise Rejected(verdict.code, user, lease, verdict.retry_at)
     assert lease is not None
     assert lease.claimant is not None
     if user in rival.leases:
-        # Whoever waits for a lease that another transaction has changed is not told of it.
-        raise Refused("handover_draining", user, None, blockers=("rival",))
+        # A yes that waits for a lease does not see how another transaction has changed it.
+        raise Rejected("handover_draining", user, None, blockers=("rival",))
     machine = lease.claimant
     if lease.machine is None:
         world = _give(world, user, replace(lease, draining=False, draining_to=None), now)

@@ -1,7 +1,7 @@
 """The decision tables of DESIGN section 4 end to end: real writes, as the roles that write.
 
 A browser writes as ``authenticated`` with the user's claims, a machine as ``service_role``. The
-periods are the real ones; time passes by ageing what the database noted, as its owner. A refused
+periods are the real ones; time passes by ageing what the database noted, as its owner. A rejected
 write is asserted whole: SQLSTATE, message, every field of DETAIL, hint, and that nothing changed.
 What ``arbiter.status`` said right before each write must be what that write then gets.
 """
@@ -33,7 +33,7 @@ from story import (
     handovers,
     lease,
     one,
-    refusal,
+    rejection,
     rows,
     set_status,
     sign_in,
@@ -178,7 +178,7 @@ CASES = [
         ]
     ],
 ]
-REFUSED = [c for c in CASES if c.code]
+REJECTED = [c for c in CASES if c.code]
 ADMITTED = [c for c in CASES if c.reason]
 
 HOLDS, DRAINS = "holds", "drains"
@@ -245,7 +245,7 @@ class Stage:
         return max((getattr(at, name) + ends[name] for name in case.retry), default=None)
 
     def everything(self) -> Any:
-        """Whatever a refused write or call must leave as it was, each row with its version."""
+        """What a rejected write or call must leave as it was, each row with its version."""
         params = {"user": self.user.id, "trader": str(self.user.trader)}
         return self.owner.execute(EVERYTHING, params).fetchall()
 
@@ -299,16 +299,16 @@ def ids(cases: list[Case]) -> list[str]:
     return [c.id for c in cases]
 
 
-def assert_refused(
+def assert_rejected(
     stage: Stage,
     write: Callable[[], object],
     code: str,
     detail: dict[str, Any],
     hint: str | None = None,
 ) -> None:
-    """That write must be refused exactly so, and leave everything as it was."""
+    """That write must be rejected exactly so, and leave everything as it was."""
     before = stage.everything()
-    error = refusal(write)
+    error = rejection(write)
     sqlstate, message = SQLSTATES[code], MESSAGES[code]
     assert (error.sqlstate, error.diag.message_primary) == (sqlstate, message)
     assert detail_of(error) == {"code": code, "user_id": str(stage.user.id), **detail}
@@ -320,8 +320,8 @@ def assert_refused(
 
 
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
-@pytest.mark.parametrize("case", REFUSED, ids=ids(REFUSED))
-def test_local_write_is_refused(stage: Stage, case: Case, how: str) -> None:
+@pytest.mark.parametrize("case", REJECTED, ids=ids(REJECTED))
+def test_local_write_is_rejected(stage: Stage, case: Case, how: str) -> None:
     machine = stage.play(case, how)
     epoch = 2 if how == HOLDS else 1
     retry_at = stage.retry_at(case, machine)
@@ -337,7 +337,7 @@ def test_local_write_is_refused(stage: Stage, case: Case, how: str) -> None:
     assert (said["epoch"], said["draining"]) == (epoch, how == DRAINS)
     assert said["poll_interval"] == 5 * S
     assert case.code is not None
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.browser, stage.user.trader),
         case.code,
@@ -506,7 +506,7 @@ FRESH_BUT_LATE = [c for c in CLOUD_CASES if c not in STALE and c.reason]
 def test_cloud_write_of_a_stale_machine(stage: Stage, case: Case, how: str) -> None:
     machine = stage.play(case, how)
     assert status(stage.browser)["environment"] != "cloud"
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
@@ -531,10 +531,10 @@ def test_cloud_write_of_a_fresh_machine(stage: Stage, case: Case, how: str) -> N
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
 @pytest.mark.parametrize("case", FRESH_BUT_LATE, ids=ids(FRESH_BUT_LATE))
 def test_cloud_write_before_a_takeover_that_is_possible(stage: Stage, case: Case, how: str) -> None:
-    """A browser may take over now: the machine is refused, fresh or not, even if none does."""
+    """A browser may take over now: the machine is rejected, fresh or not, even if none does."""
     machine = stage.play(case, how)
     assert status(stage.browser)["environment"] == "local"
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
@@ -559,11 +559,11 @@ def assert_cloud_writes(stage: Stage, machine: UUID, how: str) -> None:
 
 
 def test_cloud_write_after_a_takeover(stage: Stage) -> None:
-    """The machine wakes up: refused, until a heartbeat has given it the lease again."""
+    """The machine wakes up: rejected, until a heartbeat has given it the lease again."""
     machine = activate(stage.backend, stage.user)
     age(stage.owner, machine, heartbeat=TIMEOUT)
     add_signal(stage.browser, stage.user.trader)
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
@@ -571,7 +571,7 @@ def test_cloud_write_after_a_takeover(stage: Stage) -> None:
     )
     beat(stage.backend, machine)
     add_signal(stage.backend, stage.user.trader, "cloud", machine)
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.browser, stage.user.trader),
         "cloud_active",
@@ -582,7 +582,7 @@ def test_cloud_write_after_a_takeover(stage: Stage) -> None:
 @pytest.mark.parametrize("word", ["provisioning", "starting", "running", "stopped", "error"])
 def test_cloud_write_by_a_machine_that_never_was_healthy(stage: Stage, word: str) -> None:
     machine = add_machine(stage.backend, stage.user, word)
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
@@ -593,7 +593,7 @@ def test_cloud_write_by_a_machine_that_never_was_healthy(stage: Stage, word: str
 def test_cloud_write_without_a_lease(stage: Stage) -> None:
     machine = add_machine(stage.backend, stage.user, "running")
     stage.owner.execute("delete from arbiter.leases where user_id = %s", (stage.user.id,))
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
@@ -606,7 +606,7 @@ def test_cloud_write_while_another_machine_holds(crowded: Stage) -> None:
     other = add_machine(crowded.backend, crowded.user, "running")
     for _ in range(3):
         beat(crowded.backend, other)
-    assert_refused(
+    assert_rejected(
         crowded,
         lambda: add_signal(crowded.backend, crowded.user.trader, "cloud", other),
         "not_holder",
@@ -812,14 +812,14 @@ def test_confirm(stage: Stage, case: Case, how: str) -> None:
 
     add_signal(stage.browser, stage.user.trader)
     assert lease(stage.owner, stage.user).epoch == now.epoch
-    assert_refused(
+    assert_rejected(
         stage,
         lambda: add_signal(stage.backend, stage.user.trader, "cloud", machine),
         "not_holder",
         {"holder": "local", "machine_id": None, "epoch": now.epoch, "retry_at": None},
     )
     # The yes is used up.
-    assert refusal(confirm, stage.browser).sqlstate == "55000"
+    assert rejection(confirm, stage.browser).sqlstate == "55000"
 
 
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
@@ -828,7 +828,7 @@ def test_confirm_where_there_is_nothing_to_confirm(stage: Stage, case: Case, how
     machine = stage.play(case, how)
     retry_at = stage.retry_at(case, machine)
     before = stage.everything()
-    error = refusal(confirm, stage.browser)
+    error = rejection(confirm, stage.browser)
     if case.code:
         said = (error.sqlstate, error.diag.message_primary)
         assert said == (SQLSTATES[case.code], MESSAGES[case.code])
@@ -858,7 +858,7 @@ def test_confirm_without_a_machine(stage: Stage, has_lease: bool) -> None:
     if has_lease:
         add_signal(stage.browser, stage.user.trader)
     before = stage.everything()
-    error = refusal(confirm, stage.browser)
+    error = rejection(confirm, stage.browser)
     assert error.sqlstate == "55000"
     assert error.diag.message_hint == "The browser may write already."
     assert stage.everything() == before
@@ -881,13 +881,13 @@ def test_machine_that_recovers_makes_an_earlier_yes_void(stage: Stage) -> None:
     confirm(stage.browser)
     recover(stage, machine)
     assert lease(stage.owner, stage.user).machine_id == machine
-    assert refusal(add_signal, stage.browser, stage.user.trader).sqlstate == "WX001"
+    assert rejection(add_signal, stage.browser, stage.user.trader).sqlstate == "WX001"
 
     set_status(stage.backend, machine, "error")
-    early = refusal(add_signal, stage.browser, stage.user.trader)
+    early = rejection(add_signal, stage.browser, stage.user.trader)
     assert (early.sqlstate, detail_of(early)["retry_at"] is None) == ("WX003", False)
     age(stage.owner, machine, left_running=DELAY, entered_error=DELAY)
-    late = refusal(add_signal, stage.browser, stage.user.trader)
+    late = rejection(add_signal, stage.browser, stage.user.trader)
     assert (late.sqlstate, detail_of(late)["retry_at"]) == ("WX003", None)
     confirm(stage.browser)
     add_signal(stage.browser, stage.user.trader)
@@ -908,7 +908,7 @@ def test_delay_begins_anew_with_each_error(stage: Stage) -> None:
     # Said twice, it is still the same error.
     set_status(stage.backend, machine, "error")
     assert status(stage.browser)["retry_at"] == said["retry_at"]
-    assert refusal(confirm, stage.browser).sqlstate == "WX003"
+    assert rejection(confirm, stage.browser).sqlstate == "WX003"
 
 
 # Who may ask -------------------------------------------------------------------------------------
@@ -927,7 +927,7 @@ def test_browser_may_not_ask_about_another_user(stage: Stage, function: str) -> 
     other = browser(stage.db, add_user(stage.owner))
     nobody = stage.db.connect(role="anon")
     for conn in (other, nobody):
-        error = refusal(call, conn, function, stage.user.id)
+        error = rejection(call, conn, function, stage.user.id)
         assert error.sqlstate == "42501"
         assert (
             error.diag.message_primary == "arbiter: only a trusted role may ask about another user"
@@ -959,7 +959,7 @@ def test_trusted_role_may_name_a_user(stage: Stage, function: str, who: str) -> 
 @pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
 def test_nobody_asks_about_nobody(stage: Stage, function: str, role: str) -> None:
     before = stage.everything()
-    error = refusal(call, stage.db.connect(role=role), function)
+    error = rejection(call, stage.db.connect(role=role), function)
     assert error.sqlstate == "22023"
     assert error.diag.message_primary == "arbiter: no user"
     assert error.diag.message_hint == "Pass p_user_id, or set request.jwt.claims with a sub."

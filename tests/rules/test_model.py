@@ -41,7 +41,7 @@ from model import (
     Machine,
     Note,
     Protection,
-    Refused,
+    Rejected,
     Row,
     Settings,
     Tx,
@@ -639,7 +639,7 @@ class Arbiter(RuleBasedStateMachine):
         by = minutes * MINUTE
 
         def run() -> None:
-            # Past the stamp, which takes nobody's word for a heartbeat.
+            # Past the stamp, which believes no client's heartbeat.
             with self.conn.transaction():
                 self.conn.execute(
                     "alter table public.cloud_machines"
@@ -683,7 +683,7 @@ class Arbiter(RuleBasedStateMachine):
         self.insert(table, [row] * size, how, isolation, undo)
 
     def hold(self, table: str, user: int) -> None:
-        """Whoever may write does, and leaves the transaction open."""
+        """The environment that may write does, and leaves the transaction open."""
         owner = self.user(user)
         lease = self.world.leases.get(owner, Lease())
         row = Row(table, owner, source_of(lease.claimant), lease.claimant)
@@ -822,30 +822,30 @@ class Arbiter(RuleBasedStateMachine):
 
         user = written[0].user
         said = self.said[user].can_write_local if user else None
-        refusal = self.step(expect, run)
+        rejection = self.step(expect, run)
         protection = self.world.protections.get(table)
         enforced = protection is not None and protection.mode == "enforce"
         local = Row(table, user, "local", None)
         if enforced and user and not self.open and all(row == local for row in written):
-            assert said == (refusal is None)
+            assert said == (rejection is None)
 
     def insert_held(self, table: str, new: dict[int, Row], undo: bool) -> None:
         if self.open is None:
             self.held.execute("begin")
             self.open = Tx(self.now)
         tx = self.open
-        refused = False
+        rejected = False
 
         def expect() -> World:
-            nonlocal refused
-            refused = True
+            nonlocal rejected
+            rejected = True
             after = insert(self.world, tx, NOBODY, table, new, self.now)
-            refused = False
+            rejected = False
             self.open = tx if undo else after
             return self.world
 
         def run() -> None:
-            if undo or refused or len(new) > 1:
+            if undo or rejected or len(new) > 1:
                 with self.held.transaction(force_rollback=undo):
                     self.send(self.held, table, new, by_copy=False)
                 self.nameless |= not undo
@@ -893,7 +893,7 @@ class Arbiter(RuleBasedStateMachine):
             if protection:
                 return replace(self.world, protections={**others, table: protection})
             if table not in self.world.protections:
-                raise Refused("not_protected")
+                raise Rejected("not_protected")
             return replace(self.world, protections=others)
 
         def run() -> None:
@@ -921,7 +921,7 @@ class Arbiter(RuleBasedStateMachine):
         code, query = change
 
         def expect() -> World:
-            raise Refused(code)
+            raise Rejected(code)
 
         self.step(expect, lambda: self.conn.execute(query.encode()))
 
@@ -972,39 +972,39 @@ class Arbiter(RuleBasedStateMachine):
 
     def step(
         self, expect: Callable[[], World], run: Callable[[], object], conn: Conn | None = None
-    ) -> Refused | None:
+    ) -> Rejected | None:
         """Let the model and the database do the same; their answers must be the same, too."""
         self.agrees = False
-        refusal = None
+        rejection = None
         try:
             self.world = expect()
-        except Refused as refused:
-            refusal = refused
+        except Rejected as rejected:
+            rejection = rejected
         error = None
         try:
             run()
         except psycopg.Error as raised:
             error = raised
-        if refusal is None:
+        if rejection is None:
             assert error is None, error
         else:
-            assert error is not None, f"not refused: {refusal.code} {refusal.detail}"
-            assert error.sqlstate == SQLSTATES[refusal.code], error
-            if error.sqlstate.startswith("WX") or refusal.code == "nothing_to_confirm":
-                self.compare_details(refusal, detail_of(error), conn or self.conn)
-        self.stage.answers[refusal.code if refusal else None] += 1
+            assert error is not None, f"not rejected: {rejection.code} {rejection.detail}"
+            assert error.sqlstate == SQLSTATES[rejection.code], error
+            if error.sqlstate.startswith("WX") or rejection.code == "nothing_to_confirm":
+                self.compare_details(rejection, detail_of(error), conn or self.conn)
+        self.stage.answers[rejection.code if rejection else None] += 1
         self.look()
         self.agrees = True
-        return refusal
+        return rejection
 
-    def compare_details(self, refusal: Refused, found: dict[str, Any], conn: Conn) -> None:
-        if refusal.code == "append_only":
-            assert found["code"] == refusal.code
+    def compare_details(self, rejection: Rejected, found: dict[str, Any], conn: Conn) -> None:
+        if rejection.code == "append_only":
+            assert found["code"] == rejection.code
             return
-        expected: dict[str, Any] = {**refusal.detail, "retry_at": as_detail(refusal.retry_at)}
-        if refusal.code == "handover_draining":
+        expected: dict[str, Any] = {**rejection.detail, "retry_at": as_detail(rejection.retry_at)}
+        if rejection.code == "handover_draining":
             pids = {"self": conn.info.backend_pid, "rival": self.held.info.backend_pid}
-            expected["blockers"] = sorted(pids[who] for who in refusal.blockers)
+            expected["blockers"] = sorted(pids[who] for who in rejection.blockers)
             if self.nameless:  # a lock of a savepoint that was released cannot be told whose it is
                 assert set(found["blockers"]) <= set(expected["blockers"])
                 del found["blockers"], expected["blockers"]

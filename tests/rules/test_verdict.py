@@ -161,12 +161,12 @@ RUNNING: Cases = [
 ]
 
 STOPPING: Cases = [
-    # Fresh: refused however long ago it left running; retry_at is when both have passed.
+    # Fresh: rejected however long ago it left running; retry_at is when both have passed.
     (Machine("stopping", heartbeat=0 * S, left=5 * S), cooling(TIMEOUT)),
     (Machine("stopping", heartbeat=TIMEOUT - US, left=99 * S), cooling(US)),
     (Machine("stopping", heartbeat=TIMEOUT - US, left=0 * S), cooling(GRACE)),
     (Machine("stopping", heartbeat=10 * S, left=10 * S), cooling(20 * S)),
-    # Stale: refused while it left running less than stop_grace ago.
+    # Stale: rejected while it left running less than stop_grace ago.
     (Machine("stopping", heartbeat=TIMEOUT, left=GRACE - US), cooling(US)),
     (Machine("stopping", heartbeat=TIMEOUT, left=GRACE), takeover("stop_stalled")),
     (Machine("stopping", heartbeat=TIMEOUT + US, left=GRACE + US), takeover("stop_stalled")),
@@ -321,12 +321,12 @@ def test_cloud_write_of_the_holder(
 def test_cloud_write_of_the_holder_after_a_takeover_became_possible(
     conn: psycopg.Connection[Any], lease: dict[str, Any], state: str | None
 ) -> None:
-    """Fresh or not, it is refused from then on: at no instant are both admitted."""
+    """Fresh or not, it is rejected from then on: at no instant are both admitted."""
     machine = Machine(state, heartbeat=TIMEOUT - US, left=999 * S, error=999 * S)
     _, takeover, _ = verdict(conn, "local", None, lease, machine)
     assert (takeover is not None) is (state in ("stopped", "starting", "deleted"))
-    refused = ("not_holder", None, None)
-    assert verdict(conn, "cloud", MACHINE, lease, machine) == (refused if takeover else ADMIT)
+    rejected = ("not_holder", None, None)
+    assert verdict(conn, "cloud", MACHINE, lease, machine) == (rejected if takeover else ADMIT)
 
 
 @pytest.mark.parametrize(

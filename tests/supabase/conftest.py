@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: How long a request or a script may take.
 TIMEOUT_S = 20.0
 
-#: Counts how often a table is written to, whether or not the write is then refused.
+#: Counts how often a table is written to, whether or not the write is then rejected.
 COUNT_WRITES = """
 create sequence public.write_count minvalue 0 start 0;
 select nextval('public.write_count');
@@ -63,7 +63,7 @@ class Raw(NamedTuple):
 
 
 class App:
-    """The app's database behind PostgREST, and whoever calls it.
+    """The app's database behind PostgREST, and its callers.
 
     ``owner`` and ``backend`` are connections past PostgREST, as the owner of the tables and with
     the service role.

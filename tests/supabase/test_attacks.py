@@ -28,7 +28,7 @@ from story import (
     add_user,
     age,
     next_bar,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -449,7 +449,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_over_http_is_refused(at: Stage, name: str) -> None:
+def test_an_attack_over_http_is_rejected(at: Stage, name: str) -> None:
     found = ATTACKS[name]
     with at.unchanged():
         answer = found.attack.send(at)
@@ -598,23 +598,23 @@ def environment(conn: Conn, user_id: UUID | None = None) -> str:
 @pytest.mark.parametrize("search_path", SEARCH_PATHS)
 @pytest.mark.parametrize("trick", TRICKS)
 def test_no_trick_in_a_session_helps(at: Stage, trick: str, search_path: str) -> None:
-    """Ada is refused, and not told of Bob; Carol writes in a session that did the same."""
+    """Ada is rejected, and not told of Bob; Carol writes in a session that did the same."""
     adas, carols = at.browser(at.ada), at.browser(at.carol)
     for session in (adas, carols):
         session.execute(TRICKS[trick].replace("{machine}", str(at.adas_machine)).encode())
         session.execute(f"set search_path = {search_path}".encode())
 
     with at.unchanged():
-        error = refusal(write, adas, signal(at.ada))
+        error = rejection(write, adas, signal(at.ada))
         if trick == "request.method":
             assert error.sqlstate == "PGRST"
             assert error.diag.message_primary is not None
             assert json.loads(error.diag.message_primary)["code"] == "WX001"
         else:
             assert error.sqlstate == "WX001"
-        forged = refusal(write, adas, signal(at.ada, at.adas_machine))
+        forged = rejection(write, adas, signal(at.ada, at.adas_machine))
         assert forged.sqlstate == "42501"
-        assert refusal(environment, adas, at.bob.id).sqlstate == "42501"
+        assert rejection(environment, adas, at.bob.id).sqlstate == "42501"
         assert environment(adas) == "cloud"
 
     write(carols, signal(at.carol))
@@ -640,7 +640,7 @@ def test_the_roles_of_the_api_switch_nothing_off(at: Stage, role: str, name: str
     statement = SETTINGS_OF_THE_SERVER[name].encode()
     conn = at.app.db.connect("authenticator", None if role == "authenticator" else role)
     with at.unchanged():
-        assert refusal(conn.execute, statement).sqlstate == "42501"
+        assert rejection(conn.execute, statement).sqlstate == "42501"
     # The superuser can; it is rolled back.
     superuser = at.app.db.connect("postgres", autocommit=False)
     superuser.execute(statement)
@@ -652,7 +652,7 @@ def test_another_role_of_the_login_is_judged_alike(at: Stage) -> None:
     conn = at.browser(at.ada)
     conn.execute("set role service_role")
     with at.unchanged():
-        assert refusal(write, conn, signal(at.ada)).sqlstate == "WX001"
+        assert rejection(write, conn, signal(at.ada)).sqlstate == "WX001"
     write(conn, signal(at.carol))
 
 
@@ -672,7 +672,7 @@ WRITES = {
 def test_no_browser_writes_what_arbiter_judges_by(at: Stage, role: str, table: str) -> None:
     conn = at.app.db.connect(role=role, claims={"sub": str(at.ada.id), "role": role})
     with at.unchanged():
-        assert refusal(conn.execute, WRITES[table].encode()).sqlstate == "42501"
+        assert rejection(conn.execute, WRITES[table].encode()).sqlstate == "42501"
     # The superuser can, without what makes history append-only; it is rolled back.
     superuser = at.app.db.connect("postgres", autocommit=False)
     superuser.execute(f"alter table {table} disable trigger user".encode())
@@ -687,7 +687,7 @@ def test_a_browser_reads_its_own_lease_and_history_only(at: Stage) -> None:
         everybody = {row[0] for row in at.app.backend.execute(query).fetchall()}
         assert {at.ada.id, at.bob.id} <= everybody
         visitor = at.app.db.connect(role="anon", claims={"sub": str(at.ada.id), "role": "anon"})
-        assert refusal(visitor.execute, query).sqlstate == "42501"
+        assert rejection(visitor.execute, query).sqlstate == "42501"
 
 
 # Overloads in the exposed schema ----------------------------------------------------------------

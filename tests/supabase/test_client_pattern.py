@@ -1,5 +1,5 @@
 """The machine of a real app, with real supabase-js: batches of up to 100 signals with the service
-role's key, put back and sent again on any error, against a guard that refuses them.
+role's key, put back and sent again on any error, against a guard that rejects them.
 
 PostgREST must try each request once; the retries are the client's own, at its own rate; and once
 the machine holds the lease, all rows are there, once.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 #: Of the machine's queue: not a multiple of a batch.
 SIGNALS = 250
 BATCHES = 3
-#: Refusals to wait for before the machine gets well; and how often it may try at most.
-REFUSALS = 6
+#: Rejections to wait for before the machine gets well; and how often it may try at most.
+REJECTIONS = 6
 MAX_TRIES = 400
 DELAY_MS = 20
 
@@ -66,7 +66,7 @@ def beat_over_http(app: App, machine: UUID, **change: str) -> None:
 def run_machine(
     app: App, node: Node, user: User, machine: UUID, *, max_tries: int, recover: bool
 ) -> tuple[list[dict[str, Any]], int]:
-    """The answers that the machine got, and its exit status; it gets well after some refusals."""
+    """The answers that the machine got, and its exit status; it gets well after some rejections."""
     task = {
         "url": app.gateway.url,
         "key": app.gateway.anon_key,
@@ -80,7 +80,7 @@ def run_machine(
         assert process.stdout is not None
         for line in process.stdout:
             answers.append(json.loads(line))
-            if recover and len(answers) == REFUSALS:
+            if recover and len(answers) == REJECTIONS:
                 beat_over_http(app, machine, status="running")
                 beat_over_http(app, machine)
         assert process.stderr is not None
@@ -89,7 +89,7 @@ def run_machine(
 
 
 @pytest.mark.parametrize("before", ["starting", "lapsed", "error"])
-def test_refused_batches_arrive_once_the_machine_holds(
+def test_rejected_batches_arrive_once_the_machine_holds(
     any_app: App, node: Node, before: str
 ) -> None:
     app = any_app
@@ -106,13 +106,13 @@ def test_refused_batches_arrive_once_the_machine_holds(
     answers, status = run_machine(app, node, user, machine, max_tries=MAX_TRIES, recover=True)
 
     assert status == 0
-    refused = [a for a in answers if a["status"] != 201]
-    assert refused == [{"status": 409, "code": "WX004", "rows": 100}] * len(refused)
+    rejected = [a for a in answers if a["status"] != 201]
+    assert rejected == [{"status": 409, "code": "WX004", "rows": 100}] * len(rejected)
     admitted = [a["rows"] for a in answers if a["status"] == 201]
     assert admitted == [100, 100, 50]
-    # One attempt in the database for each request of the client, whatever became of it.
-    assert app.write_count() - tried == len(answers) == len(refused) + BATCHES
-    assert REFUSALS <= len(refused) < MAX_TRIES
+    # One attempt in the database for each request of the client, admitted or rejected.
+    assert app.write_count() - tried == len(answers) == len(rejected) + BATCHES
+    assert REJECTIONS <= len(rejected) < MAX_TRIES
 
     found = rows(
         app.owner,

@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 from conftest import OWNER, ROLES, Database
 from psycopg import sql
 from sessions import TIMEOUT_S
-from story import activate, add_machine, add_signal, add_user, backend, browser, refusal, value
+from story import activate, add_machine, add_signal, add_user, backend, browser, rejection, value
 
 import arbiter_db
 from arbiter_db.cli import main
@@ -153,11 +153,11 @@ def version(db: Database) -> Any:
 
 
 def check_guard(db: Database) -> None:
-    """A browser is refused while its user's machine holds, which writes."""
+    """A browser is rejected while its user's machine holds, which writes."""
     service = backend(db)
     user = add_user(db.connect())
     machine = activate(service, user)
-    assert refusal(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
+    assert rejection(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
     assert add_signal(service, user.trader, "cloud", machine)
 
 
@@ -214,7 +214,7 @@ def test_passes_over_what_is_no_migration(project: Project, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["99_last.sql", "30001399000000_no_month.sql", "99991231235959_end.sql"]
 )
-def test_refuses_what_nothing_can_come_after(project: Project, name: str) -> None:
+def test_rejects_what_nothing_can_come_after(project: Project, name: str) -> None:
     project.add(name, "")
     result = export(project.migrations)
     assert result.exit_code == 1
@@ -366,7 +366,7 @@ def test_migration_up_upgrade_and_reset(hosted: Hosted, monkeypatch: pytest.Monk
     assert hosted.migrations() == [(each, each) for each in stamps]
 
 
-def test_a_push_that_is_refused_leaves_nothing(hosted: Hosted) -> None:
+def test_a_push_that_is_rejected_leaves_nothing(hosted: Hosted) -> None:
     hosted.project.add(
         "20260102000000_feed.sql", "alter table public.signals add column source integer"
     )

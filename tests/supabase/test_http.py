@@ -33,7 +33,7 @@ from story import (
     clock,
     detail_of,
     next_bar,
-    refusal,
+    rejection,
     rows,
     set_status,
     value,
@@ -49,7 +49,7 @@ HEADERS = {"date", "server", "content-type", "transfer-encoding", "connection", 
 NASTY = "BTC\r\nX-Owned: 1\nX-Owned: 2\r\n\r\n<script>%0d%0aX-Owned: 3\u010d\u010a"
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """What both ways say alike."""
 
     sqlstate: str
@@ -60,7 +60,7 @@ class Refusal(NamedTuple):
 
 @dataclass
 class Scene:
-    """A user, and the writes of which one is refused: as a request, and as the same statement."""
+    """A user, and the writes of which one is rejected: as a request, and as the same statement."""
 
     app: App
     user: User
@@ -243,8 +243,8 @@ def in_sql(scene: Scene, case: Case, row: dict[str, Any]) -> psycopg.Error:
     claims = {"sub": str(scene.user.id), "role": case.role}
     conn = scene.app.db.connect(role=case.role, claims=claims)
     if case.request is None:
-        return refusal(insert, conn, row)
-    return refusal(conn.execute, case.statement, {"trader": scene.user.trader})
+        return rejection(insert, conn, row)
+    return rejection(conn.execute, case.statement, {"trader": scene.user.trader})
 
 
 def insert(conn: psycopg.Connection[Any], row: dict[str, Any]) -> None:
@@ -279,8 +279,8 @@ def test_a_rejection_is_a_409_that_says_what_sql_says(scene: Scene, name: str) -
     body = answer.json()
     assert body.keys() == {"code", "message", "details", "hint"}
     assert "\n" not in body["details"]
-    said = Refusal(body["code"], body["message"], json.loads(body["details"]), body["hint"])
-    assert said == Refusal(
+    said = Rejection(body["code"], body["message"], json.loads(body["details"]), body["hint"])
+    assert said == Rejection(
         case.sqlstate, error.diag.message_primary, detail, error.diag.message_hint
     )
 
@@ -305,7 +305,7 @@ def test_retry_after_is_at_least_a_second(scene: Scene) -> None:
         " jsonb_build_object('retry_at', clock_timestamp() + %s), 409)"
     )
     for ahead, seconds in ((-3600, "1"), (0, "1"), (0.2, "1"), (90, "90")):
-        error = refusal(conn.execute, fail, (timedelta(seconds=ahead),))
+        error = rejection(conn.execute, fail, (timedelta(seconds=ahead),))
         assert error.sqlstate == "PGRST"
         assert error.diag.message_detail is not None
         assert json.loads(error.diag.message_detail) == {
@@ -317,7 +317,7 @@ def test_retry_after_is_at_least_a_second(scene: Scene) -> None:
 # All kinds of requests ---------------------------------------------------------------------------
 
 
-def test_a_batch_is_refused_or_written_as_a_whole(scene: Scene) -> None:
+def test_a_batch_is_rejected_or_written_as_a_whole(scene: Scene) -> None:
     holds(scene)
     send, service = scene.app.send, scene.service
     mixed = [scene.signal("cloud") for _ in range(99)] + [scene.signal("local")]
@@ -336,7 +336,7 @@ def test_a_batch_is_refused_or_written_as_a_whole(scene: Scene) -> None:
     assert len(scene.signals()) == 100
 
 
-def test_an_upsert_is_refused_like_an_insert(scene: Scene) -> None:
+def test_an_upsert_is_rejected_like_an_insert(scene: Scene) -> None:
     send, path = scene.app.send, "/signals?on_conflict=trader_id,symbol,interval,bar_time"
     merge = "resolution=merge-duplicates,return=representation"
     assert send(scene.browser, "POST", path, scene.signal(), Prefer=merge).status_code == 201
@@ -347,7 +347,7 @@ def test_an_upsert_is_refused_like_an_insert(scene: Scene) -> None:
     assert scene.signals() == before
 
 
-def test_an_update_is_refused_where_updates_are_arbitrated(scene: Scene) -> None:
+def test_an_update_is_rejected_where_updates_are_arbitrated(scene: Scene) -> None:
     """By PATCH, and by an upsert that meets the row."""
     app, path = scene.app, f"/positions?user_id=eq.{scene.user.id}"
     app.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
@@ -522,7 +522,7 @@ def test_a_tokens_text_stays_in_the_body(scene: Scene, claim: str) -> None:
     claims: dict[str, Any] = {"sub": str(scene.user.id), claim: text}
     token = scene.app.gateway.token("authenticated", **claims)
     for path, body in (("/signals", scene.signal()), ("/rpc/confirm_takeover", {})):
-        # An identity that is no uuid is refused by the type, where it is asked for.
+        # An identity that is no uuid is rejected by the type, where it is asked for.
         asked = claim == "sub" or (claim == "machine_id" and path == "/signals")
         answer = scene.app.send_raw(token, "POST", path, body)
         assert_clean(answer, f"HTTP/1.1 {'400 Bad Request' if asked else '409 Conflict'}")

@@ -248,8 +248,8 @@ def test_a_person_drives_the_whole_story(
     may_watch_only()
     visit.press("unguarded")
     outcome("browser", "refused with 409, WX002")
-    refused = page.locator("#http tbody tr").filter(has_text="WX002").first
-    assert re.fullmatch("[1-3]", refused.locator("td").last.inner_text())
+    rejected = page.locator("#http tbody tr").filter(has_text="WX002").first
+    assert re.fullmatch("[1-3]", rejected.locator("td").last.inner_text())
     shot("3-cooling-down")
     visit.shows("Browser mode")
     expect(visit.toast(RESUMED)).to_be_visible()
@@ -322,7 +322,7 @@ def test_a_machine_that_starts_between_two_polls(
     assert visit.can_generate()  # it cannot know yet
     visit.requests.clear()
     answer = visit.insert()
-    # The refusal comes from the database, and what the page knows is new before the app gets it.
+    # The rejection comes from the database, and what the page knows is new before the app gets it.
     assert (answer["status"], answer["error"]["code"]) == (409, "WX001")
     assert answer["after"] is False
     writes = [name for name in visit.requests if not name.startswith("GET")]
