@@ -264,13 +264,31 @@ def test_the_loss_is_reported_while_every_heartbeat_hangs(connect: Connector, db
         wait_until(machine.may_execute)
 
 
+def stop_while_idle(owner: Connection, pid: int) -> None:
+    """Stop a backend between two heartbeats: within one it would keep its locks."""
+
+    def stopped_while_idle() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        row = owner.execute("select state from pg_stat_activity where pid = %s", (pid,)).fetchone()
+        if row == ("idle",):
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    wait_until(stopped_while_idle)
+
+
 @pytest.mark.usefixtures("short_settings")
-def test_a_server_that_falls_silent_is_left_for_a_new_connection(connect: Connector) -> None:
+def test_a_server_that_falls_silent_is_left_for_a_new_connection(
+    connect: Connector, owner: Connection
+) -> None:
     losses = Losses()
     with Machine(connect, ADAS_MACHINE, margin=MARGIN, on_loss=losses) as machine:
         silent = connect.opened[0].info.backend_pid
-        os.kill(silent, signal.SIGSTOP)  # as a network that swallows everything
         try:
+            stop_while_idle(owner, silent)  # as a network that swallows everything
             losses.wait()
             wait_until(lambda: len(connect.opened) > 1)
             wait_until(machine.may_execute)
