@@ -75,7 +75,8 @@ dist: $(VENV)/test.stamp
 stop-servers:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python tests/kept_server.py stop; fi
 
-clean: stop-servers
+clean:
+	-@$(MAKE) --no-print-directory stop-servers
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
