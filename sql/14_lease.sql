@@ -128,8 +128,8 @@ end
 $settled_machine$;
 comment on function arbiter._settled_machine(uuid) is '_settled_machine_expression() as a function.';
 
--- Found means locked to the end of the transaction. The guard asks the same in its one query for the common case
--- (_guard_template, 22_guard.sql), where a call would cost too much; tests/rules/test_one_rule.py holds the two together.
+-- Found means locked to the end of the transaction. The guard's query for the common case (_guard_template,
+-- 22_guard.sql) has this lock written out, where a call would cost too much; test_one_rule holds the two together.
 create or replace function arbiter._share_lease(p_user_id uuid, p_source text, p_machine_id uuid)
 returns boolean
 language plpgsql
