@@ -36,7 +36,7 @@ test: $(VENV)/test.stamp
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 quick: $(VENV)/test.stamp
-	@$(BIN)/python -m arbiter_db.embedded fetch $(PG)
+	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
 	@PG=$(PG) $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
 
 # All but Chromium goes into the user's cache directory.

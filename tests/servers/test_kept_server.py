@@ -143,8 +143,7 @@ def test_a_holder_without_use_ends_and_leaves_nothing(claim: Claim) -> None:
     [lock] = folder().glob("*.lock")
     long_ago = time.time() - IDLE_S - 60
     os.utime(lock, (long_ago, long_ago))
-    wait_for(lambda: not Path(server.host).exists())
-    assert not server.data_directory.exists()
+    wait_for(lambda: not Path(server.host).exists() and not server.data_directory.exists())
     assert claim().is_new
 
 
