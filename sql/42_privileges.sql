@@ -1,5 +1,5 @@
 -- Who may call and read what. First everything is closed, whichever default privileges the database has; then the
--- functions and tables for clients are opened. tests/golden/privileges.txt has the result.
+-- functions and tables for clients are opened. tests/access/golden/privileges.txt has the result.
 --
 -- Every security definer function, and why:
 --

@@ -57,7 +57,7 @@ def test_a_file_is_short_and_says_at_its_head_what_it_is_for(path: Path) -> None
 
 @by_file
 def test_functions_are_closed_in_one_place(path: Path) -> None:
-    """By the sweep in the file of privileges; tests/golden/privileges.txt shows the result."""
+    """By the sweep in the file of privileges; tests/access/golden/privileges.txt shows the result."""
     assert not re.search(r"^revoke ", path.read_text(encoding="ascii"), re.MULTILINE)
 
 
@@ -86,3 +86,39 @@ def test_each_column_that_arbiter_adds_is_defined_once() -> None:
     texts += [path.read_text("ascii") for path in FILES]
     for words in ("text not null default ''local''", "the machine that wrote the row when source"):
         assert sum(text.count(words) for text in texts) == 1, words
+
+
+# -- the map --------------------------------------------------------------------------------------
+
+PAGES = [REPOSITORY / "docs" / "architecture.md", REPOSITORY / "CONTRIBUTING.md"]
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@by_page
+def test_a_page_names_functions_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join(path.read_text("ascii") for path in FILES)
+    code += "\n".join(path.read_text("utf-8") for path in REPOSITORY.glob("arbiter_db/*.py"))
+    named = set(re.findall(r"`(?:arbiter\.)?(_?[a-z]\w*)\(\)`", text))
+    assert len(named) >= 10
+    defined = set(re.findall(r"(?:function arbiter\.|def )(\w+)\(", code))
+    # Generated ones, the last two of which are written short.
+    defined |= {"_guard_1", "tg_registry_stamp", "_note", "_activate"}
+    assert named - defined == set()
+
+
+@by_page
+def test_a_page_names_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:sql|migrations|arbiter_db|tests|docs)/[\w./-]*)`", text)
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    short = re.findall(r"`(\d\d_\w+)(?:\.sql)?`", text)
+    assert [name for name in short if not (REPOSITORY / "sql" / f"{name}.sql").exists()] == []
+    links = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_map_has_every_file_of_sql_in_its_order() -> None:
+    text = PAGES[0].read_text(encoding="utf-8").split("## Reading order")[1]
+    assert re.findall(r"`(\d\d_\w+)`", text.split("\nPython:")[0]) == [p.stem for p in FILES]

@@ -141,7 +141,7 @@ def test_the_source_archive_holds_what_it_takes_to_test(dist: Path) -> None:
             for name in archive.getnames()
             if archive.getmember(name).isfile()
         }
-    folders = {"arbiter_db", "migrations", "sql", "tests", ".ci"}
+    folders = {"arbiter_db", "migrations", "sql", "docs", "tests", ".ci"}
     expected = files(*folders)
     assert {"tests/life/test_package.py", "tests/conftest.py", ".ci/run"} <= expected
     assert {name for name in names if name.split("/")[0] in folders} == expected
