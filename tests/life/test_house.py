@@ -57,7 +57,7 @@ def test_a_file_is_short_and_says_at_its_head_what_it_is_for(path: Path) -> None
 
 @by_file
 def test_functions_are_closed_in_one_place(path: Path) -> None:
-    """By the sweep in the file of privileges; the golden matrix of tests/access shows the result."""
+    """By the sweep in the file of privileges; the golden matrix shows the result."""
     assert not re.search(r"^revoke ", path.read_text(encoding="ascii"), re.MULTILINE)
 
 
