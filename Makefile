@@ -15,12 +15,12 @@ help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
 	@echo 'make test [ARGS=...]   run the tests on PostgreSQL 18; ARGS goes to pytest'
 	@echo 'make quick [ARGS=...]  the same without the slow ones, PG and JOBS as with make test'
-	@echo 'make test JOBS=0       in one process, one after the other; else in two for each core'
+	@echo 'make test JOBS=0       in one process; the default is two processes for each core'
 	@echo 'make test PG=17        run them on that version, 15 to 18'
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
-	@echo 'make prove [ARGS=...]  try hard to break it: a million writes, 200 faults, naive rules; half an hour and more'
-	@echo 'make bench [ARGS=...]  what a statement costs the server, beside what a user would pick instead; hours, ARGS=--help'
+	@echo 'make prove [ARGS=...]  try to break exclusion: a million writes, 200 faults, naive rules; half an hour and more'
+	@echo 'make bench [ARGS=...]  measure what a statement costs the server, under arbiter and its alternatives; hours, ARGS=--help'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
 	@echo 'make stop-servers      end the servers that tests keep for the next run; after half an hour they end by themselves'
@@ -29,7 +29,7 @@ help:
 demo: $(VENV)/demo.stamp
 	@$(BIN)/arbiter-db demo $(ARGS)
 
-# What is not there is downloaded into the user's cache directory: PgBouncer, and servers other than 16 and 18.
+# Downloads missing programs into the user's cache directory: PgBouncer, and servers other than 16 and 18.
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch

@@ -44,7 +44,7 @@ _AUDITED = re.compile(r"arbiter: audited (\d+) of (\d+) blocks")
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a write in the instant `as_of` would get (`arbiter.status`).
+    """The answer that a write at the instant `as_of` would get (`arbiter.status`).
 
     All instants are aware datetimes by the database's clock.
     """
@@ -105,7 +105,7 @@ class Handover:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What contradicts exclusion: a row, or a flaw of the handover history (`arbiter.audit`)."""
+    """A row, or a flaw of the handover history, that contradicts exclusion (`arbiter.audit`)."""
 
     finding: str
     """`contradiction` for a row, `history` for a handover."""
@@ -113,7 +113,7 @@ class Finding:
     """`wrong_environment`, `wrong_machine`, `no_lease`; `missing_epoch`, `two_holders`,
     `out_of_order`, `lease_differs`."""
     user_id: UUID
-    """Whose row or handover it is."""
+    """The user of the row or handover."""
     row_table: str | None
     """The table or partition that has the row."""
     row_key: Mapping[str, Any] | None
@@ -134,7 +134,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the data of one table proves."""
+    """The result of an audit of one table."""
 
     table: str
     """The table, as it was asked for."""
@@ -197,8 +197,8 @@ def audit(
 ) -> Audit:
     """Prove exclusion from the rows of a protected table and the handovers (`arbiter.audit`).
 
-    Reads the whole table, in one snapshot. `on_progress` is told now and then how many of how many
-    blocks are done; not at all when the connection's `client_min_messages` hides notices.
+    Reads the whole table, in one snapshot. `on_progress` is called now and then with the numbers
+    of finished and of all blocks; never when the connection's `client_min_messages` hides notices.
     """
 
     def listen(notice: psycopg.errors.Diagnostic) -> None:

@@ -41,7 +41,7 @@ from .supabase import export
 
 __all__ = ["main"]
 
-#: Findings of a kind that are shown to people.
+#: How many findings of a kind are printed without --json.
 _SHOWN = 20
 
 _COLOURS = {"local": "green", "cloud": "cyan", "none": "yellow"}
@@ -354,7 +354,7 @@ def supabase_export(directory: Path, expose: str | None) -> None:
     """Write what install runs as migrations into DIRECTORY.
 
     DIRECTORY is the project's supabase/migrations. Files that were exported earlier stay as they
-    are; an upgrade is further files.
+    are; an upgrade adds files.
     """
     written = export(directory, expose=expose)
     for path in written:

@@ -35,7 +35,7 @@ def _uptime() -> float:
 
 
 class _Settings(NamedTuple):
-    """What `arbiter.settings` tells machines; read with every heartbeat."""
+    """The part of `arbiter.settings` that machines need; read with every heartbeat."""
 
     heartbeat_interval: timedelta
     heartbeat_timeout: timedelta
@@ -201,7 +201,7 @@ class Machine:
                 with self._state:
                     self._call_began = None
             with self._state:
-                self._note_loss()  # the end of what the heartbeat before allowed
+                self._note_loss()  # the previous heartbeat's time may have run out
                 self._settings, self._began = settings, began
                 self._armed = self._is_fresh()
                 self._state.notify_all()
@@ -251,7 +251,7 @@ class Machine:
                     _logger.exception("machine %s: on_loss failed", self.machine_id)
 
     def _wait_for_loss(self) -> bool:
-        """True when one is to be reported, False when stopped; ends calls that hang meanwhile."""
+        """True when a loss is to be reported, False when stopped. Ends calls that hang."""
         with self._state:
             while True:
                 self._note_loss()
@@ -280,7 +280,7 @@ class Machine:
             conn = self._connect()
             try:
                 conn.autocommit = True
-                conn.prepare_threshold = None  # they fail behind some poolers
+                conn.prepare_threshold = None  # prepared statements fail behind some poolers
                 tap = socket.fromfd(conn.fileno(), socket.AF_INET, socket.SOCK_STREAM)
             except BaseException:
                 conn.close()

@@ -14,7 +14,7 @@ select arbiter.heartbeat(%(machine_id)s::uuid)
 select arbiter.heartbeat(%(machine_ids)s::uuid[])
 
 -- name: handovers
--- Of one user by epoch, which no clock can disorder; of all by the instant.
+-- One user's handovers by epoch, which does not depend on a clock; those of all users by the instant.
 select user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, reason,
        handed_over_at, xid::text::bigint as xid, snapshot::text as snapshot, exact
   from (
@@ -64,7 +64,7 @@ select arbiter.register_machines(
 select arbiter.version()
 
 -- name: machine_settings
--- What a machine needs to know, and a limit for its transaction: a heartbeat that the server could
+-- The settings that a machine needs, and a limit for its transaction: a heartbeat that the server could
 -- not do within heartbeat_timeout must not be done later, in the name of a client that is gone.
 select heartbeat_interval, heartbeat_timeout
   from arbiter.settings,
@@ -107,7 +107,7 @@ select set_config(name, case name when 'lock_timeout' then '5min' else '0' end, 
 select pg_advisory_xact_lock(27428839742530930)
 
 -- name: dependents
--- What `drop schema arbiter cascade` would take with it from the app.
+-- Objects of the app that `drop schema arbiter cascade` would drop.
 select arbiter._used_by(array(
   select oid from pg_class where relnamespace = 'arbiter'::regnamespace
   union all

@@ -200,7 +200,7 @@ class Gateway(ChildProcess):
         """Start both and wait until PostgREST knows the schema (at most START_TIMEOUT_S).
 
         Raises GatewayError, with the last lines of PostgREST's log, when it does not come up, and
-        when the port cannot be had.
+        when the port is taken.
         """
         if not self._open:
             super().start()

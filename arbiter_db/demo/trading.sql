@@ -1,4 +1,4 @@
--- A trading app's own schema, before arbiter: what production apps of this kind look like.
+-- A trading app's own schema, before arbiter, like that of production apps of this kind.
 -- Run once, by the owner of the database (no superuser). The roles of roles.sql exist already.
 
 -- Users ------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ $$;
 
 -- Tables -----------------------------------------------------------------------------------------
 
--- A trader is a strategy. Built-in ones belong to nobody: a shared backend runs them for all users.
+-- A trader is a strategy. A built-in one has no user: a shared backend runs it for all users.
 create table public.traders (
   id uuid not null default gen_random_uuid(),
   user_id uuid,
@@ -62,7 +62,7 @@ create table public.cloud_machines (
 );
 create index cloud_machines_status_idx on public.cloud_machines (status);
 
--- What a trader says about a symbol when a bar closes. The owner is reached over the trader.
+-- A trader's signals, at most one for a bar. The trader leads to the user.
 create table public.signals (
   id uuid not null default gen_random_uuid(),
   trader_id uuid not null,

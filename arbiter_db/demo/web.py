@@ -26,7 +26,7 @@ __all__ = ["run", "site"]
 #: A page may stay open for that long.
 TOKEN_LIFETIME = timedelta(days=7)
 
-#: How many polls of the browser see a machine that starts, and what that takes at least.
+#: A machine starts for as long as this many polls of the browser take, and at least for this time.
 BOOT_POLLS = 2.5
 BOOT_TIME = timedelta(seconds=2)
 

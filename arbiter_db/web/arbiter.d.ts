@@ -14,14 +14,14 @@ export interface ExecutionStatus {
   readonly poll_interval: string;
 }
 
-/** What supabase-js resolves a write to; `status` is 0 when nothing was sent or no answer came. */
+/** The result of a write, as supabase-js gives it; `status` is 0 when nothing was sent or no answer came. */
 export interface WriteResult<Data = unknown> {
   data: Data | null;
   error: { code: string; message: string; details: string; hint: string } | null;
   status: number;
 }
 
-/** As much of a client of supabase-js as is used. */
+/** The part of a supabase-js client that this module uses. */
 export interface SupabaseLike {
   from(table: string): any;
   rpc(name: string): any;

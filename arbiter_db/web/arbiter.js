@@ -15,8 +15,8 @@
  *   <button data-arbiter-generates>          off while this browser may not generate signals
  *
  * The database decides who may write, in the transaction of each write. This module asks it, shows the
- * answer, and spares the user refusals. What it does not know it does not allow: no answer yet, an old
- * one, an error, no network all count as unknown, and unknown never generates.
+ * answer, and does not send writes that the database would reject. Without a fresh answer (none yet, an old
+ * one, an error, no network) the state is unknown, and then it allows no write.
  *
  * Events of an Arbiter (their `detail` is the new status, null when unknown):
  *
@@ -27,8 +27,8 @@
  *   resume      the browser may write again, some time after a cloudstop
  *   confirm     a takeover has become possible that the user must confirm
  *
- * The last four compare with what was known last, so a gap of unknown repeats nothing; none of them
- * comes with the first answer after start(), but for confirm.
+ * The last four compare an answer with the last known one, so they are not repeated after a time of
+ * unknown. Of them only confirm can come with the first answer after start().
  *
  * Elements use the Arbiter that was started first, or the one in their property `arbiter`. Their colours
  * are custom properties (see STYLES). No build step, no dependency, no inline script or style.
@@ -51,17 +51,17 @@ const LONGEST_BACKOFF_MS = 60_000;
 /** A confirmation may wait for writes in flight (arbiter.settings.drain_timeout), and is never repeated. */
 const CONFIRM_TIMEOUT_MS = 15_000;
 
-/** What an answer may be older than the next poll's end before it counts as no answer. */
+/** An answer expires this long after the latest possible end of the next poll. */
 const SLACK_MS = 1_000;
 
-/** The columns of a status that make a change. Not the heartbeat's age: it differs in each answer. */
+/** A status has changed when one of these columns differs. The heartbeat's age differs in each answer. */
 const TOLD = [
   'environment', 'can_write_local', 'code', 'message', 'retry_at', 'machine_id', 'machine_state', 'epoch', 'draining',
 ];
 
 const UNKNOWN = 'Unknown';
 
-/** Time since it was made, in ms. A device that sleeps stops one clock, a user who sets the time moves the other. */
+/** ms since it was made, by the clock that shows more: one may stop while the device sleeps, the other may be set. */
 class Stopwatch {
   #monotonic = performance.now();
   #wall = Date.now();
@@ -86,12 +86,12 @@ class Answer {
     this.status = Object.freeze({ ...status });
     this.asked = asked;
     this.interval = milliseconds(status.poll_interval);
-    // Both are the server's: the client's clock, which may be off, only counts what has passed since.
+    // Both instants are the server's. The client's clock may be wrong: it only measures the time since.
     const wait = Date.parse(status.retry_at) - Date.parse(status.as_of);
     this.wait = Number.isFinite(wait) ? wait : null;
   }
 
-  /** ms until retry_at. From the receipt on, so that it never ends early. */
+  /** ms until retry_at, counted from the receipt of the answer, so that it never ends early. */
   get remaining() {
     return this.wait === null ? null : Math.max(0, this.wait - this.#received.elapsed);
   }
@@ -109,7 +109,7 @@ const randomBetween = (low, high) => low + Math.random() * (high - low);
 const isRejection = (error) => /^WX\d{3}$/.test(error?.code ?? '');
 const isConfirmable = (status) => status?.code === 'takeover_unconfirmed' && !status.retry_at;
 
-/** What a write gets that was not sent: shaped like an answer of supabase-js. */
+/** The result of a write that was not sent, in the shape of supabase-js. */
 function refusal(status) {
   return {
     data: null,
@@ -126,7 +126,7 @@ function refusal(status) {
   };
 }
 
-/** The Arbiter of all elements that were given none. */
+/** The Arbiter of all elements without one of their own. */
 let fallback = null;
 
 export class Arbiter extends EventTarget {
@@ -167,7 +167,7 @@ export class Arbiter extends EventTarget {
     this.#readOnly = root ? new ReadOnly(root, () => this.canGenerate) : null;
   }
 
-  /** Poll from now on, and switch off what is marked as generating signals until the answer is yes. */
+  /** Start polling. Elements marked as generating signals are off until the database allows local writes. */
   start() {
     if (this.#running) return;
     this.#running = true;
@@ -181,7 +181,7 @@ export class Arbiter extends EventTarget {
     this.refresh();
   }
 
-  /** Poll no more. The state is unknown, so what is marked stays off until an Arbiter that was started says yes. */
+  /** Stop polling. The state becomes unknown, so marked elements stay off until a started Arbiter allows them. */
   stop() {
     if (!this.#running) return;
     this.#running = false;
@@ -192,14 +192,14 @@ export class Arbiter extends EventTarget {
     globalThis.removeEventListener?.('offline', this.#onOffline);
     this.#abort?.abort();
     this.#forget();
-    this.#known = null; // the next user's first answer is no news about this one's machine
+    this.#known = null; // the next user's first answer is not compared with this user's
     this.#readOnly?.stop();
     if (fallback === this) fallback = null;
     ArbiterElement.bindAll();
   }
 
   /**
-   * Poll now. Resolves when an answer that was asked for after this call is in, or has failed; never rejects.
+   * Poll now. Resolves once a request that began after this call has been answered or has failed; never rejects.
    * Polls never overlap: one under way is followed by one more.
    */
   refresh() {
@@ -233,7 +233,7 @@ export class Arbiter extends EventTarget {
     return isConfirmable(this.status);
   }
 
-  /** ms until it is worth trying again (retry_at), by the server's clock; null when nobody knows. */
+  /** ms until it is worth trying again (retry_at), by the server's clock; null when that is unknown. */
   get remaining() {
     return this.status && this.#answer.remaining;
   }
@@ -245,8 +245,8 @@ export class Arbiter extends EventTarget {
 
   /**
    * Insert rows, if this browser may write, and answer as supabase-js does. Nothing is sent otherwise; `error.code`
-   * is then `arbiter_not_local` or `arbiter_unknown`, and `status` 0. When the database refuses (HTTP 409, a code
-   * from WX001 to WX008), the page is in read-only mode before this resolves, and the new state is known.
+   * is then `arbiter_not_local` or `arbiter_unknown`, and `status` 0. When the database rejects it (HTTP 409, a
+   * code from WX001 to WX008), the page is in read-only mode before this resolves, and the new state is known.
    *
    * @param {string} table
    * @param {object | object[]} rows
@@ -280,8 +280,8 @@ export class Arbiter extends EventTarget {
   }
 
   /**
-   * The user's yes after a machine's error. Returns what supabase-js returns, with the new status known. The
-   * database refuses what cannot be confirmed (any more): HTTP 409.
+   * Confirm a takeover after a machine's error, as the user. Returns what supabase-js returns, with the new status
+   * known: HTTP 409 when there is nothing to confirm (any more).
    */
   async confirmTakeover() {
     const number = ++this.#begun;
@@ -309,7 +309,7 @@ export class Arbiter extends EventTarget {
 
   async #call(name, abort, limit) {
     const timer = setTimeout(() => abort.abort(new DOMException('no answer in time', 'TimeoutError')), limit);
-    // Not left to the request alone: before it is sent, supabase-js may wait for a new token, and that ends for no signal.
+    // Before the request supabase-js may wait for a new token. The signal does not end that wait, so race it as well.
     const aborted = new Promise((_, reject) => {
       abort.signal.addEventListener('abort', () => reject(abort.signal.reason));
     });
@@ -371,7 +371,7 @@ export class Arbiter extends EventTarget {
     this.#tell();
   }
 
-  /** Unknown from now on, whatever the requests under way will say. */
+  /** Make the state unknown, and ignore the answers to requests under way. */
   #forget() {
     this.#settle(++this.#begun, null);
   }
@@ -381,7 +381,7 @@ export class Arbiter extends EventTarget {
     return this.refresh();
   }
 
-  /** An answer that no other one follows becomes unknown by itself. */
+  /** Make the state unknown when its answer expires. */
   #watch() {
     clearTimeout(this.#expiry);
     if (!this.status) return;
@@ -423,8 +423,8 @@ const MARK = 'data-arbiter-generates';
 const HELD = 'data-arbiter-held';
 
 /**
- * Switches off what is marked under a root while generating is not allowed. What the app itself had switched off
- * stays so: only elements with the attribute data-arbiter-held are switched on again.
+ * Switches off the marked elements under a root while generating is not allowed. Elements that the app itself had
+ * switched off stay off: only those with the attribute data-arbiter-held are switched on again.
  */
 class ReadOnly {
   #root;
@@ -459,10 +459,10 @@ class ReadOnly {
     this.#apply();
   }
 
-  /** Take in what the app has done. Returns whether there may be something to do about it. */
+  /** Take in the app's changes. Returns whether the marked elements must be looked at again. */
   #digest(records) {
     for (const { type, target, attributeName } of records) {
-      // The app has switched off what we hold: now it is the app's to switch on.
+      // The app has switched off an element that we hold: from now on only the app may switch it on.
       if (type === 'attributes' && attributeName === switchOf(target) && isOff(target)) target.removeAttribute(HELD);
     }
     return records.some(({ type, addedNodes }) => type === 'attributes' || addedNodes.length > 0);
@@ -474,7 +474,7 @@ class ReadOnly {
       if (isAllowed || !element.hasAttribute(MARK)) release(element);
       else hold(element);
     }
-    this.#observer.takeRecords(); // our own doing
+    this.#observer.takeRecords(); // our own changes
   }
 
   /** A framework may have switched an element on again a moment ago, and a link or a form cannot be switched off. */
@@ -644,7 +644,7 @@ dialog .yes { color: var(--_on-accent); background: var(--_accent); border-color
 
 let sheet;
 
-/** Text and attributes only, never markup: what the server says is shown as it is. */
+/** Text and attributes only, never markup: a text of the server may contain anything. */
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -656,17 +656,17 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Put a child at the end, or take it away: what is only hidden is still text for whoever reads the page. */
+/** Put a child at the end, or take it away: a hidden child would still be part of the page's text. */
 function show(parent, child, isWanted) {
   if (!isWanted) child.remove();
   else if (child.parentNode !== parent) parent.append(child);
 }
 
-/** What the elements have in common: their Arbiter, and a shadow root with the styles. On a server, without HTMLElement, there are none. */
+/** The base of the elements: their Arbiter, and a shadow root with the styles. A server has no HTMLElement. */
 class ArbiterElement extends (globalThis.HTMLElement ?? Object) {
   static #connected = new Set();
 
-  /** After another Arbiter has become the one of those that were given none. */
+  /** To be called when the Arbiter of the elements without one of their own has changed. */
   static bindAll() {
     for (const element of ArbiterElement.#connected) element.#bind();
   }
@@ -717,7 +717,7 @@ class ArbiterElement extends (globalThis.HTMLElement ?? Object) {
     this.update();
   }
 
-  /** Shows the present state; called when that, or the Arbiter, may be another one. */
+  /** Show the present state. Called when the state or the Arbiter may have changed. */
   update() {}
 }
 
@@ -727,7 +727,7 @@ export class ArbiterBadge extends ArbiterElement {
 
   #badge;
   #text = make('span', { role: 'status' });
-  // Next to the live region, not in it: nobody wants to hear each second.
+  // Next to the live region, not in it: a screen reader must not announce each second.
   #countdown = make('span', { role: 'timer', 'aria-label': 'time left' });
   #confirm = make('button', { type: 'button', text: 'Take over …', onclick: () => this.#ask() });
   #timer;
@@ -772,7 +772,7 @@ export class ArbiterBadge extends ArbiterElement {
 const TOAST_MS = 8_000;
 const MOST_TOASTS = 3;
 
-/** What a toast says when the cloud is active no longer, by the code of the new status. */
+/** A toast's text when the cloud is no longer active, by the code of the new status. */
 const STOPPED = {
   cooling_down: 'Cloud machine stopped - cooling down before browser mode',
   takeover_unconfirmed: 'Cloud machine failed - nobody generates signals until it recovers or you take over',
@@ -786,7 +786,7 @@ export class ArbiterToasts extends ArbiterElement {
   #cameFrom = null;
 
   constructor() {
-    // Additions only: what goes away is not announced.
+    // Additions only: a toast that goes away is not announced.
     const toasts = make('div', {
       class: 'toasts', part: 'toasts', role: 'log', 'aria-label': 'Notifications', 'aria-relevant': 'additions',
     });
@@ -875,7 +875,7 @@ export class ArbiterConfirm extends ArbiterElement {
 
   update() {
     const arbiter = this.isConnected ? this.arbiter : null;
-    // Unknown is no reason to take the question back.
+    // While the state is unknown the question stays open.
     if (!arbiter || (arbiter.status && !arbiter.canConfirm)) this.#dialog.close();
   }
 

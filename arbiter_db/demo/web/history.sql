@@ -1,5 +1,5 @@
--- What the demo's page needs besides: the history of handovers in the schema that the API serves. Its rows are
--- those that the reader may see in arbiter.handovers.
+-- For the demo's page: the history of handovers in the schema that the API serves, with the rows that the reader
+-- may see in arbiter.handovers.
 create view public.handovers
 with (security_invoker = true)
 as

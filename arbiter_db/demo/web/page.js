@@ -24,7 +24,7 @@ $('sell').addEventListener('click', () => generate('sell'));
 // The app's own rule for a marked button. arbiter leaves it alone.
 $('allow-sell').addEventListener('change', ({ target }) => { $('sell').disabled = !target.checked; });
 
-// What a client does that does not ask: the database refuses all the same.
+// A client that does not ask before it writes: the database rejects its write all the same.
 $('unguarded').addEventListener('click', async () => {
   report('browser', 'insert', await browser.from('signals').insert(newSignal('buy')));
 });
@@ -123,7 +123,7 @@ function report(who, what, { error, status }) {
 let showing = false;
 let outdated = false;
 
-/** Read and show everything again. Calls during a read make one more, not many. */
+/** Read and show everything again. Calls during a read cause one more read, not one each. */
 async function show() {
   outdated = true;
   if (showing) return;
