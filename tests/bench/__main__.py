@@ -41,7 +41,7 @@ SUITES: dict[str, dict[str, Comparison]] = {
 }
 COMPARISONS = {name: one for suite in SUITES.values() for name, one in suite.items()}
 
-#: Commits reach the disk, unless a session says otherwise; the data is on one.
+#: The data is on a disk, and commits reach it unless a session sets otherwise.
 OPTIONS = {"fsync": "on", "full_page_writes": "on"}
 
 

@@ -1,5 +1,5 @@
--- What arbiter's triggers and functions are made of, by name: each step does what the one before does, and a little
--- more. None of them decides anything; lease is the least that could fence at all.
+-- Arbiter's triggers and functions, built up by name: each step does what the one before does, and a little more.
+-- No step decides anything; `lease` is the first that could fence.
 
 -- name: leases
 -- Who holds: for every user the running machine, or the browser.
@@ -11,7 +11,7 @@ insert into public.leases
 select u.id, m.id from auth.users u left join public.cloud_machines m on m.user_id = u.id;
 
 -- name: column
--- Each row names the transaction that wrote it: what an audit needs.
+-- Each row names the transaction that wrote it, because an audit needs that.
 alter table public.signals add column xid xid8 default pg_current_xact_id();
 
 -- name: trigger
@@ -44,7 +44,7 @@ end
 $$;
 
 -- name: owner
--- It finds out whose they are.
+-- It looks up the users of the rows.
 create or replace function public.tg_guard()
 returns trigger
 language plpgsql
@@ -61,7 +61,7 @@ end
 $$;
 
 -- name: lease
--- It holds the user's lease, until the end of the transaction: the least that keeps a handover out.
+-- It locks the user's lease until the end of the transaction. Without that a handover could come in between.
 create or replace function public.tg_guard()
 returns trigger
 language plpgsql
@@ -82,8 +82,8 @@ end
 $$;
 
 -- name: each_row
--- The same once a row, where the naive trigger asks its question: dear for many rows, and blind to what other
--- triggers do to the row after it.
+-- The same for each row, as the naive trigger does it: expensive for many rows, and it misses what later triggers
+-- change in the row.
 create function public.tg_guard_row()
 returns trigger
 language plpgsql
@@ -152,7 +152,7 @@ end
 $$;
 
 -- name: call
--- A function with rights of its own that answers with a composite, and has looked at nothing.
+-- A function with rights of its own that returns a composite and reads no table.
 create table public.settings (singleton boolean primary key, heartbeat_timeout interval);
 insert into public.settings values (true, '24 hours');
 create type public.status as (
@@ -176,7 +176,7 @@ end
 $$;
 
 -- name: reads
--- It has read what an answer depends on, each by its key: settings, lease, machine.
+-- It reads the rows that an answer depends on, each by its key: settings, lease, machine.
 create or replace function public.ask_status(p_user_id uuid)
 returns public.status
 language plpgsql

@@ -1,4 +1,4 @@
-"""What an audit takes: ten million rows, a million handovers, and sizes below."""
+"""What an audit costs: ten million rows, a million handovers, and smaller sizes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SQL = load_sql("audit.sql")
 
 GROUP = Group("The audit: server CPU per row, by size, as a multiple of the smallest")
 
-#: The history of every user is as long as at full size: users are what there are fewer of.
+#: Smaller sizes have fewer users; each user's history is as long as at full size.
 SIZES = (100_000, 1_000_000, 10_000_000)
 EPOCHS = 100
 ROWS_PER_EPOCH = 10
-#: Of a machine, in the middle of the history.
+#: The epoch of the planted row: a machine holds it, in the middle of the history.
 PLANTED_EPOCH = 50
 
 
@@ -55,8 +55,8 @@ def _play(stage: Stage, plan: Plan, on_round: Callable[[], None]) -> dict[str, S
 
 
 def _write_history(conninfo: str, users: int) -> None:
-    """Each epoch is written by its holder, and a part of it by transactions that
-    were in flight when it began."""
+    """The holder of each epoch writes its rows, some of them in transactions that were in flight
+    when it began."""
     with connect(conninfo) as conn:
         make_app(conn)
         run_script(conn, SQL["people"], users=users)
@@ -66,7 +66,7 @@ def _write_history(conninfo: str, users: int) -> None:
         run_script(conn, SQL["machines"], users=users)
         conn.execute("alter table public.cloud_machines disable trigger user")
         conn.execute(SQL["run"])
-        # Nobody listens, and a heap of notifications takes longer than the handovers.
+        # Without a listener so many notifications would take longer than the handovers.
         conn.execute("alter table arbiter.leases disable trigger user")
         for epoch in range(1, EPOCHS + 1):
             rows = {"users": users, "epoch": epoch, "rows": ROWS_PER_EPOCH}
@@ -83,7 +83,7 @@ def _write_history(conninfo: str, users: int) -> None:
 
 
 def _audited(conninfo: str, verbose: bool) -> tuple[list[Any], dict[str, float]]:
-    """What an audit found and took, in a session of its own, which has touched nothing before."""
+    """What an audit found and what it cost, in a new session."""
     with connect(conninfo) as conn:
         (spilled,) = _one(conn, SQL["spilled"])
         started = time.perf_counter()
@@ -118,7 +118,7 @@ def _one(conn: Conn, query: bytes, values: dict[str, Any] | None = None) -> tupl
 
 
 def _peak_memory(conn: Conn) -> int:
-    """Of the connection's backend, in kB."""
+    """The peak memory of the connection's backend, in kB."""
     status = Path(f"/proc/{conn.info.backend_pid}/status").read_text()
     (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(peak)

@@ -7,7 +7,7 @@ select md5('user' || n)::uuid, n || '@example.com'
 insert into public.traders (id, user_id, name)
 select md5('trader' || n)::uuid, md5('user' || n)::uuid, 'Momentum'
   from generate_series(1, %(users)s) as n;
--- What is not asked about, and takes most of the time to write.
+-- The audit does not read these, and they take most of the time to write.
 alter table public.signals drop constraint signals_bar_key, drop constraint signals_pkey;
 
 -- name: keys
@@ -85,7 +85,7 @@ returning s.id::text
 select finding, row_count from arbiter.audit('public.signals', %(verbose)s)
 
 -- name: flush
--- What this session has counted, at once.
+-- This session reports its statistics at once.
 select pg_stat_force_next_flush()
 
 -- name: spilled

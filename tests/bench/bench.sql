@@ -1,8 +1,8 @@
--- What stands side by side in the benchmark, by name: how a database is made, and what its clients say.
--- Every variant is told the same: a machine is fresh for a day, so that the clock decides nothing here.
+-- The variants of the benchmark, by name: how their databases are made, and what their clients send.
+-- In every variant a machine is fresh for a day, so that no answer depends on the clock.
 
 -- name: lean
--- What a signal costs without the app's own extras.
+-- A signal without the app's own extras.
 drop trigger signals_queue_webhook on public.signals;
 drop index public.signals_created_at_idx;
 drop index public.signals_symbol_idx;
@@ -20,7 +20,7 @@ select md5('machine' || n)::uuid, md5('user' || n)::uuid, 'm' || n, 'provisionin
   from generate_series(2, %(users)s, 2) as n;
 
 -- name: columns
--- What arbiter adds, for those who have to do without it.
+-- The columns that arbiter adds, for the variants without it.
 alter table public.cloud_machines add column last_health_check timestamptz;
 alter table public.signals
   add column source text not null default 'local' check (source in ('local', 'cloud')),
@@ -103,7 +103,7 @@ select md5('trader' || %(user)s::int)::uuid, 'COIN' || n, '1m', 'buy', to_timest
   from generate_series(1, 100) as n
 
 -- name: ask
--- What a careful client asks before it inserts.
+-- The question of a careful client before it inserts.
 select exists (
   select from public.cloud_machines m
    where m.user_id = md5('user' || %(user)s::int)::uuid
@@ -118,7 +118,7 @@ update public.cloud_machines set last_health_check = clock_timestamp()
  where id = md5('machine' || %(user)s::int)::uuid
 
 -- name: probe
--- What a poll costs at least: a row by primary key.
+-- The least that a poll can cost: a row by primary key.
 select * from public.cloud_machines where id = md5('machine' || %(user)s::int)::uuid
 
 -- name: status

@@ -33,14 +33,14 @@ TABLES = {"signals": "owner over a foreign key", "alerts": "owner by column"}
 #: Rows of a COPY and users, at full size.
 ROWS = 1_000_000
 MANY = 100_000
-#: Of a batch; and of whom there are at least so many.
+#: Rows of a batch, and the least number of users.
 SOME = 1_000
-#: In a round of batches, whatever their size.
+#: Rows in a round of batches, for every size of a batch.
 BATCHED_ROWS = 10_000
-#: A load of this size has less noise, and takes long.
+#: Rounds of the big loads, which take long and have little noise.
 LONG_ROUNDS = 3
 
-#: With a lease, and without one.
+#: Users with a lease, and users without one.
 CROWD, NEWCOMERS = "crowd", "newcomer"
 
 _bars = count(1)
@@ -54,7 +54,7 @@ def _many(plan: Plan) -> int:
 
 
 def _prepare(stage: Stage, plan: Plan, kind: str) -> None:
-    """Add what is not there yet: the table whose rows name their user, and users of that kind."""
+    """Add the table whose rows name their user, and users of that kind, where they are missing."""
     for variant in VARIANTS:
         conn = stage.connection(variant)
         if not _value(conn, b"select to_regclass('public.alerts') is not null"):
@@ -161,7 +161,7 @@ class Copies:
 
 
 def _rows(table: str, rows: int, users: int) -> bytes:
-    """For COPY, each with a minute of its own."""
+    """Rows for COPY, each with a minute of its own."""
     prefix = CROWD + ("trader" if table == "signals" else "")
     owners = [UUID(md5(f"{prefix}{n + 1}".encode()).hexdigest()) for n in range(users)]
     start, minute = datetime(2020, 1, 1), timedelta(minutes=1)

@@ -1,7 +1,7 @@
 -- Batches and bulk loads, by name. The users here have a trader each and no machine.
 
 -- name: alerts
--- What signals is, but for its owner: a column of the row itself.
+-- Like signals, except that the row names its owner in a column.
 create table public.alerts (
   id uuid not null default gen_random_uuid(),
   user_id uuid not null,
@@ -21,7 +21,7 @@ create table public.alerts (
 select arbiter.protect('public.alerts', 'user_id')
 
 -- name: columns
--- What arbiter adds, for those who have to do without it.
+-- The columns that arbiter adds, for the variants without it.
 alter table public.alerts
   add column source text not null default 'local' check (source in ('local', 'cloud')),
   add column machine_id uuid references public.cloud_machines (id) on delete set null;

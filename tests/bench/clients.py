@@ -1,9 +1,9 @@
-"""What clients that arbitrate among themselves get done, and those that leave it to the database.
+"""Throughput of clients that arbitrate among themselves, or leave it to the database.
 
 pgbench speaks to PostgreSQL only, so here all variants are driven by the same Python clients, each
-a process with a connection of its own. Clients are seldom on the server's machine: there is a
-distance, too. It is waited for by the client, once for each message that needs an answer; nothing
-else of a network is imitated.
+a process with a connection of its own. Clients are seldom on the server's machine, so a round trip
+is simulated, too: the client waits once for each message that needs an answer. Nothing else of a
+network is imitated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GROUP = Group("Schemes of clients, Python clients: inserts a second as a part of
 REDIS = "redis"
 VARIANTS = (UNGUARDED, AGAIN, "check", "advisory", REDIS, "arbiter")
 
-#: A Redis lock is lost after so long, and not waited for longer than that.
+#: A Redis lock expires after the one; a client waits for a lock no longer than the other.
 LOCK_S, PATIENCE_S = 10, 5
 START_S = 10
 
@@ -97,7 +97,7 @@ def _meet(start: Barrier) -> None:
 
 
 def _run(variant: str, conninfo: str, socket: str, client: int, away: float, seconds: int) -> int:
-    """Insert for so long; returns how often."""
+    """Insert for that many seconds; return the number of inserts."""
     random = Random(client)
     with connect(conninfo) as conn, redis.Redis(unix_socket_path=socket) as lock_server:
         write = _scheme(variant, conn, lock_server, away)

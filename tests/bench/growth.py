@@ -1,7 +1,7 @@
 """What a statement costs as tables grow: more leases, a longer history, more protected rows.
 
-The app's own statements get dearer, too, with every level of an index, and with every page that
-is not at hand any more: the same is measured without arbiter.
+The app's own statements also cost more with each level of an index and with each page that is no
+longer cached, so the same is measured without arbiter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["COMPARISONS"]
 SQL = load_sql("growth.sql")
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-#: Of the databases whose leases do not grow.
+#: Users of the databases whose leases do not grow.
 USERS = 1_000
-#: In a turn. A quarter as many go before, to have the pages at hand that a small database has.
+#: Statements in a turn. A quarter as many run before it, to cache the pages that they need.
 STATEMENTS = 400
-#: Up to here arbiter's audit is asked whether the data hold together.
+#: Up to this size arbiter's audit checks the data.
 AUDITED_SIZE = 10_000
 
-#: What users say who have a machine, and who have none.
+#: The statements that are measured. Users with a machine send all but the first.
 LOCAL, CLOUD, STATUS, HEARTBEAT = "local", "cloud", "status", "heartbeat"
 TITLES = {
     LOCAL: "single-row insert, local",
@@ -49,7 +49,7 @@ _bars = count(1)
 
 @dataclass(frozen=True)
 class Kind:
-    """What grows, what is measured beside it, and how many bytes of disk each of it takes."""
+    """A kind of growth: what to measure, under which schemes, and the bytes on disk of an item."""
 
     name: str
     what: str
@@ -105,7 +105,7 @@ def _make(stage: Stage, stack: ExitStack, kind: Kind, size: int) -> dict[str, Co
             run_script(conn, STAGE_SQL["columns"])
         run_script(conn, SQL["machines"], users=users)
         conn.execute("vacuum analyze")
-        # A registry of two pages would be scanned, with md5() once a row: a plan of its own.
+        # A small registry would be scanned, with md5() for each row, unlike the bigger ones.
         conn.execute("set enable_seqscan = off")
     return connections
 
@@ -130,7 +130,7 @@ def _play(kind: Kind, stage: Stage, plan: Plan, on_round: Callable[[], None]) ->
     random = Random(kind.name)
     _need_room(stage, kind, sizes)
     with ExitStack() as stack:
-        # All sizes stand at once, so that they can take turns: together they are a tenth more.
+        # All sizes exist at once, so that they can take turns. The smaller ones add a tenth.
         standing = {size: _make(stage, stack, kind, size) for size in sizes}
         with psycopg.connect(stage.server.conninfo(), autocommit=True) as conn:
             conn.execute("checkpoint")
@@ -145,7 +145,7 @@ def _play(kind: Kind, stage: Stage, plan: Plan, on_round: Callable[[], None]) ->
                             one = samples[_name(kind, statement, scheme)]
                             one.rounds[label].append(spent)
             on_round()
-        # Made by hand, but as arbiter would have: at sizes where that is quickly asked.
+        # The data was not made by arbiter, so audit it, at sizes for which that is quick.
         flaws = {
             label: _flaws(standing[size]["arbiter"])
             for size, label in zip(sizes, labels, strict=True)
@@ -181,7 +181,7 @@ def _sql(statement: str, scheme: str) -> bytes:
 
 
 def _flaws(conn: Conn) -> int:
-    """What the audit finds that rows from before arbiter do not explain."""
+    """The number of findings, except those about rows from before arbiter."""
     found = conn.execute("select reason from arbiter.audit('public.signals')").fetchall()
     return sum(reason != "older_than_protection" for (reason,) in found)
 

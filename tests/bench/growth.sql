@@ -1,7 +1,7 @@
 -- Databases of every size. Users are numbered from 1; every tenth has a machine, which runs and holds.
 
 -- name: people
--- By key, and with what is out of that order made afterwards: random keys take ten times as long.
+-- Rows in the order of their keys, other indexes afterwards: random keys take ten times as long.
 alter table public.traders drop constraint traders_user_id_fkey;
 drop index public.traders_user_id_idx;
 insert into auth.users (id, email)
@@ -16,7 +16,7 @@ alter table public.traders
   add constraint traders_user_id_fkey foreign key (user_id) references auth.users (id) on delete cascade;
 
 -- name: rows
--- Signals of all traders, from before arbiter came.
+-- Signals of all traders, from before arbiter was installed.
 alter table public.signals drop constraint signals_pkey, drop constraint signals_trader_id_fkey;
 insert into public.signals (trader_id, symbol, interval, signal, bar_time)
 select t.id, 'ETHUSDT', '1m', 'buy', to_timestamp(n)

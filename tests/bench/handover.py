@@ -1,4 +1,4 @@
-"""How long a handover takes: from the machine's activation to the first refused write of the
+"""How long a handover takes: from the machine's activation to the first rejected write of the
 browser and to the first admitted write of the machine, idle and with the browser's transactions
 always open."""
 
@@ -40,7 +40,7 @@ WRITERS = 8
 HOLD_S = 0.05
 #: An activation, or a write after it, that takes longer is given up, and counts as this.
 PATIENCE_S = 5.0
-#: In a round, for each variant. One that is given up takes all of the patience.
+#: Handovers in a round, for each variant. One that is given up takes PATIENCE_S.
 HANDOVERS = {0: 10, WRITERS: 3}
 
 _bars = count(1)
@@ -51,7 +51,7 @@ _bars = count(1)
 
 @dataclass(frozen=True)
 class _Write:
-    """A local write: when it was sent, and when it was refused or its transaction had ended."""
+    """A local write: when it was sent, and when it was rejected or its transaction had ended."""
 
     sent: float
     ended: float
@@ -87,7 +87,7 @@ class _Handover:
         return max([self.committed, *ends])
 
 
-#: By name, from when until when.
+#: The steps by name: a title, and how long they took.
 STEPS: dict[str, tuple[str, Callable[[_Handover], float]]] = {
     "heartbeat": ("heartbeat that activates, sent to commit", lambda h: h.committed - h.sent),
     "refused": ("first refused local write, from the commit", lambda h: h.refused - h.committed),
@@ -153,7 +153,7 @@ class _Clients:
     def _write_on(
         self, tab: Conn, user: int, over: Event, after_s: float = 0.0, hold_s: float = 0.0
     ) -> Iterable[_Write]:
-        """One transaction after the other, until the first that is refused."""
+        """One transaction after the other, until the first that is rejected."""
         over.wait(after_s)
         writes = []
         while not over.is_set():
@@ -217,7 +217,7 @@ def _play(
         for number in range(plan.rounds + 1):
             for variant in VARIANTS:
                 users = clients[variant].fresh_users(HANDOVERS[writers])
-                # At any point of the writers' transactions.
+                # Start each at a random point of the writers' transactions.
                 waits = [random.uniform(0, HOLD_S) for _ in users]
                 found = list(map(clients[variant].hand_over, users, waits))
                 every[variant] += found

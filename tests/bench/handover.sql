@@ -1,7 +1,7 @@
 -- A handover, step by step.
 
 -- name: keys
--- What arbiter adds to signals, and naive_locks.sql does not.
+-- The columns that arbiter adds to signals and naive_locks.sql does not.
 alter table public.signals
   add foreign key (machine_id) references public.cloud_machines (id) on delete set null;
 create index on public.signals (machine_id) where machine_id is not null;

@@ -105,13 +105,13 @@ class Many:
 
 @dataclass(frozen=True)
 class Script:
-    """What clients of pgbench send, over and over."""
+    """The transaction that clients of pgbench repeat."""
 
     statements: tuple[bytes, ...]
     clients: int
     #: Sets :user.
     users: str
-    #: Transactions a second, of all clients together; as many as there can be without.
+    #: Transactions a second, of all clients together; None: as many as possible.
     rate: int | None = None
 
 
@@ -146,7 +146,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def wait_for_pgbench(process: subprocess.Popen[str], seconds: int, what: str) -> dict[str, float]:
-    """What it says in the end: transactions, a second and in all, and their latency in ms."""
+    """Its final report: transactions, a second and in all, and their latency in ms."""
     out, err = process.communicate(timeout=seconds + 60)
     found = {
         "tps": re.search(r"^tps = ([\d.]+)", out, re.MULTILINE),
@@ -201,7 +201,7 @@ class Throughput:
 RATE = 1_000
 WRITES_RATE = 50
 STEADY_S = 600
-#: Users whose machine starts while their browser's transaction is open, and what each times.
+#: Users whose machine starts while their browser's transaction is open, and statements for each.
 PROBES, STATEMENTS = 20, 20
 LOCK_TIMEOUT_MS = 50
 
@@ -248,7 +248,7 @@ class Steady:
         samples = Samples(self.title, "%", (UNGUARDED, "arbiter"))
         seconds = max(5, round(STEADY_S * plan.scale))
         samples.facts["seconds"] = seconds
-        # One after the other: it is about what is left behind, and takes long.
+        # The variants take no turns: each run takes long, and leaves dead rows that are measured.
         for variant in samples.variants:
             with _machines(stage, variant, MACHINES) as conninfo:
                 facts = _steady(stage, conninfo, seconds)
@@ -275,7 +275,7 @@ def _steady(stage: Stage, conninfo: str, seconds: int) -> dict[str, Any]:
         )
         for name, process in streams.items():
             facts[name] = wait_for_pgbench(process, seconds, name)
-        # A backend that ends tells its numbers a moment after its client is gone.
+        # A backend reports its statistics a moment after its client has disconnected.
         deadline = time.monotonic() + 10
         updates = before["public.cloud_machines"]["updates"] + facts["heartbeats"]["transactions"]
         while (after := _tables(conn))["public.cloud_machines"]["updates"] < updates:
@@ -293,7 +293,7 @@ def _tables(conn: Conn) -> dict[str, dict[str, Any]]:
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Counts of the run, sizes before and after it, and what is dead in the end."""
+    """Counts of the run, sizes before and after it, and dead rows at its end."""
     change: dict[str, Any] = {
         name: after[name] - before[name] for name in ("updates", "hot", "autovacuums")
     }
@@ -317,7 +317,7 @@ def _wait_for_each_other(
             Event().wait(pause_s)
             with one.transaction():
                 one.execute(STAGE_SQL["insert_local"], {"user": user, "bar": user})
-                # From the first of them on the drain is under way, and cannot end.
+                # The first one starts the drain, which cannot end during this transaction.
                 heartbeats.time(other, SQL["start"], {"user": user})
                 for _ in range(STATEMENTS - 1):
                     heartbeats.time(other, STAGE_SQL["heartbeat"], {"user": user})

@@ -1,7 +1,7 @@
 -- Heartbeats: users are numbered from 1, and every second one has a machine that runs (bench.sql).
 
 -- name: ids
--- The machines by their keys, as a backend has them that speaks for all of them.
+-- The keys of the machines, for a backend that sends the heartbeats of all of them.
 select array_agg(md5('machine' || n)::uuid order by n) from generate_series(2, %(users)s, 2) as n
 
 -- name: update_many

@@ -1,7 +1,7 @@
-"""How many instructions a statement takes: almost the same each time, whatever the machine does.
+"""How many instructions a statement takes: almost the same each time, also on a busy machine.
 
 valgrind counts what a server without clients executes, a single process that reads statements from
-its standard input. What the kernel does for it is not in it.
+its standard input. Instructions of the kernel are not counted.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["COMPARISONS", "Instructions"]
 
 GROUP = Group("Instructions per insert, outside the kernel, as a multiple of unguarded")
 
-#: Only where pages split differs between rounds.
+#: A few are enough: rounds differ only in where pages split.
 ROUNDS = 3
-#: In the shorter of two runs; the longer has twice as many, and the start of the server is in both.
+#: Statements in the shorter of two runs. The longer has twice as many; both start a server.
 STATEMENTS = 150
-#: For as long as all of them; each is slowed down fifty times.
+#: For all of them; valgrind makes each fifty times slower.
 TIMEOUT_S = 120.0
 
-#: What the commit waits for is not the server's to execute.
+#: A commit that waits for the disk executes nothing, so it need not wait.
 OPTIONS = ("-c", "fsync=off", "-c", "synchronous_commit=off")
 
 _bars = count(1)
@@ -63,7 +63,7 @@ class Instructions:
         return samples
 
     def _statements(self, number: int) -> Iterator[str]:
-        """A line each."""
+        """The statements, one a line."""
         insert = SQL[self.statement].decode() % {"user": "$1", "bar": "$2"}
         yield "set session authorization app_owner"
         yield f"prepare signal (int, int) as {' '.join(insert.split())}"

@@ -1,4 +1,4 @@
-"""How many transactions a second: pgbench, with the variants taking turns."""
+"""Transactions a second by pgbench; the variants take turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPS = {
     for source in (LOCAL, CLOUD)
 }
 
-#: What the client of a variant sends before one signal; the schemes of clients ask themselves.
+#: The statements that a variant's client sends before each signal.
 BEFORE = {"check": ("load_ask",), "advisory": ("load_begin", "load_lock", "load_ask")}
 AFTER = {"advisory": ("load_commit",)}
 
@@ -34,7 +34,7 @@ ONE = {LOCAL: r"\set user 1", CLOUD: r"\set user 2"}
 
 
 class BenchError(Exception):
-    """pgbench is missing or failed; says what it said."""
+    """pgbench is missing or failed; the message has its output."""
 
 
 @dataclass(frozen=True)

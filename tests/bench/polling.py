@@ -75,7 +75,7 @@ class History:
     group: Group = HISTORY
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
-        # An even number: then the machine holds, whatever the length.
+        # Even numbers, so that the machine holds after each history.
         lengths = [0, *(max(2, int(n * plan.scale) // 2 * 2) for n in self.lengths[1:])]
         users = {f"{length:,}": 2 * n for n, length in enumerate(lengths, start=1)}
         samples = Samples(self.title, "us", tuple(users))

@@ -20,7 +20,7 @@ SQL = load_sql("rejects.sql")
 
 GROUP = Group("Server CPU per rejected insert, as a multiple of one that unguarded accepts")
 
-#: Facts are about so many.
+#: The facts are given for this many rejects.
 MILLION = 1_000_000
 REJECTS = 100_000
 
@@ -57,18 +57,18 @@ class Rejects:
 
 
 def _users(random: Random, count: int) -> list[int]:
-    """With a machine: even numbers."""
+    """Random users with a machine: these have even numbers."""
     return [random.randrange(2, USERS + 1, 2) for _ in range(count)]
 
 
 def _insert(conn: Conn, users: list[int]) -> int:
-    """How many were rejected."""
+    """Try an insert for each user; return how many were rejected."""
     rejected = 0
     for user in users:
         try:
             conn.execute(SQL["insert"], {"user": user})
         except psycopg.Error as error:
-            # The code of the browser that writes while the cloud is active.
+            # The code for a browser's write while the cloud is active.
             if error.sqlstate != "WX001":
                 raise
             rejected += 1
@@ -81,7 +81,7 @@ def _restore(conn: Conn) -> None:
 
 
 def _leave_behind(conn: Conn, users: list[int]) -> dict[str, float]:
-    """What so many inserts leave, with no vacuum in between."""
+    """The traces of these inserts, with no vacuum in between."""
     conn.execute(SQL["keep_dead"])
     try:
         before = _traces(conn)

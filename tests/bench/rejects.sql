@@ -1,8 +1,8 @@
 -- A browser that does not stop trying while its user's machine is active.
 
 -- name: insert
--- Without anything that changes from call to call but the user: a statement that fails is not
--- prepared by the client, so it has to be the very one that has passed before.
+-- Only the user differs between calls. The client does not prepare a statement that fails, so this one
+-- must have the text of one that has succeeded before.
 insert into public.signals (trader_id, symbol, interval, signal, bar_time)
 values (md5('trader' || %(user)s::int)::uuid, 'REJECTUSDT', '1m', 'buy', clock_timestamp())
 
@@ -13,14 +13,14 @@ delete from public.signals where symbol = 'REJECTUSDT'
 vacuum public.signals
 
 -- name: keep_dead
--- Else what is left behind depends on when the autovacuum happens to come by.
+-- Otherwise the traces depend on when autovacuum runs.
 alter table public.signals set (autovacuum_enabled = off)
 
 -- name: keep_none
 alter table public.signals reset (autovacuum_enabled)
 
 -- name: traces
--- What statements have left: bytes of tables and log, and transaction ids taken.
+-- The traces of all statements so far: bytes of tables and log, and transaction ids.
 select pg_relation_size('public.signals') as table_bytes,
        pg_indexes_size('public.signals') as index_bytes,
        (select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON file, its tables in Markdown, and plots of them."""
+"""The output of a run: one JSON file, its tables in Markdown, and plots of them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Figures = dict[str, Any]
 #: The groups whose plots the README shows.
 SHOWN = ("Server CPU per statement, as a multiple of unguarded",)
 
-#: A bar's height in inches, and what a plot has around its bars.
+#: The height of a bar, and of the rest of a plot, in inches.
 BAR, MARGIN = 0.16, 1.1
 
 #: Figures that are this many times apart do not fit on a linear scale.
 WIDE = 100
 
-#: The measure is gray, what is measured stands out; the others get a color each.
+#: The baseline is gray and arbiter stands out; the others get a color each.
 COLORS = {"unguarded": "0.55", "unguarded again": "0.75", "arbiter": "tab:blue"}
 
 
 def as_figures(comparison: Comparison, samples: Samples, server: str) -> Figures:
-    """All that is known of a comparison that was measured."""
+    """A measured comparison as JSON has it."""
     return {
         "group": comparison.group.title,
         "ratios": comparison.group.ratios,
@@ -64,9 +64,9 @@ def tables(found: Mapping[str, Figures]) -> Iterator[tuple[str, str]]:
 
 
 def keep(found: Mapping[str, Figures], folder: Path) -> None:
-    """Write all of it into a folder; what is there of other comparisons stays and is shown, too.
+    """Write all of it into a folder; other comparisons there stay and are shown, too.
 
-    A plot is drawn of what the README shows; ``draw`` makes the others.
+    Draws only the plots that the README shows; ``draw`` makes the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
@@ -90,7 +90,7 @@ def draw(found: Mapping[str, Figures], folder: Path) -> None:
 
 
 def _plot_name(title: str) -> str:
-    """What a group is about, without how it is counted."""
+    """The part of a group's title before its unit."""
     about = re.split(r":|,? as an? ", title)[0]
     return re.sub(r"\W+", "-", about.lower()) + ".svg"
 

@@ -1,4 +1,4 @@
-"""What a comparison is, what it measured, and what is said about that."""
+"""Comparisons, their samples, and the groups in which they are shown."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Plan:
 
 @dataclass
 class Samples:
-    """One value a round for each variant, in ``unit``; the others are held against the first."""
+    """One value a round for each variant, in ``unit``; the others are compared with the first."""
 
     title: str
     unit: str
     variants: tuple[str, ...]
     rounds: dict[str, list[float]] = field(init=False)
-    #: What else was found, by name: a part that is not a round's value.
+    #: Other findings, by name, that are not values of a round.
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,11 +62,11 @@ class Samples:
         return self.variants[0]
 
     def median(self, variant: str) -> float:
-        """Of the rounds."""
+        """The median of the rounds."""
         return statistics.median(self.rounds[variant])
 
     def ratio(self, variant: str) -> float:
-        """Of the medians, to the first variant's."""
+        """The median as a multiple of the first variant's."""
         return self.median(variant) / self.median(self.base)
 
     def spread(self, variant: str) -> float:
@@ -106,10 +106,10 @@ class Cost:
 
 @contextmanager
 def cpu_time(conn: Conn) -> Iterator[Cost]:
-    """What the connection's backend spends on a CPU inside the ``with`` block.
+    """The CPU time that the connection's backend spends inside the ``with`` block.
 
-    The time is the kernel's, from ``/proc/<pid>/schedstat``: what the client, the network and
-    other processes do is not in it, but for what they do to caches.
+    The time is the kernel's, from ``/proc/<pid>/schedstat``. The client, the network and other
+    processes are not counted, though they may evict caches.
     """
     file = Path(f"/proc/{conn.info.backend_pid}/schedstat")
     cost = Cost()

@@ -1,4 +1,4 @@
-"""What stands side by side: a database for each variant, on one server."""
+"""The databases that are compared: one for each variant, on one server."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def load_sql(name: str) -> dict[str, bytes]:
 
 SQL = load_sql("bench.sql")
 
-#: Each with a trader, every second one with a machine that runs.
+#: Users, each with a trader, every second one with a machine that runs.
 USERS = 1_000
 
-#: Plays twice: how far the two differ is the machine's noise.
+#: The same database twice: the difference between the two is the machine's noise.
 UNGUARDED, AGAIN = "unguarded", "unguarded again"
 
 #: Who decides. The client-side schemes ask, or lock, in a statement of their own before the write.
 VARIANTS = (UNGUARDED, AGAIN, "exists", "policy", "check", "advisory", "arbiter")
 
-#: Guards, heartbeats and status in the making: each does what the one before does, and more.
+#: Guards, heartbeats and status in steps: each does what the one before does, and more.
 STEPS = ("column", "trigger", "rows", "owner", "lease")
 HEARTBEAT_STEPS = ("stamped", "told", "held")
 STATUS_STEPS = ("call", "reads")
 
 ANATOMY = load_sql("anatomy.sql")
 
-#: What makes the database of a variant another one than unguarded.
+#: The scripts that turn an unguarded database into a variant's.
 _SCRIPTS = {
     "exists": (SQL["exists"],),
     "policy": (SQL["policy"],),
@@ -111,7 +111,7 @@ def _prepare(server: EmbeddedServer, variant: str) -> Conn:
     conn.execute(SQL["run"])  # the second heartbeat ends the drain
     conn.execute(SQL["first"])
     conn.execute("vacuum analyze")
-    # The commit is the same for all of them, and disks are noisy.
+    # The commit costs the same in all variants, and disks are noisy.
     conn.execute("set synchronous_commit = off")
     conn.prepare_threshold = 0
     return conn

@@ -107,7 +107,7 @@ def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
             assert len(rounds) == 2
             assert min(rounds) > 0
         assert found[name]["title"] in done.output
-    # What is measured are rejections: the naive trigger's come before the row, arbiter's after it.
+    # All are rejected: by the naive trigger before the row is written, by arbiter after it.
     left = found["rejects"]["facts"]
     assert left["exists"]["xids each"] == 0
     assert left["arbiter"]["xids each"] == 1

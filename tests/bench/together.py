@@ -1,4 +1,4 @@
-"""What comparisons need that have databases of their own, and take their samples from one play."""
+"""Tools for comparisons with databases of their own that take their samples from one play."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Play = Callable[[Stage, Plan, Callable[[], None]], dict[str, Samples]]
 
 @contextmanager
 def database(stage: Stage, name: str, template: str = "template1") -> Iterator[str]:
-    """Make a database of the app's owner, say how to reach it, and drop it in the end."""
+    """Make a database of the app's owner, yield how to reach it, and drop it at the end."""
     names = [sql.Identifier(name), sql.Identifier(template)]
     create = sql.SQL("create database {} template {} strategy file_copy owner app_owner")
     with psycopg.connect(stage.server.conninfo(), autocommit=True) as conn:
@@ -49,13 +49,13 @@ def run_script(conn: Conn, script: bytes, **values: object) -> None:
 
 
 def make_app(conn: Conn) -> None:
-    """The demo's app, as lean as the stage has it."""
+    """Create the demo's app, as lean as on the stage."""
     run_script(conn, (DEMO / "trading.sql").read_bytes())
     run_script(conn, SQL["lean"])
 
 
 def install(conninfo: str) -> None:
-    """Arbiter, with the stage's settings."""
+    """Install arbiter, with the stage's settings."""
     arbiter_db.install(conninfo)
     with connect(conninfo) as conn:
         conn.execute(SQL["settings"])
@@ -66,7 +66,7 @@ def install(conninfo: str) -> None:
 
 @dataclass
 class Together:
-    """Comparisons that one play measures all at once: the first of them plays, the others look."""
+    """Comparisons that one play measures: the first one plays, the others use its samples."""
 
     play: Play
     group: Group
@@ -81,7 +81,7 @@ class Together:
         return self._found[name]
 
     def comparisons(self) -> dict[str, Comparison]:
-        """By name."""
+        """The comparisons, by name."""
         return {name: _Part(name, title, self) for name, title in self.titles.items()}
 
 

@@ -91,7 +91,7 @@ class User:
 
 
 class Admin:
-    """The superuser's look at the server's side of a lost connection."""
+    """A superuser's connection, to ask about the server's side of a lost connection."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -166,7 +166,7 @@ class Client:
                     user, options=" ".join(f"-c {name}={value}" for name, value in options.items())
                 )
             else:
-                # The server's end is known by it: a pooler does not tell its process id.
+                # A pooler does not tell its backend's process id, so label the backends.
                 self._pid = place.bouncer_pid
                 self._label = f"through {self._pid}"
                 conninfo = place.conninfo(user, actor.via, application_name=self._label)
@@ -218,7 +218,7 @@ class Client:
                 while waits := waits & set(await ask(_BACKENDS, None, self._label)):
                     await asyncio.sleep(LOOK_EVERY_S)
             else:
-                # What PgBouncer passed on may not have begun yet: wait until all backends noticed.
+                # A statement that was passed on may begin late: wait until all backends have ended.
                 while await ask(_BACKENDS, None, self._label):
                     await asyncio.sleep(LOOK_EVERY_S)
 

@@ -4,9 +4,8 @@ a naive rule.
 
     inject("kill_backend", Target(server, "workload", None), random.Random("seed"))
 
-The injectors' own sessions write in the names of the workload's users, because only so do they hold
-a lease that the workload wants. They never commit, so a checker never finds
-a row of theirs.
+The injectors' own sessions write in the names of the workload's users, because only so do they
+hold a lease that the workload wants. They never commit, so a checker never finds their rows.
 
 Sessions of a superuser belong to the run itself: no fault picks them, but they end when the server
 does.
@@ -184,7 +183,7 @@ def connect(
 
 def cut(conn: psycopg.Connection[Any]) -> None:
     """Cut the connection under its client and its server, without telling either of them."""
-    # By a second descriptor of the same socket: the client closes its own one.
+    # Use a second descriptor of the same socket, because the client closes its own one.
     with socket.socket(fileno=os.dup(conn.pgconn.socket)) as line:
         line.shutdown(socket.SHUT_RDWR)
 

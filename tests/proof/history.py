@@ -63,7 +63,7 @@ class Transaction:
     after the run finds them. ``began`` is when its first statement was invoked: no snapshot of it
     is older. ``ending`` and ``ended`` are the invocation and the return of its end (of its only
     statement, when it commits by itself). ``outcome``: ``committed`` was acknowledged; ``failed``
-    and ``rolled back`` left nothing; ``lost`` never learned.
+    and ``rolled back`` left nothing; ``lost`` got no answer.
     """
 
     tag: int

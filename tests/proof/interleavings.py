@@ -17,7 +17,7 @@ lapsed or long stopped; the end of a drain is a heartbeat or a write of the mach
 The steps of a session: ``look`` at the status, which fixes the snapshot (above read committed);
 ``act``; for writes ``again``, the same once more; ``end``; and for what makes a holder ``use``,
 that holder's write in a transaction of its own. A step that is kept waiting stays pending: the
-other session goes on, and what follows in the waiting session comes once it was answered.
+other session goes on, and the waiting session's next steps come after the answer.
 
 ``judge`` says what must hold in each case. The short id of a case replays it alone::
 
@@ -192,13 +192,13 @@ SITUATIONS = {
 
 #: One for each answer that a write can get: protection knows tables, not users.
 DDL_SITUATIONS = ("local-stopped", "cloud-fresh", "cloud-lapsed", "cloud-error")
-#: What a rule knows that has no drain, no grace and no yes.
+#: The situations for a rule that has no drain, no grace and no confirmation.
 NAIVE_SITUATIONS = ("local-stopped", "cloud-fresh", "cloud-lapsed", "cloud-stopped")
 NAIVE_OPERATIONS = ("local", "cloud", "activation", "heartbeat", "delete")
 
 
 def applies(operation: Operation, other: Operation, situation: Situation) -> bool:
-    """Whether an operation is more there than an answer to what it reads by itself."""
+    """Whether an operation can do something there, rather than only read and be rejected."""
     if operation.is_ddl and situation.name not in DDL_SITUATIONS:
         return False
     if operation.is_ddl and other.is_ddl:
@@ -495,10 +495,10 @@ def judge(played: Played, serial: Sequence[Played]) -> list[str]:
     """What did not hold in a case, compared with the ``serial`` cases of its group.
 
     * Committed writes of both environments never overlap.
-    * An answer is one that the step gets in some serial order, or what ``is_documented`` says that
-      a step may get which meets a transaction of the other session.
-    * While protection comes or goes, a write is answered as before it or as after it, whichever it
-      is by the commit; in between it is kept waiting.
+    * An answer is one that the step gets in some serial order, or one that ``is_documented`` allows
+      for a step that meets a transaction of the other session.
+    * While protection comes or goes, a write waits. Before that it gets the old answer, and after
+      the commit of the change the new one.
     """
     return [*overlaps(played), *strangers(played, serial), *let_through(played)]
 

@@ -117,7 +117,7 @@ begin
      where user_id = any (p_users);
   end if;
   if p_drain = 'local' then
-    -- What a yes leaves behind that was given while a write of the machine was in flight.
+    -- As confirm_takeover leaves the lease while a write of the machine is in flight.
     update arbiter.leases set draining_since = clock_timestamp() where user_id = any (p_users);
   end if;
   commit;
@@ -145,8 +145,8 @@ exception
 end
 $$;
 
--- When nothing is in flight any more: the one who may write by the status is the one who can, and a machine
--- that returns gets the lease, whatever was left behind.
+-- After a case, when nothing is in flight: the environment that the status names can write and the other cannot,
+-- and a machine that returns gets the lease in every case.
 create procedure proof.settle(p_users uuid[], p_traders uuid[], p_machines uuid[])
 language plpgsql
 security invoker

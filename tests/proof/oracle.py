@@ -6,8 +6,8 @@ the answers that a write may get between its invocation and its return. The sets
 whenever the database keeps its promise. Where the history leaves no doubt they have one element,
 and then an answer can be right or wrong.
 
-This is a statement of DESIGN section 4 of its own and shares nothing with the SQL. In one point it
-says more: the cloud is rejected from the instant at which a takeover by the browser is possible.
+This states DESIGN section 4 anew and shares nothing with the SQL. In one point it is stricter: the
+cloud is rejected from the instant at which a takeover by the browser is possible.
 
 An answer is believed until it is found wrong: an admitted write narrows what the lease may be. The
 sets go on without one that was wrong, so what follows from a user's first violation may look like
@@ -140,11 +140,11 @@ class _Operation(Generic[S]):
         return False
 
     def apply(self, state: S) -> Iterable[S]:
-        """What its effect makes of the state; nothing when it can't take effect in it."""
+        """The states after its effect; none when it can't take effect in this state."""
         return ()
 
     def settle(self, state: S) -> S:
-        """What a state must be once it has returned."""
+        """The state that this one must be once it has returned."""
         return state
 
     #: Whether ``settle`` changes any.
@@ -159,11 +159,11 @@ class _Witnessed(_Operation[S]):
         raise NotImplementedError
 
     def enter(self, timeline: Timeline[S], now: frozenset[S]) -> None:
-        # It may have met it at once in any case: so it rules nothing out.
+        # If every state now would do, the operation proves nothing about the state that it met.
         self.certain = self.certain and not all(map(self.is_witnessed_by, now))
 
 
-#: With more worlds than this the order of operations under way is not looked into any further.
+#: With more worlds than this no further orders of the operations under way are explored.
 _TOO_MANY = 256
 
 _World = tuple[S, frozenset[int]]
@@ -273,7 +273,7 @@ class _Spans:
     def __init__(self, spans: Iterable[_Span]) -> None:
         self._spans = sorted(spans, key=lambda span: span.invoked)
         self._invoked = [span.invoked for span in self._spans]
-        # The last return of all up to here: nothing before is of interest when that is too early.
+        # The latest return up to each span: a search backwards ends where it is too early.
         self._last = list(accumulate((span.returned for span in self._spans), max))
 
     def overlapping(self, start: float, end: float) -> Iterator[_Span]:
@@ -399,7 +399,7 @@ class _OnMachine(_Operation[Machine]):
 
 # The lease --------------------------------------------------------------------------------------
 
-#: Whom the lease is for when that is no machine. UNBORN: no write needed it yet. LOCAL: only the
+#: The claimants of a lease that are no machine. UNBORN: no write needed it yet. LOCAL: only the
 #: browser had it. AGAIN: it took it back. CONFIRMED: its next write completes a takeover.
 UNBORN, LOCAL, CONFIRMED, AGAIN = "unborn", "local", "confirmed", "local again"
 
@@ -506,7 +506,7 @@ class _Admission(_Witnessed[_Lease]):
     def enter(self, timeline: Timeline[_Lease], now: frozenset[_Lease]) -> None:
         super().enter(timeline, now)
         if self.transaction.level != "read committed":
-            # By an old snapshot, too.
+            # Its snapshot may show an older state.
             before = timeline.between(self.transaction.began, self.invoked)
             self.certain = self.certain and not any(map(self.is_witnessed_by, before))
 
@@ -519,7 +519,7 @@ class _Admission(_Witnessed[_Lease]):
     def apply(self, state: _Lease) -> Iterable[_Lease]:
         if state.locked_by is not None:
             return
-        # From local: it came for a takeover, and another session's had just committed.
+        # The browser has it already: this one came for a takeover, and another one just committed.
         if self.saw_takeover if state.is_settled else self._can_take(state.claimant):
             yield state._replace(locked_by=self.transaction.tag)
 
@@ -615,7 +615,7 @@ class Oracle:
         )
 
     def machine(self, machine: UUID) -> Timeline[Machine]:
-        """What the machine may be over time."""
+        """The possible states of the machine over time."""
         return self._machines.get(machine, self._NEVER)
 
     def _explore_machines(self, registry: Sequence[RegistryWrite]) -> list[_OnMachine]:
@@ -712,7 +712,7 @@ class Oracle:
                 expected.add(("blocked" if locked else None, reason))
                 continue
             timeline = self.machine(lease.claimant)
-            # A takeover goes by the newest state there is, or not at all.
+            # A takeover is decided by the newest state, or is blocked.
             newest = inf if locked else -inf
             if not current:
                 newest = self._taken_by_newest(lease.claimant, start, end)
@@ -739,7 +739,7 @@ class Oracle:
         expected: set[tuple[str | None, str]] = set()
         machines = self.machine(own).between(*seen)
         present = [machine for machine in machines if machine.state is not None]
-        # Its foreign key asks for the row as it is now, and may be the first to ask.
+        # The foreign key looks at the current row, and may look before the guard does.
         if len(present) < len(machines) or any(
             machine.state is None for machine in self.machine(own).between(start, end)
         ):

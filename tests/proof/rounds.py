@@ -38,7 +38,7 @@ OPPONENT_S = 20.0
 LOOK_EVERY_S = 0.1
 COUNT_EVERY_S = 2.0
 
-#: Faults after which everybody has to connect again; the others come three times as often.
+#: Faults after which all clients have to connect again; the others come three times as often.
 HEAVY = frozenset({"kill_backend", "immediate_stop", "kill_postmaster", "cut_bouncer"})
 
 #: Faults whose own sessions write for users of the workload; and how often in a round at most.
@@ -215,7 +215,7 @@ def _work(round_: Round, worker: int) -> Tally:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Ends a run when there is enough of all; ``seconds`` ends it in any case."""
+    """Ends a run when all of these counts are reached; ``seconds`` ends it in any case."""
 
     writes: int
     handovers: int
@@ -245,7 +245,7 @@ class Prover:
         self._counted_at = 0.0
 
     def prove(self, seeds: Iterable[str], goal: Goal) -> None:
-        """Play a round per seed until there is enough of all, or a rule was caught."""
+        """Play a round per seed until the goal is reached, or a rule was caught."""
         with ProcessPoolExecutor(
             WORKERS, CONTEXT, initializer=_share, initargs=(self._board,)
         ) as pool:
@@ -255,7 +255,7 @@ class Prover:
                 self._round(pool, seed, goal)
 
     def reaches(self, goal: Goal) -> bool:
-        """Whether there was enough of all."""
+        """Whether the counts of the goal are reached."""
         return (
             self.tally.writes >= goal.writes
             and self.tally.handovers >= goal.handovers

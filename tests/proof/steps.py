@@ -16,7 +16,7 @@ actor       connection   acts as                     writes
 ``person``  PgBouncer    authenticated, with claims  says yes (confirm_takeover)
 ==========  ===========  ==========================  =====================================
 
-Writers write whether their machine is entitled or not, as a machine does that was frozen.
+Writers write even when their machine is not entitled, like a machine that was frozen.
 """
 
 from __future__ import annotations

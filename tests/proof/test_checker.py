@@ -1,7 +1,7 @@
-"""The checker catches what it must and accuses nobody else: handmade histories, and simulated ones.
+"""The checker reports every violation and no correct history: handmade and simulated histories.
 
-In the handmade ones each operation takes effect at an instant that the test names, give or take
-``MS``: that is the window its client saw.
+In the handmade ones the test names the instant at which an operation takes effect; its client saw
+a window of ``MS`` before and after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ M2 = UUID(int=0xC2)
 RC: Level = "read committed"
 RR: Level = "repeatable read"
 
-#: All that a write can be answered without a fault, and what no write may be.
+#: All answers that a write can get without a fault, and 40P01, which it must not get.
 VERDICTS = (None, "WX001", "WX002", "WX003", "WX004", "WX005", "WX006", "WX007", "40001", "40P01")
 
 
@@ -119,7 +119,7 @@ class Tale:
         return transaction
 
     def check(self) -> Report:
-        """What the checker says of it."""
+        """The checker's report on it."""
         return check(self.history)
 
     def kinds(self) -> set[str]:
@@ -238,7 +238,7 @@ def test_every_transaction_that_overlaps_is_found_among_many() -> None:
             for since_b, until_b, b in spans
             if a.machine != b.machine and since_a < until_b and since_b < until_a
         }
-        # Not each pair of a crowd, but nobody who is in one is left out.
+        # The checker need not report every pair, but every transaction that overlaps another.
         assert {frozenset(tags) for tags in found} <= expected
         assert {t for tags in found for t in tags} == {t for tags in expected for t in tags}
 
@@ -326,7 +326,7 @@ def test_a_report_during_a_takeover_takes_effect_with_the_next_heartbeat() -> No
     tale = Tale()
     tale.activate(10.0)
     tale.write(45.0, end=47.0, more=(46.5,))  # its heartbeat lapsed at 40
-    tale.registry("heartbeat", 46.0)  # waits for nobody, so it changes nothing
+    tale.registry("heartbeat", 46.0)  # does not wait, so it changes nothing
     tale.write(48.0)
     assert tale.kinds() == set()
     tale.registry("heartbeat", 49.0)
@@ -729,7 +729,7 @@ def test_every_operation_has_an_answer() -> None:
 
 
 def _noise(tale: Tale) -> None:
-    """A day in the life of another machine, and what else is of no interest."""
+    """Operations of another machine, and others that do not matter."""
     tale.write(0.1)
     tale.activate(2.0, M2)
     for at in (2.2, 2.4, 2.6):
@@ -877,8 +877,8 @@ class Open:
 class Simulation:
     """One user's database, as it should be. It does one thing at each instant.
 
-    Who would have to wait does nothing instead. Clients know the windows of what they did only, and
-    now and then a connection is lost.
+    An operation that would have to wait does nothing instead. Clients know only the windows of
+    their operations, and now and then a connection is lost.
     """
 
     def __init__(self, rng: random.Random, user: int = 0) -> None:
@@ -1060,14 +1060,14 @@ class Simulation:
             return answer, False
         now = self.now
         holds = seen.epoch > 0 and seen.holder == machine and seen.claimant == machine
-        # Who holds may write by an old snapshot; who wants to must have the newest.
+        # The holder may write by an old snapshot; a handover needs the newest state.
         is_newest = (now.claimant, now.version) == (seen.claimant, seen.version)
         if by_snapshot and (now.epoch != seen.epoch or not (holds or is_newest)):
             return "40001", False
         if self.locked_by is not None:
             return None, True
         if not holds:
-            # A handover, or the end of a drain: nobody else may be writing.
+            # A handover, or the end of a drain: no other transaction may be writing.
             if any(other.locked for other in self.open.values() if other is not begun):
                 return None, True
             self.locked_by = tag

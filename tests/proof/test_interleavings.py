@@ -60,7 +60,7 @@ def test_all_orders_are_generated_where_no_look_is_among_the_steps() -> None:
 
 
 def test_a_look_is_played_where_it_can_be_told_from_one_elsewhere() -> None:
-    """What is left for each way to do the rest: an old snapshot, and none."""
+    """Of the orders in which a look has the same snapshot, the one with the last look is kept."""
     look_after = (("B", "act"), ("A", "look"), ("A", "act"), ("B", "end"), ("A", "end"))
     look_first = (("A", "look"), ("B", "act"), ("A", "act"), ("B", "end"), ("A", "end"))
     old = (("B", "act"), ("A", "look"), ("B", "end"), ("A", "act"), ("A", "end"))

@@ -1,4 +1,4 @@
-"""The random workload, in short: arbiter stands it, the naive rules do not, and the checker tells.
+"""The random workload, in short: arbiter passes, and the checker catches the naive rules.
 
 The long version, with faults, is ``make prove``.
 """
@@ -30,10 +30,10 @@ MAJOR = int(os.environ.get("PG") or "18")
 ROUND_S = 2.0
 UNSAFE_ROUND_S = 1.0
 USERS = tuple(range(4))
-#: What must be seen is given up to that many rounds to be seen.
+#: At most this many rounds are played until everything expected was seen.
 ROUNDS = 20
 
-#: What must appear in a workload that leaves nothing out; 40001 is the server's own.
+#: Everything that a complete workload has; 40001 is the server's own.
 EXPECTED: dict[str, set[str | None]] = {
     "via": {"direct", "pgbouncer"},
     "level": set(get_args(Level)),
@@ -80,7 +80,7 @@ def played(stage: Stage, rule: Rule, seed: str, seconds: float = ROUND_S) -> tup
 
 
 def left_out(histories: list[History]) -> dict[str, set[str | None]]:
-    """What of EXPECTED does not appear in any of them."""
+    """The part of EXPECTED that appears in none of them."""
     seen: dict[str, set[str | None]] = {kind: set() for kind in EXPECTED}
     for history in histories:
         for transaction in history.transactions:
@@ -174,7 +174,7 @@ def test_the_checker_catches_the_unsafe_rule(stage: Stage, rule: Rule) -> None:
 
 @pytest.mark.naive
 def test_the_one_step_lock_deadlocks(stage: Stage) -> None:
-    # It excludes, but a handover waits for all that others have open, as they do for it.
+    # It keeps exclusion, but its handovers and the open transactions of others wait for each other.
     one_step = Tally()
     for number in range(ROUNDS):
         one_step.add(played(stage, "one_step", f"one_step {number}")[1])

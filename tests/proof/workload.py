@@ -61,7 +61,7 @@ SETTINGS = Settings(
 )
 HEARTBEAT_INTERVAL_S = 0.1
 
-#: What a server must be started with.
+#: The options that a server needs.
 SERVER_OPTIONS = {
     "track_commit_timestamp": "on",
     "max_wal_size": "4GB",

@@ -1,4 +1,4 @@
--- What the workload changes in a trading database: nothing that decides, only what would slow it down.
+-- Changes to a trading database that speed the workload up, and do not affect who may write.
 
 drop trigger signals_queue_webhook on public.signals;
 drop index public.signals_created_at_idx;
