@@ -1,4 +1,4 @@
-"""What arbiter says when it rejects a write, and on a badge: the one table for all tests."""
+"""The codes and messages of rejections and badges: the one table for all tests."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ MOST = 32
 #: How long a holder may take to end before it is killed.
 END_TIMEOUT_S = 20.0
 
-#: What concerns all databases of a server.
+#: The state of a server that all its databases share.
 _STATE = """
 select to_jsonb(a) - 'oid' from pg_authid a
 union all
@@ -189,7 +189,7 @@ def _clean(server: KeptServer, keep: str) -> bool:
 
 
 def state_of(server: EmbeddedServer) -> list[str]:
-    """What a test must not leave changed: roles, settings, and all else of no single database."""
+    """The state that no test may leave changed: roles, settings, and all else that is shared."""
     with psycopg.connect(server.conninfo(), autocommit=True) as conn:
         return sorted(str(row[0]) for row in conn.execute(_STATE.encode()))
 

@@ -12,7 +12,7 @@
 create schema naive;
 grant usage on schema naive to public;
 
--- What arbiter would have added, without its meaning.
+-- The columns that arbiter would have added, without its rules.
 alter table public.cloud_machines
   drop constraint cloud_machines_user_id_key,
   add column last_health_check timestamptz;

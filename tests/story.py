@@ -102,7 +102,7 @@ def add_user(conn: Conn) -> User:
 
 
 def add_trader(conn: Conn, user_id: UUID | None) -> UUID:
-    """A new trader; a built-in one, of nobody, without a user."""
+    """A new trader; without a user a built-in one."""
     trader: UUID = value(
         conn,
         "insert into public.traders (user_id, name, is_builtin)"

@@ -65,7 +65,7 @@ def heard(listener: Conn) -> list[dict[str, Any]]:
 
 
 def test_a_drain_and_a_handover_are_announced(db: Database, listener: Conn) -> None:
-    """With who holds from then on."""
+    """Each names the holder from then on."""
     user = add_user(db.connect())
     add_signal(browser(db, user), user.trader)
     assert heard(listener) == []  # a lease that begins changes no environment
@@ -143,7 +143,7 @@ def test_supabase_broadcasts_to_the_user(db: Database) -> None:
     ],
 )
 def test_a_broadcast_that_fails_fails_no_write(db: Database, breakage: str) -> None:
-    """The lease goes over all the same."""
+    """The handover takes place all the same."""
     owner = db.connect()
     owner.execute(REALTIME)
     owner.execute(breakage.encode())
@@ -155,7 +155,7 @@ def test_a_broadcast_that_fails_fails_no_write(db: Database, breakage: str) -> N
 
 
 def test_a_strangers_function_of_that_name_is_not_called(db: Database) -> None:
-    """It would run with the rights of arbiter's owner, whose own function is called."""
+    """A function runs with the rights of arbiter's owner, so only the owner's own is called."""
     superuser = db.connect("postgres")
     superuser.execute(REALTIME)
     superuser.execute(

@@ -72,7 +72,7 @@ def test_a_browser_cannot_claim_to_be_its_running_machine(db: Database) -> None:
 
 
 def test_a_generous_policy_of_the_app_changes_nothing(db: Database) -> None:
-    """Restrictive policies hold whatever permissive ones say."""
+    """No permissive policy of the app undoes a restrictive one."""
     owner = db.connect()
     user = add_user(owner)
     owner.execute(
@@ -143,7 +143,7 @@ def test_a_partition_has_the_policy_too(db: Database) -> None:
 
 
 def test_a_machines_token_writes_as_that_machine(db: Database) -> None:
-    """And as nobody else: not as a browser, not as another machine."""
+    """It writes neither as a browser nor as another machine."""
     owner = db.connect()
     user, other = add_user(owner), add_user(owner)
     machine, stranger = activate(backend(db), user), activate(backend(db), other)
@@ -192,7 +192,7 @@ def test_a_machines_token_sends_its_heartbeat(db: Database) -> None:
 def test_a_machines_token_touches_no_other_machine(db: Database) -> None:
     """Nor does it move its own to another user, whose lease it would take.
 
-    The app's own policy lets anybody do anything; without ours it all works.
+    The app's own policy allows everything, so each of these works without arbiter's policies.
     """
     owner = db.connect()
     owner.execute(
@@ -254,7 +254,7 @@ def test_a_browser_cannot_write_the_registry(db: Database, statement: str) -> No
 
 
 def test_a_browser_cannot_delete_its_machine(db: Database) -> None:
-    """Which would free the lease after the stop's grace while the machine trades on."""
+    """A deletion would free the lease after the stop's grace while the machine trades on."""
     owner = db.connect()
     owner.execute(GENEROUS)
     user = add_user(owner)
@@ -281,7 +281,7 @@ def test_the_apps_own_way_for_machines_stays_the_only_one(db: Database) -> None:
 
 
 def test_users_read_what_is_theirs(db: Database) -> None:
-    """Lease and handovers, and nobody else's; visitors read none."""
+    """Users read only their own lease and handovers; visitors read none."""
     owner = db.connect()
     user, other = add_user(owner), add_user(owner)
     for one in (user, other):
@@ -389,7 +389,7 @@ def test_drift_is_reported_and_mended(
 
 
 def test_an_install_that_changes_nothing_makes_no_policy_anew(db: Database) -> None:
-    """Each would wait for everybody who uses the table."""
+    """Creating a policy would wait for every session that uses the table."""
     owner = db.connect()
     query = "select oid, polname from pg_policy order by oid"
     before = rows(owner, query)

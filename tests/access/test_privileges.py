@@ -1,4 +1,4 @@
-"""Who may do what with arbiter's objects: the whole matrix, held against a golden file.
+"""Who may do what with arbiter's objects: the whole matrix, compared with a golden file.
 
 A line is an object; after it, for each role that may do anything, what it may. Columns are named
 where a privilege does not cover the whole table. When a change is wanted, review the difference and
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden" / "privileges.txt"
 
-#: A login of no meaning stands for every other role: it has what PUBLIC has.
+#: The role stranger has no grants of its own, so it shows what PUBLIC may do.
 ROLES = ["stranger", "anon", "authenticated", "service_role"]
 
 RELATIONS = """
@@ -91,7 +91,7 @@ select format('policy %%I on %%s', p.polname, p.polrelid::regclass),
 
 @pytest.fixture
 def stranger(db: Database) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
-    """The superuser's connection to a database with a role of no meaning and exposed functions."""
+    """The superuser's connection to a database with the role stranger and exposed functions."""
     conn = db.connect("postgres")
     conn.execute("create role stranger")
     db.connect().execute("select arbiter.expose()")

@@ -1,4 +1,4 @@
-"""What arbiter.expose() makes in a schema that an API serves."""
+"""The functions that arbiter.expose() makes in a schema that an API serves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""audit(): every row that came past the guard is reported, and nothing else; what cannot be proved
-is counted as that.
+"""audit(): it reports every row that came past the guard, and nothing else, and counts the rows
+that it cannot prove.
 
 The attacks are what a table's owner can do: switch the guard off, write, switch it on again, and
 tamper with the history.
@@ -60,7 +60,7 @@ def proved(conn: Conn, table: str = "public.signals") -> int:
     return int(count)
 
 
-# What somebody did ------------------------------------------------------------------------------
+# What the owner did -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def test_every_forced_row_is_reported_and_no_other(owner: Conn) -> None:
         expected[force(owner, ada.trader)] = "wrong_environment"
         expected[force(owner, ada.trader, "cloud", strange)] = "wrong_machine"
         story.age(owner, machine, heartbeat=AN_HOUR)
-        # Still cloud's, until somebody takes over.
+        # The cloud still holds the lease until a takeover.
         expected[force(owner, ada.trader)] = "wrong_environment"
     expected[force(owner, story.add_user(owner).trader)] = "no_lease"
     assert contradictions(owner) == expected
@@ -400,7 +400,7 @@ def test_rows_older_than_protection_are_counted(trading_db: Database) -> None:
     assert proved(owner) == 1
 
 
-def test_rows_of_nobody_are_counted(owner: Conn) -> None:
+def test_rows_without_a_user_are_counted(owner: Conn) -> None:
     owner.execute("select arbiter.protect('public.signals', p_unowned => 'allow')")
     story.add_signal(owner, story.add_trader(owner, None))
     assert not_provable(owner) == {"unowned": 1}
@@ -431,7 +431,7 @@ def test_a_transaction_id_of_the_future_is_of_another_cluster(owner: Conn) -> No
 
 
 def test_a_history_of_another_cluster_proves_nothing_here(db: Database, owner: Conn) -> None:
-    """As after a restore: its transaction ids are numbers that mean something else here."""
+    """As after a restore: its transaction ids belong to the other cluster."""
     ada, bob = story.add_user(owner), story.add_user(owner)
     machine = story.activate(owner, ada)
     story.add_signal(owner, ada.trader, "cloud", machine)
@@ -460,7 +460,7 @@ def test_a_restored_row_is_not_taken_for_one_of_here(owner: Conn) -> None:
     take_over(owner, ada, machine)
     story.add_signal(owner, ada.trader)
     with unguarded(owner):
-        # What pg_restore does: the row is of a new transaction, its arbiter_xid is copied.
+        # As pg_restore does it: the row is of a new transaction, its arbiter_xid is copied.
         owner.execute(
             "insert into public.signals"
             " (trader_id, symbol, interval, signal, bar_time, arbiter_xid)"
@@ -474,7 +474,7 @@ def test_a_restored_row_is_not_taken_for_one_of_here(owner: Conn) -> None:
 def test_a_transaction_id_of_another_cluster_is_not_taken_for_the_own(
     db: Database, owner: Conn
 ) -> None:
-    """By chance it is the number of the transaction that takes over here: no reason to reject."""
+    """By chance it is the id of the transaction that takes over here. That must not reject it."""
     ada = story.add_user(owner)
     machine = story.activate(owner, ada)
     story.age(owner, machine, heartbeat=AN_HOUR)
@@ -608,7 +608,7 @@ def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
             "update arbiter.handovers n set from_machine_id = h.to_machine_id"
             " from arbiter.handovers h where h.epoch = 2 and n.epoch = 3"
         )
-    assert audit(owner) == []  # nobody wrote in that epoch
+    assert audit(owner) == []  # no row is of that epoch
     machine = value(owner, "select id from public.cloud_machines")
     story.beat(owner, machine)
     story.beat(owner, machine)
@@ -681,7 +681,7 @@ def test_it_tells_how_far_it_is_when_asked(owner: Conn) -> None:
 
 
 def test_no_plan_of_it_is_compiled(db: Database, owner: Conn) -> None:
-    """That takes seconds a query, and nothing here is worth it; before 18 it was done for all."""
+    """Compiling takes seconds a query and saves nothing here; before 18 it was done for all."""
     story.add_signal(owner, story.add_user(owner).trader)
     said: list[str] = []
     with db.connect() as conn:  # in which nothing has been compiled yet

@@ -1,4 +1,4 @@
-"""What two and more sessions may do to each other, step by step.
+"""Two and more sessions that get in each other's way, step by step.
 
 A scenario is a table: a line is one statement of one named session, followed by its outcome under
 arbiter and under a naive rule (``naive_locks.sql``) that goes wrong in the very same steps.
@@ -6,7 +6,7 @@ arbiter and under a naive rule (``naive_locks.sql``) that goes wrong in the very
 ===========  =================================================================================
 outcome      meaning
 ===========  =================================================================================
-``ok``       it succeeded, without waiting for anybody
+``ok``       it succeeded without waiting
 ``waits``    it was seen waiting in pg_stat_activity; a line ``ends`` says how it ended
 ``void``     a commit that rolled back, because the transaction had failed
 ``WX007:x``  that SQLSTATE, and the detail names the session ``x`` as the one in the way
@@ -55,15 +55,15 @@ ABOVE = LEVELS[1:]
 NAIVE_SQL = (Path(__file__).parents[1] / "naive_locks.sql").read_text(encoding="utf-8")
 AN_HOUR = timedelta(hours=1)
 
-#: In what a test must not wait; drain_timeout is longer unless a scenario says otherwise.
+#: The drain_timeout of a scenario that sets no other one.
 DRAIN_TIMEOUT = timedelta(seconds=4)
 
 #: How long after drain_timeout a wait must have ended, on a busy machine.
 SLACK = timedelta(seconds=2)
 
-#: What of a row's transaction and the handovers alone is known about the row's epoch (DESIGN 5):
-#: it is the highest exact handover that the row comes after, up to the one before the lowest
-#: handover that it comes before. Returned are rows whose holder was never theirs in that range.
+#: The epochs that a row may be of, by its transaction and the handovers alone (DESIGN 5): from the
+#: highest exact handover that the row comes after to the one before the lowest that it comes
+#: before. Returns the rows whose writer held none of them.
 EVIDENCE = """
 with rows as (
   select s.id, t.user_id, s.source, s.machine_id, s.arbiter_xid as xid
@@ -128,7 +128,7 @@ PROVISION = """
 insert into public.cloud_machines (user_id, id, machine_id, status, last_health_check)
 values (%s, %s, gen_random_uuid()::text, 'running', clock_timestamp())
 """
-#: As the owner, inside a transaction: what the database noted of a machine was an hour ago.
+#: For the owner, inside a transaction: makes the notes about a machine an hour older.
 FORGET = """
 update arbiter.machine_notes set left_running_at = left_running_at - interval '1 hour'
  where machine_id = %s
@@ -426,7 +426,7 @@ class Stage:
         return self.actors[name]
 
     def admin(self) -> psycopg.Connection[Any]:
-        """A superuser's connection, which sees and ends everybody."""
+        """A superuser's connection, which can see and end all sessions."""
         return self.db.connect("postgres")
 
     def kill(self, name: str) -> None:
@@ -467,11 +467,11 @@ class Stage:
         return found
 
     def evidence(self) -> list[Any]:
-        """What contradicts exclusion, from the rows and the handovers alone."""
+        """The rows and the handovers that contradict exclusion."""
         return story.rows(self.owner, EVIDENCE) + story.rows(self.owner, HISTORY)
 
     def settle(self) -> None:
-        """The end of a scenario under arbiter: exclusion held, nobody deadlocked."""
+        """The end of a scenario under arbiter: exclusion held, and there was no deadlock."""
         for actor in self.actors.values():
             assert not actor.pending, f"{actor.name} still waits"
         self.leave()
@@ -481,7 +481,7 @@ class Stage:
         rows = story.value(
             self.owner, "select count(*) from public.signals where symbol <> 'BTCUSDT'"
         )
-        assert rows == committed, "rows were written that nobody was told of, or the other way"
+        assert rows == committed, "the rows are not those of the acknowledged writes"
         assert self.deadlocks() == 0
 
 
@@ -1351,8 +1351,8 @@ SCENARIOS = [
         drain_timeout=SHORT,
     ),
     Scenario(
-        # Only the evidence has an opinion on this one: the transactions' numbers are in an order
-        # that is not that of the writes.
+        # This one tests the evidence: the transactions' numbers are in another order than the
+        # writes.
         "transactions that were numbered long before they write",
         """
         tab   begin     | ok | =
@@ -1578,7 +1578,7 @@ def run_in_order(stage: Stage, order: list[str]) -> dict[str, list[str]]:
     while waiting:
         left = len(waiting)
         catch_up(TIMEOUT_S)
-        assert len(waiting) < left, f"nobody moves: {waiting}"
+        assert len(waiting) < left, f"no session moves: {waiting}"
     return outcomes
 
 
@@ -1624,7 +1624,7 @@ def race(stage: Stage, given: str, verb: str, *, look: bool) -> int:
             continue
         told = f"{order}: {outcomes}"
         assert overlaps(stage.deeds) == [], told
-        # A heartbeat waits for nobody, and the machine has the lease back with the next one.
+        # A heartbeat does not wait, and the next one gives the machine the lease back.
         assert "waits" not in outcomes["flybeat"], told
         assert stage["fly"].play(verb) == "ok", told
         assert stage["east"].play("write") == "WX001", told
@@ -1699,7 +1699,7 @@ def test_a_stream_of_writers_does_not_hold_the_machine_up(db: Database, level: s
     assert handover.to_holder == "cloud"
     assert (handover.handed_over_at - since).total_seconds() < longest + 1
     rejected = sum(d.source == "local" for d in stage.deeds)
-    assert rejected < ROUNDS_BEFORE + ROUNDS_AFTER, "nobody was rejected: that was no stream"
+    assert rejected < ROUNDS_BEFORE + ROUNDS_AFTER, "no write was rejected: that was no stream"
     stage.settle()
 
 
@@ -1715,7 +1715,7 @@ def test_a_stream_of_writers_starves_the_one_step_lock(trading_db: Database, lev
         wait_until_blocked(stage["fly"].session)
         play_rounds(ROUNDS_AFTER)
         last = stage["fly"].session.last
-        # Longer than the longest transaction plus a second, and nobody was rejected.
+        # It waits longer than the longest transaction plus a second, and no write was rejected.
         assert last is not None
         assert not last.done()
         assert len(stage.deeds) == ROUNDS_BEFORE + ROUNDS_AFTER
@@ -1809,12 +1809,12 @@ CHAOS_SETTINGS = {
     "error_takeover_delay": timedelta(milliseconds=100),
     "drain_timeout": timedelta(milliseconds=200),
 }
-#: What may happen to anybody at any time; 40001 is the server's own.
+#: The outcomes that every actor may get at any time; 40001 is the server's own.
 CHAOS_OUTCOMES = {"ok", "void", "WX001", "WX002", "WX003", "WX004", "WX007", "55000", "40001"}
 
 
 def chaos(stage: Stage, seed: str) -> set[str]:
-    """Browsers, machines and the app's backend do what they like for a while, at all levels."""
+    """Random operations of browsers, machines and the app's backend for a while, at all levels."""
     end = time.monotonic() + CHAOS_S
     seen: set[str] = set()
 
@@ -1948,7 +1948,7 @@ def test_the_evidence_finds_what_a_guard_let_in(db: Database) -> None:
     stage.owner.execute("alter table public.signals disable trigger user")
     intruder = story.add_signal(stage.owner, ada.trader)
     assert [row.id for row in stage.evidence()] == [intruder]
-    # A handover that was made afterwards does not launder it.
+    # A handover that is made afterwards does not hide it.
     stage.lapse()
     stage.owner.execute("delete from public.signals where id = %s", (intruder,))
     stage.owner.execute("alter table public.signals enable always trigger arbiter_guard_insert")

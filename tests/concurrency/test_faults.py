@@ -1,10 +1,10 @@
-"""What is left when something breaks in the middle: every moment at which a transaction may be cut
-short, times every way to cut it short.
+"""Faults in the middle of transactions: every moment at which a transaction may be cut short, times
+every way to cut it short.
 
-A moment is told in steps of two sessions, ``tab`` (the user's browser) and ``fly`` (her machine),
-and says what each environment gets once the transaction of its victim has gone. A fault that takes
-only the victim leaves the other session at work; one that takes the server leaves nobody. After
-each the same is asked:
+A moment is a list of steps of two sessions, ``tab`` (the user's browser) and ``fly`` (her machine),
+and the answers that each environment gets once the transaction of its victim has gone. A fault that
+ends only the victim leaves the other session at work; one that ends the server ends both. After
+each fault the same is checked:
 
 - the lease, the history and the rows are as before, but for what was acknowledged since: an
   acknowledged write is there, all of its rows, and one that got no answer is there whole or not at
@@ -144,7 +144,7 @@ class Case:
         self.victim_is = victim_is
         #: The tags of writes whose client knows that they were committed.
         self.acknowledged: set[str] = set(restored.acknowledged) if restored else set()
-        #: And of those whose client will never know.
+        #: And of those whose client will never know it.
         self.in_doubt: set[str] = set()
         self.open: dict[str, list[str]] = {}
         self.waiting: dict[str, tuple[Future[Any], str]] = {}
@@ -292,7 +292,7 @@ class Case:
             story.age(self.owner, self.machine, heartbeat=AN_HOUR)
 
     def answer(self, verb: str) -> str:
-        """What somebody who comes now gets: ``ok``, or an SQLSTATE."""
+        """The answer to a new client's call: ``ok``, or an SQLSTATE."""
         conn = self._comer("authenticated" if verb in ("local", "confirm") else "service_role")
         query, tag = "select arbiter.confirm_takeover()", ""
         if verb == "activate":
@@ -315,7 +315,7 @@ class Case:
         return conn
 
     def probe(self, expected: str) -> None:
-        """What those get who come now, one after the other: ``local WX001, cloud ok``."""
+        """The answers to new clients' calls, one after the other: ``local WX001, cloud ok``."""
         asked = [line.split() for line in expected.split(", ")]
         got = [[verb, self.answer(verb)] for verb, _ in asked]
         assert got == asked, f"expected {asked}, got {got}"
@@ -379,9 +379,8 @@ def audit(conn: psycopg.Connection[Any]) -> dict[str, int]:
 class Moment:
     """A state in which the transaction of ``victim`` is open, or its write waits.
 
-    ``gone`` is what those get who come after it has gone uncommitted. ``prepared`` and
-    ``committed`` are what they get while it stands prepared instead, and after it was committed
-    all the same.
+    ``gone`` are the answers to new clients after it has gone uncommitted, ``prepared`` those while
+    it stands prepared instead, and ``committed`` those after it was committed.
     """
 
     name: str
@@ -732,7 +731,7 @@ def test_a_lock_timeout_does_not_shorten_the_wait_for_a_write_in_flight(
 
 
 def test_the_checks_find_a_row_that_was_forced_in(own_templates: Templates) -> None:
-    """Else all of the above would prove nothing."""
+    """Otherwise all of the above would prove nothing."""
     with own_templates.clone("installed") as db, Case(db.server, db.name) as case:
         case.given("cloud")
         case.settle()
@@ -763,7 +762,7 @@ ENDS_THE_WRITE = ("terminate_backend", *ENDS_THE_SERVER)
     "name", [n for n in faults.NAMES if n not in ("cancel_backend", "cut_bouncer")]
 )
 def test_injected(own_templates: Templates, name: str) -> None:
-    """The victim is who writes, not who idles; nothing of the injector's own stays."""
+    """The victim is the writing session, not the idle one, and the injector leaves nothing."""
     with own_templates.clone("installed") as db, Case(db.server, db.name) as case:
         case.given("cloud")
         case.play("tab begin; fly begin; fly write")
@@ -1016,7 +1015,7 @@ def run(*command: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-#: A user's state in the source database, and what those get who come first where it is restored.
+#: A user's state in the source database, and the first answers in the restored one.
 STATES = {
     "local": ("local", "", "cloud WX004, local ok"),
     "cloud": ("cloud", "", "local WX001, cloud ok"),
@@ -1092,8 +1091,8 @@ class TestRestore:
                 case.settle(unproved)
                 handed_over = len(story.handovers(case.owner, case.user))
                 case.probe(STATES[state][-1])
-                # What is written here is proved from the first handover here on; until then it is
-                # still the other cluster that says who holds.
+                # Rows written here are proved only after the first handover here: before it, the
+                # newest handover is one of the other cluster.
                 new = sum(case.rows().values()) - sum(source.rows().values())
                 if len(story.handovers(case.owner, case.user)) == handed_over:
                     unproved["not_provable other_cluster"] += new

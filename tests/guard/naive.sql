@@ -15,7 +15,7 @@
 create schema naive;
 grant usage on schema naive to public;
 
--- What arbiter would have added, without its meaning.
+-- The columns that arbiter would have added, without its rules.
 alter table public.cloud_machines
   add column last_health_check timestamptz;
 alter table public.signals

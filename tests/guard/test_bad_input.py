@@ -143,7 +143,7 @@ ROWS = [
     Row("cloud without one", "A cloud write names its machine", machine=None),
     Row("another user's machine", "no such machine of this user", machine="other_machine"),
     Row("a machine of a user without one", "no such machine of this user", trader="local"),
-    Row("a user that is nobody", r"no user.*p_unowned => 'allow'", trader="builtin", machine=None),
+    Row("no owner, by the cloud", r"no user.*p_unowned => 'allow'", trader="builtin", machine=None),
     Row("no owner, by a machine", "no user", trader="builtin"),
     Row("no owner, local", "no user", "builtin", "local", None),
     Row("a forged xid", "leave it to its default", xid="'3'::xid8"),
@@ -204,8 +204,8 @@ def test_row_that_does_not_fit_together(shared: Rows, row: Row, who: str) -> Non
         }
 
 
-#: What the table's own constraints catch above, the guard must catch where there are none, or where
-#: they look later.
+#: Above, the table's own constraints reject these rows. Without them, or when they are checked
+#: later, the guard must.
 UNCONSTRAINED = """
 alter table public.signals
   drop constraint arbiter_source_check,
@@ -925,7 +925,7 @@ def test_browser_cannot_write_for_another_user(shared: Rows) -> None:
 
 
 def test_unknown_user_has_no_lease_and_no_history(shared: Rows) -> None:
-    """To ask about a user whom nobody has seen creates nothing."""
+    """A question about an unknown user creates nothing."""
     stranger = User(uuid4(), uuid4())
     before = everything(shared.owner)
     value(shared.backend, "select (arbiter.status(%s)).code", stranger.id)
@@ -951,7 +951,7 @@ def test_claims_that_are_no_claims(shared: Rows, claims: dict[str, Any], sqlstat
 
 
 def test_machine_without_a_user(named: Rows) -> None:
-    """A registry may have machines of nobody: they hold nothing, and no write is theirs."""
+    """A machine without a user gets no lease, and its writes are rejected."""
     owner = named.owner
     owner.execute("alter table public.cloud_machines alter column user_id drop not null")
     machine = value(

@@ -1,7 +1,7 @@
 """The table changes under its guard: until protect() is called again writes are rejected.
 
-And the guard's plans do not change with the statistics: the way to a user, to a lease and to a
-machine is a probe of an index, whatever the planner believes.
+And the guard's plans do not change with the statistics: it finds the user, the lease and the
+machine by a probe of an index, even when the statistics are wrong.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Stage:
             )
             for user in (self.ada, self.bob)
         )
-        # Its plans are the guard's; the driver is to make none of its own.
+        # Only the guard may keep plans, so the driver prepares no statements.
         self.old = db.connect(prepare_threshold=None)
         self.insert(self.old, self.adas)
         self.insert(self.old, self.bobs, "cloud")
@@ -261,7 +261,7 @@ def test_who_is_rejected_stays_rejected(at: Stage, change: str) -> None:
         at.insert(conn, at.bobs, "cloud", table=table)
 
 
-#: What the server itself does not let happen: the guard depends on it.
+#: The guard depends on these, so the server itself must reject them.
 PREVENTED = {
     "type of the parent's user": "alter table public.owners alter column user_id type text",
     "parent's user": "alter table public.owners drop column user_id",
@@ -353,7 +353,7 @@ def test_an_old_snapshot_does_not_bring_a_key_back(at: Stage, change: str) -> No
 
 @pytest.mark.parametrize("column", ["machine_id", "owner_id", "arbiter_xid"])
 def test_provenance_is_not_left_open_by_a_column_that_goes(at: Stage, column: str) -> None:
-    # What remains of a row's provenance must not become free because one part of it has gone.
+    # The remaining columns of a row's provenance must stay protected when one is dropped.
     at.owner.execute(f"alter table public.orders drop column {column} cascade".encode())
     look = "select id, source from public.orders order by id"
     before = rows(at.owner, look)
@@ -367,7 +367,7 @@ def test_provenance_is_not_left_open_by_a_column_that_goes(at: Stage, column: st
 
 TRADERS = 3000
 
-#: What the planner may believe of a table that has many rows.
+#: Statistics that a table with many rows may have.
 STATISTICS = {
     "analysed": "analyze {table}",
     "never analysed": """
@@ -482,7 +482,7 @@ def write(conn: Conn, kind: str, claim: tuple[Any, ...], count: int) -> None:
 
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("kind", WRITES)
-def test_the_guard_probes_indexes_whatever_the_statistics(
+def test_the_guard_probes_indexes_with_any_statistics(
     many: Crowd, kind: str, statistics: str
 ) -> None:
     how, source = WRITES[kind]

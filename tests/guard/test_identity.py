@@ -1,4 +1,4 @@
-"""Who a write says it is, and what a client may try so that the guard believes something else.
+"""The identity that a write claims, and attempts of clients to make the guard believe another.
 
 Ada is local and has a machine that is not up; Bob's machine holds. The tests write as the owner
 of the tables unless they say otherwise: what the owner cannot do, no role below can.
@@ -549,7 +549,7 @@ def epochs_of(conn: Conn, user: User) -> None:
     assert wrong == []
 
 
-#: What is put around each of the two writes of a transaction.
+#: Statements before and after each of the two writes of a transaction.
 AROUND = {
     "plain": ("", ""),
     "savepoints kept": ("savepoint s", ""),

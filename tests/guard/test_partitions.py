@@ -214,7 +214,7 @@ EACH_NAME_PARTITIONED = [p for p in EACH_NAME if p.values[0] in PARTITIONED]
 
 @pytest.mark.parametrize("verb", ["insert", "copy"])
 @pytest.mark.parametrize(("shape", "name"), EACH_NAME)
-def test_inserts_are_judged_whatever_table_they_name(
+def test_inserts_are_judged_on_each_table_that_they_may_name(
     stages: Stages, shape: str, name: str, verb: str
 ) -> None:
     at = stages(shape)

@@ -443,7 +443,7 @@ def test_a_way_past_a_naive_guard(
 
         assert value(naive.owner, f"select count(*) from {table}") == before + way.rows
 
-        # It is a guard, where it looks: the plain way is closed by it.
+        # The naive guard does close the plain way.
         plain = PATHS["insert" if table == "public.signals" else "partitioned"]
         error = rejection(plain.write, naive.connect("browser", rejected), rejected)
         assert error.sqlstate == ("42501" if guard == "policy" else "WX001")
@@ -705,7 +705,7 @@ def test_other_columns_can_be_updated_without_the_lease(world: World, role: str)
 
     conn = world.connect(role, Claim(claim.user, "local", None))
     change = "update public.signals set price = 1 where bar_time = %s"
-    if role == "browser":  # may not write a row that says cloud, whatever it changes
+    if role == "browser":  # may not update a row that says cloud at all
         assert rejection(conn.execute, change, (params["bar"],)).sqlstate == "42501"
         return
     cur = conn.execute(change.encode(), (params["bar"],))

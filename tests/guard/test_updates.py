@@ -148,7 +148,7 @@ def test_a_superusers_session_is_rejected_as_well(at: Stage, role: str) -> None:
     at.conn.execute(f"set session_replication_role = {role}".encode())
     assert at.rejected(at.update, f"quantity = 1, {AS_LOCAL}", at.bob) == CLOUD_ACTIVE
     assert at.rejected(at.update, "user_id = %(bob)s, symbol = 'NEW'", at.ada) == IMMUTABLE
-    # An updated row says who wrote it, whatever the session is.
+    # The updated row gets the id of its transaction in these sessions, too.
     before = at.row(at.ada).arbiter_xid
     at.update("quantity = 1, arbiter_xid = '3'", at.ada)
     assert int(at.row(at.ada).arbiter_xid) > int(before)
@@ -300,7 +300,7 @@ def test_a_row_of_a_deleted_machine_is_written_by_who_says_who_writes(at: Stage)
 def test_a_trigger_of_the_app_does_not_write_a_row_of_a_deleted_machine_unjudged(
     at: Stage, change: str, key: str
 ) -> None:
-    # As the foreign key does, it updates from within a trigger; unlike it, it is somebody's write.
+    # It updates from within a trigger, as the foreign key does, but must be judged as a write.
     at.owner.execute(
         f"""
         create function public.tg_fill() returns trigger language plpgsql as

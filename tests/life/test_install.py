@@ -1,4 +1,4 @@
-"""Install and uninstall: twice, twenty at once, on live data, as anybody, after a crash, over an
+"""Install and uninstall: twice, twenty at once, on live data, as any role, after a crash, over an
 older or damaged installation, on tables that fit in part or not at all.
 
 Databases are compared by their dumps (see ``catalog``): the same text, the same database.
@@ -161,7 +161,7 @@ def test_tells_its_steps_in_order(trading_db: Database) -> None:
 
 # -- again ----------------------------------------------------------------------------------------
 
-# What a second install must not touch: a row of the catalog that it writes again gets another xmin.
+# A second install must not touch these rows: one that it writes again gets another xmin.
 APPS_CATALOG = """
 with apps as (
   select c.oid, c.oid::regclass::text as name, c.relfilenode, c.xmin
@@ -486,7 +486,7 @@ DAMAGES = {
     "an older comment": "comment on function arbiter.version() is 'older'",
     "a function that everybody may call":
         "grant execute on function arbiter._create_lease(uuid, text) to public",
-    "a function that nobody may call any more":
+    "a function that no role may call any more":
         "revoke execute on function arbiter.status(uuid) from public",
     "a guard that is missing": "drop trigger arbiter_guard_insert on public.signals",
     "a guard that is disabled":
@@ -740,7 +740,7 @@ def without_sequences(text: str) -> str:
 ALTER_SIGNALS = "alter table public.signals "
 ALTER_MACHINES = "alter table public.cloud_machines "
 
-# What the app has, and what the error names of it.
+# The app's odd schema, and the words that the error must have.
 MISFITS = {
     "heartbeat is text": (
         ALTER_MACHINES + "add column last_health_check text",

@@ -1,4 +1,4 @@
-"""What holds for the files in migrations/ and sql/, and for each object that they make.
+"""Rules for the files in migrations/ and sql/, and for each object that they make.
 
 The catalog's tests run on a database that has one of everything: a registry, a table protected for
 inserts, one for updates too, a partitioned one with a partition that came later.
@@ -380,5 +380,5 @@ def test_triggers_fire_always_and_bear_our_name(ask: Ask) -> None:
     ):
         assert expected in triggers
     assert [name for name in triggers if not name.split()[1].startswith("arbiter_")] == []
-    # Else session_replication_role = replica walks past it.
+    # Otherwise session_replication_role = replica passes it.
     assert ask(f"select {named} {ours} and t.tgenabled <> 'A'") == []

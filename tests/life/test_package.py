@@ -1,5 +1,5 @@
-"""What is released: the wheel and the source archive hold what they must, and the wheel installs
-the same into a database as the repository does."""
+"""The release: the wheel and the source archive have all files, and the wheel installs the same
+into a database as the repository does."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_source_archive_holds_what_it_takes_to_test(dist: Path) -> None:
 
 
 def test_the_wheel_is_what_runs(clean: Path) -> None:
-    """Else the tests below would prove something about the repository."""
+    """Otherwise the tests below would test the repository."""
     code = "import arbiter_db, psycopg; print(arbiter_db.__file__); print(psycopg.__file__)"
     ours, library = run(clean, "python", "-c", code).split()
     assert Path(ours).is_relative_to(clean.parent)

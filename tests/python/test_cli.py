@@ -318,7 +318,7 @@ def test_status_as_json(owner: psycopg.Connection[Any], dsn: str) -> None:
     assert status["as_of"].startswith("20")
 
 
-def test_status_of_nobody_is_an_error(dsn: str) -> None:
+def test_status_without_a_user_is_an_error(dsn: str) -> None:
     assert "no user" in not_fine("status", dsn)[0]
 
 

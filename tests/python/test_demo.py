@@ -78,7 +78,7 @@ def play(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def demo() -> subprocess.CompletedProcess[str]:
-    """What came of the whole demo, on the server version under test."""
+    """The result of the whole demo, on the server version under test."""
     return play(PLAY)
 
 

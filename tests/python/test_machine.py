@@ -208,7 +208,7 @@ def test_a_loss_is_reported_once_and_again_after_a_recovery(connect: Connector) 
     assert losses.count == 2
 
 
-def test_a_loss_that_nobody_saw_is_reported_with_the_next_heartbeat(connect: Connector) -> None:
+def test_an_unnoticed_loss_is_reported_with_the_next_heartbeat(connect: Connector) -> None:
     clock, losses = Clock(), Losses()
     with Machine(connect, ADAS_MACHINE, clock=clock, on_loss=losses) as machine:
         clock.advance(WINDOW_S + 1)  # as after a suspend: the first to run is the heartbeat
@@ -258,7 +258,7 @@ def test_the_loss_is_reported_while_every_heartbeat_hangs(connect: Connector, db
     with Machine(connect, ADAS_MACHINE, margin=MARGIN, on_loss=losses) as machine:
         app.run("begin")
         app.run(LOCK)
-        losses.wait()  # nobody asked, no heartbeat came back
+        losses.wait()  # no heartbeat came back, may_execute() was not called
         assert not machine.may_execute()
         app.run("commit")
         wait_until(machine.may_execute)

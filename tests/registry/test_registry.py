@@ -210,7 +210,7 @@ def test_heartbeat_never_moves_back(db: Database) -> None:
 
 
 def test_a_heartbeat_follows_a_clock_that_was_set_back(db: Database) -> None:
-    """By more than the timeout: else a machine that dies would be fresh for as long."""
+    """By more than the timeout: otherwise a machine that dies would be fresh for that long."""
     conn = db.connect()
     machine = add_machine(conn, add_user(conn), "running")
     age(conn, machine, heartbeat=-timedelta(seconds=31))
@@ -341,7 +341,7 @@ def test_stop_endpoint_whose_provider_call_fails(db: Database) -> None:
     ids=lambda words: ", ".join(words) if isinstance(words, list) else None,
 )
 def test_notes(db: Database, words: list[str], left: int | None, error: int | None) -> None:
-    """left, error: the step at which the noted instant lies; what is not so any more is no note."""
+    """left, error: the step at which the noted instant lies; None: there is no note (any more)."""
     conn = db.connect()
     machine = activate(conn, add_user(conn))
     instants = [clock(conn)]
@@ -498,7 +498,7 @@ def test_on_delete_set_null_is_no_write_of_a_table_that_records_its_last_writer(
 ) -> None:
     """`{insert,update}`: neither rejected while the lease is another's nor stamped as a write.
 
-    Whatever the app's own triggers change along with it, before or after arbiter's.
+    Not even when the app's own triggers change the row, too, before or after arbiter's.
     """
     owner = db.connect()
     owner.execute(
@@ -857,7 +857,7 @@ def test_replacing_the_registry(db: Database) -> None:
 def assert_guard_rejects(
     owner: Conn, app_conn: Conn, web: Conn, cloudy: User, local: User, app: UUID
 ) -> None:
-    """A guard whose table changed under it rejects writes: by anybody, also the holder."""
+    """A guard whose table changed under it rejects all writes, also the holder's."""
     before = rows(owner, "select * from public.signals order by id")
     for write in (
         lambda: add_app_signal(web, local),
@@ -948,7 +948,7 @@ def test_names_that_need_quoting(db: Database) -> None:
     assert rejection(add_signal, browser(db, user), user.trader).sqlstate == "WX001"
 
 
-def test_heartbeats_in_one_statement_end_a_drain_whatever_their_order(db: Database) -> None:
+def test_heartbeats_in_one_statement_end_a_drain_in_any_order(db: Database) -> None:
     """The look at the lease for the first machine is not taken for a write in the epoch."""
     conn = db.connect()
     conn.execute("alter table public.cloud_machines drop constraint cloud_machines_user_id_key")

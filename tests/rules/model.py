@@ -1,4 +1,4 @@
-"""What arbiter promises, said once more in Python: the model that test_model.py holds it against.
+"""Arbiter's promises once more in Python: the model that test_model.py compares it with.
 
 Written from the decision tables and the lease protocol, not from the SQL. Everything here is a
 value: an operation takes a world and the instant, and returns the world afterwards, or raises
@@ -8,7 +8,7 @@ Sessions. A ``Tx`` is what one open transaction has done and no other sees yet. 
 open beside the operation at hand, the ``rival``: what it has locked is in the way. Each operation
 sees what is committed at its start.
 
-Left out, because other tests hold it: roles, snapshots that are older than their statement, a
+Left out, because other tests cover it: roles, snapshots that are older than their statement, a
 registry write that stays uncommitted, partitions.
 """
 
@@ -124,7 +124,7 @@ class Lease:
 
     @property
     def claimant(self) -> UUID | None:
-        """Whom it is for."""
+        """The machine that the lease is for; None: the browser."""
         return self.draining_to if self.draining else self.machine
 
 
@@ -153,7 +153,7 @@ class Protection:
 
     @property
     def updates(self) -> bool:
-        """Each update says who writes."""
+        """Whether each update says who writes."""
         return "update" in self.verbs
 
 
@@ -213,14 +213,14 @@ class World:
 
 @dataclass(frozen=True)
 class Tx:
-    """What an open transaction has locked, and done; ``exact`` at read committed."""
+    """The locks and the changes of an open transaction; ``exact`` at read committed."""
 
     begun: datetime = FORGED
     exact: bool = True
 
     #: leases it writes under, which cannot change hands before it ends
     shared: frozenset[UUID] = frozenset()
-    #: leases it has changed, which nobody else can use before it ends
+    #: leases it has changed, which no other transaction can use before it ends
     leases: Mapping[UUID, Lease] = field(default_factory=dict)
     handovers: Mapping[UUID, tuple[Handover, ...]] = field(default_factory=dict)
     rows: Mapping[int, Row] = field(default_factory=dict)
@@ -298,7 +298,7 @@ def judge(world: World, user: UUID, machine: UUID | None, now: datetime) -> Verd
     browser = ADMITTED if claimant is None else _judge_browser(world, user, claimant, now)
     if machine is None:
         return browser
-    # Whatever its status, until a takeover is possible: signals in flight may complete.
+    # Its status does not count until a takeover is possible: signals in flight may complete.
     entitled = (
         machine == claimant
         and world.state(user, machine) != "deleted"
@@ -613,7 +613,7 @@ def beat(world: World, rival: Tx, names: Sequence[UUID], now: datetime) -> World
 
 
 def register(world: World, rival: Tx, states: Mapping[str, str], now: datetime) -> World:
-    """The registry's words get another meaning; what it says by then counts from now on."""
+    """The registry's words get another meaning; the states that they now mean begin now."""
     world = replace(world, states=states)
     notes = dict(world.notes)
     for name, machine in world.machines.items():

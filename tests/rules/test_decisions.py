@@ -3,7 +3,7 @@
 A browser writes as ``authenticated`` with the user's claims, a machine as ``service_role``. The
 periods are the real ones; time passes by ageing what the database noted, as its owner. A rejected
 write is asserted whole: SQLSTATE, message, every field of DETAIL, hint, and that nothing changed.
-What ``arbiter.status`` said right before each write must be what that write then gets.
+Each write must get the answer that ``arbiter.status`` gave right before it.
 """
 
 from __future__ import annotations
@@ -522,7 +522,7 @@ def test_cloud_write_of_a_stale_machine(stage: Stage, case: Case, how: str) -> N
 @pytest.mark.parametrize("how", [HOLDS, DRAINS])
 @pytest.mark.parametrize("case", FRESH, ids=ids(FRESH))
 def test_cloud_write_of_a_fresh_machine(stage: Stage, case: Case, how: str) -> None:
-    """Whatever its status. A drain ends with the write."""
+    """It is admitted in every status, and ends a drain."""
     machine = stage.play(case, how)
     assert status(stage.browser)["environment"] == "cloud"
     assert_cloud_writes(stage, machine, how)
@@ -957,7 +957,7 @@ def test_trusted_role_may_name_a_user(stage: Stage, function: str, who: str) -> 
 
 @pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("role", ["anon", "authenticated", "service_role"])
-def test_nobody_asks_about_nobody(stage: Stage, function: str, role: str) -> None:
+def test_a_question_without_a_user_is_an_error(stage: Stage, function: str, role: str) -> None:
     before = stage.everything()
     error = rejection(call, stage.db.connect(role=role), function)
     assert error.sqlstate == "22023"

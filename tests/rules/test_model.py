@@ -175,7 +175,7 @@ class Stage:
         self.held = db.connect(options=options)
         self.runs = 0
         self.answers: Counter[str | None] = Counter()
-        # Machines of nobody, several for one user, and words that nobody knows.
+        # Allows machines without a user, several for one user, and unknown status words.
         self.conn.execute(
             "alter table public.cloud_machines"
             " alter column user_id drop not null,"
@@ -186,7 +186,7 @@ class Stage:
         self.conn.execute("update arbiter.settings set drain_timeout = '100 ms'")
 
     def reset(self) -> None:
-        """As nothing had happened yet, but for users that nobody speaks of any more."""
+        """Begin anew. Users of earlier runs stay, but no operation uses them."""
         self.runs += 1
         self.held.rollback()
         self.conn.execute("delete from public.signals")
@@ -393,7 +393,7 @@ an_action = st.one_of(
 
 
 class Arbiter(RuleBasedStateMachine):
-    """What users, machines and DBAs do."""
+    """Random operations of users, machines and DBAs."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ class Arbiter(RuleBasedStateMachine):
 
     @property
     def rival(self) -> Tx:
-        """What is in the way of the first session."""
+        """The transaction that is in the way of the first session."""
         return self.open or NOBODY
 
     def name(self) -> UUID:
@@ -426,7 +426,7 @@ class Arbiter(RuleBasedStateMachine):
         self.names += 1
         return UUID(int=(self.stage.runs << 64) | self.names)
 
-    # One rule for all: of several, each run would leave out many, and few would get far.
+    # One rule for all: hypothesis leaves out many of several rules in each run, and few get far.
     @rule(action=an_action)
     def act(self, action: tuple[str, dict[str, Any]]) -> None:
         """Do one of the things below, if there is anything to do it with."""
@@ -448,7 +448,7 @@ class Arbiter(RuleBasedStateMachine):
 
     @initialize(active=st.booleans(), observed=sometimes)
     def start(self, active: bool, observed: bool) -> None:
-        """Two users, and a trader of nobody."""
+        """Two users, and a trader without a user."""
         self.add_trader(None)
         for _ in range(2):
             user = self.name()
@@ -497,7 +497,7 @@ class Arbiter(RuleBasedStateMachine):
     def live(
         self, user: int, beats: int, words: list[str], minutes: int, held: bool, then: str | None
     ) -> None:
-        """What most of the time happens: a machine gets the lease, and then something else."""
+        """The usual course: a machine gets the lease, and then something else happens."""
         claimant = -1 - user
         owner = self.user(user)
         if held:
@@ -531,7 +531,7 @@ class Arbiter(RuleBasedStateMachine):
             self.recover(user, beats=True)
 
     def recover(self, user: int, beats: bool) -> None:
-        """The machine that holds runs, whomever the lease drains to."""
+        """The machine that holds runs, also while the lease drains to another."""
         lease = self.world.leases.get(self.user(user), Lease())
         if lease.machine and lease.machine in self.world.machines:
             self.change_machine(self.index(lease.machine), "running", beats)
@@ -675,7 +675,7 @@ class Arbiter(RuleBasedStateMachine):
         undo: bool,
         forged: bool,
     ) -> None:
-        """As a user's browser; without a user as the backend that runs the traders of nobody."""
+        """As a user's browser; without a user as the backend that runs built-in traders."""
         owner = None if user is None and table == SIGNALS else self.user(user or 0)
         row = Row(table, owner, "local", None)
         if forged and table in self.world.protections and how != "copy":
@@ -917,7 +917,7 @@ class Arbiter(RuleBasedStateMachine):
         )
 
     def spoil(self, change: tuple[str, str]) -> None:
-        """What nobody may do, not even the owner."""
+        """A statement that is rejected for every role, also for the owner."""
         code, query = change
 
         def expect() -> World:
@@ -1035,7 +1035,7 @@ class Arbiter(RuleBasedStateMachine):
         self.compare_status(found)
 
     def settle_instants(self, found: dict[str, list[Any]], now: datetime) -> None:
-        """What happened in this step happened at an instant that only the database knows."""
+        """Take over the instants of this step, which only the database knows."""
         before, self.now = self.now, now
         machines = {
             row.id: Machine(row.user_id, row.status, row.last_health_check)
@@ -1138,7 +1138,7 @@ def test_arbiter_does_what_its_model_says(stage: Stage) -> None:
         lambda: Arbiter(stage),  # type: ignore[arg-type, unused-ignore]
         settings=PROFILE,
     )
-    # Else they would have agreed about little.
+    # Otherwise too few kinds of answers have been compared.
     codes = {"cloud_active", "not_holder", "wrong_identity", "handover_draining"}
     assert codes <= stage.answers.keys()
     reasons = {

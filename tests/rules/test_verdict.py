@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, by how long ago things happened to it; None: never, as far as anybody knows."""
+    """A machine, by how long ago things happened to it; None: never, as far as is known."""
 
     state: str | None
     heartbeat: timedelta | None = None
@@ -207,7 +207,7 @@ ERROR: Cases = [
     ]
 ]
 
-# A state that nobody has mapped counts as running: unknown means possibly alive.
+# An unmapped state counts as running: unknown means possibly alive.
 UNKNOWN: Cases = [
     (Machine(state, heartbeat=heartbeat, left=999 * S), expected)
     for state in (None, "hibernating")
@@ -311,7 +311,7 @@ def test_cloud_write_of_the_holder(
     heartbeat: timedelta | None,
     expected: Verdict,
 ) -> None:
-    """Whatever its status: signals in flight may complete during a stop."""
+    """Its status does not count: signals in flight may complete during a stop."""
     machine = Machine(state, heartbeat=heartbeat, left=0 * S, error=0 * S)
     assert verdict(conn, "cloud", MACHINE, lease, machine) == expected
 
@@ -338,17 +338,17 @@ def test_cloud_write_of_the_holder_after_a_takeover_became_possible(
         (MACHINE, {"holder": "local", **DRAIN, "draining_to": OTHER}),
         (MACHINE, {"holder": "cloud", "machine_id": MACHINE, **DRAIN, "draining_to": OTHER}),
         (MACHINE, DRAIN_TO_LOCAL),
-        # Nobody is not the machine of a lease that has none.
+        # A null machine does not match the null of a lease without a machine.
         (None, None),
         (None, {"holder": "local"}),
         (None, DRAIN_TO_LOCAL),
         (None, {"holder": "cloud", "machine_id": MACHINE}),
     ],
 )
-def test_cloud_write_of_anybody_else(
+def test_cloud_write_of_another_machine(
     conn: psycopg.Connection[Any], writer: UUID | None, lease: dict[str, Any] | None
 ) -> None:
-    """However healthy the machine is that the verdict is given."""
+    """It is rejected even when the verdict is given a healthy machine."""
     healthy = Machine("running", heartbeat=0 * S)
     assert verdict(conn, "cloud", writer, lease, healthy) == NOT_HOLDER
 

@@ -493,7 +493,7 @@ class TestCommandLine:
         assert not host.exists()
 
     def test_an_interrupt_that_another_thread_gets_ends_it(self) -> None:
-        # What the main thread sees is the same as of one that comes just before it begins to wait.
+        # For the main thread it is the same as an interrupt just before it begins to wait.
         script = (
             "import signal, threading\n"
             "from arbiter_db.demo.processes import until_interrupted\n"

@@ -1,8 +1,8 @@
-"""What somebody may try who wants to write as somebody else, or to look at what is not theirs: over
-HTTP, with supabase-js, and in plain SQL as the API's roles where HTTP has no words for it.
+"""Attempts to write as somebody else, or to read another user's data: over HTTP, with supabase-js,
+and in plain SQL as the API's roles where HTTP has no words for it.
 
 Ada's and Bob's machines hold; Carol and Dave write from their browsers. Each attack has a control:
-the same thing by whom it is allowed to, which shows that what stops the attack is who tries it.
+the same request by a caller who may send it, which shows that the caller is why the attack fails.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def forged(**change: Any) -> Tokens:
 
 
 def signed_otherwise(algorithm: str, key: str) -> Tokens:
-    """The token that would do, without the right signature."""
+    """A token that would be accepted if it had the right signature."""
 
     def token(at: Stage) -> str:
         claims = jwt.decode(adas_machine(at), options={"verify_signature": False})
@@ -278,7 +278,7 @@ ATTACKS = {
         "42501",
         call(adas_machine, "execution_status"),
     ),
-    "status of nobody": Attack(
+    "status without a user": Attack(
         call(anon, "execution_status"), 401, "42501", call(carol, "execution_status")
     ),
     "a visitor writes": Attack(
@@ -463,8 +463,8 @@ def test_an_attack_over_http_is_rejected(at: Stage, name: str) -> None:
         assert len(allowed.json()) == 1
 
 
-def test_nobody_confirms_for_another_user(at: Stage) -> None:
-    """Bob's machine has failed long ago, so that a yes would do."""
+def test_no_user_confirms_for_another_one(at: Stage) -> None:
+    """Bob's machine has failed long ago, so that Bob can confirm."""
     set_status(at.app.backend, at.bobs_machine, "error")
     long_ago = SETTINGS["error_takeover_delay"] * 2
     age(at.app.owner, at.bobs_machine, entered_error=long_ago, heartbeat=long_ago)
@@ -510,8 +510,8 @@ def test_supabase_js_is_no_way_around(at: Stage, node: Node) -> None:
 
 # In SQL ------------------------------------------------------------------------------------------
 
-#: What somebody runs before a write, so that the guard believes something else. They can; it does
-#: not help. ``{machine}`` is the machine that the session would like to be.
+#: Statements before a write that try to mislead the guard. They succeed and do not help.
+#: ``{machine}`` is the machine that the session would like to be.
 TRICKS = {
     "request.method": "set request.method = 'POST'",
     "periods": """
@@ -581,7 +581,7 @@ SEARCH_PATHS = ("public", "pg_temp, public, pg_catalog", "public, pg_temp, pg_ca
 
 
 def write(conn: Conn, row: dict[str, Any]) -> None:
-    """Insert a signal in words that mean the same whatever the session's names and styles."""
+    """Insert a signal in words that mean the same under any search_path and style of dates."""
     query = sql.SQL("insert into public.signals ({}) values ({})").format(
         sql.SQL(", ").join(map(sql.Identifier, row)),
         sql.SQL(", ").join(map(sql.Placeholder, row)),
@@ -590,7 +590,7 @@ def write(conn: Conn, row: dict[str, Any]) -> None:
 
 
 def environment(conn: Conn, user_id: UUID | None = None) -> str:
-    """What arbiter says to the session, of that user."""
+    """The environment that arbiter.status() tells the session for that user."""
     found: str = value(conn, "select (arbiter.status(%s)).environment", user_id)
     return found
 
@@ -621,7 +621,7 @@ def test_no_trick_in_a_session_helps(at: Stage, trick: str, search_path: str) ->
     assert environment(carols) == "local"
 
 
-#: What the server itself refuses to the roles of the API.
+#: Statements that the server itself rejects for the roles of the API.
 SETTINGS_OF_THE_SERVER = {
     "replication role": "set session_replication_role = replica",
     "the owner": "set role app_owner",
@@ -733,7 +733,7 @@ def test_an_overload_does_not_answer_for_arbiter(at: Stage, name: str) -> None:
 
 
 def test_a_pooled_connection_forgets_whose_it_was(pooled_app: App) -> None:
-    """Identities are settings of a transaction: nobody inherits that of the one before."""
+    """An identity is a setting of one transaction, so the next request does not inherit it."""
     at = Stage(pooled_app)
     expected = {ada: ["cloud"], carol: ["local"], bobs_machine: ["cloud"]}
     for token in (ada, carol, bobs_machine, carol, ada, bobs_machine) * 5:

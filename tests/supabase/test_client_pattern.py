@@ -18,7 +18,7 @@ from story import SETTINGS, User, activate, add_machine, add_user, age, rows, se
 if TYPE_CHECKING:
     from .conftest import App, Node
 
-#: Of the machine's queue: not a multiple of a batch.
+#: Signals in the machine's queue: not a multiple of a batch.
 SIGNALS = 250
 BATCHES = 3
 #: Rejections to wait for before the machine gets well; and how often it may try at most.
@@ -125,7 +125,7 @@ def test_rejected_batches_arrive_once_the_machine_holds(
 
 
 def test_a_machine_that_never_gets_well_writes_nothing(any_app: App, node: Node) -> None:
-    """It gives up when its tries are used up: nobody else has tried for it."""
+    """It gives up when its tries are used up: no other program tries again for it."""
     app = any_app
     user = add_user(app.owner)
     machine = add_machine(app.backend, user, "stopped")

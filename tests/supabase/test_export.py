@@ -74,7 +74,7 @@ class Hosted(NamedTuple):
         return [(each["local"], each["remote"]) for each in listed]
 
     def findings(self) -> set[str]:
-        """What the advisors have to say, each by the name that tells it from all others."""
+        """The advisors' findings, by their unique names."""
         found = self.run("db", "advisors", "--level=info", "--fail-on=none", "--output-format=json")
         return {each["cacheKey"] for each in json.loads(found)["results"]}
 
@@ -310,9 +310,9 @@ def test_an_install_later_only_adds_its_own_records(hosted: Hosted) -> None:
 def test_the_advisors_find_nothing_of_arbiters(pushed: Hosted, hosted: Hosted) -> None:
     hosted.db.connect().execute((TABLES + REST).encode())
     without = hosted.findings()
-    # What the app's own tables have shows that the advisors look.
+    # A finding about the app's own tables shows that the advisors work.
     assert "rls_enabled_no_policy_public_webhook_queue" in without
-    # An index that nothing has asked yet is a finding, in whatever new database; this asks it.
+    # In every new database the advisors report an index that was never read; this reads it.
     conn = pushed.db.connect()
     machine = add_machine(conn, add_user(conn))
     conn.execute("delete from public.cloud_machines where id = %s", (machine,))
@@ -322,7 +322,7 @@ def test_the_advisors_find_nothing_of_arbiters(pushed: Hosted, hosted: Hosted) -
 
 def test_types_for_clients_have_the_columns(pushed: Hosted) -> None:
     types = pushed.run("gen", "types", "--lang=typescript", "--schema=public")
-    # As unformatted as the generator leaves it: blanks mean nothing.
+    # The generator does not format its output, so ignore blanks.
     types = re.sub(r"\s+", "", types)
     for name in ("confirm_takeover", "execution_status"):
         call = re.search(rf'"{name}":{{Args:{{(.*?)}};Returns:{{(.*?)}}(\[\])?}}', types)

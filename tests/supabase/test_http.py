@@ -2,7 +2,7 @@
 of errors that are raised the naive way.
 
 Every rejection is asked for twice in the same state, over HTTP and in plain SQL, and the two are
-held against each other.
+compared with each other.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NASTY = "BTC\r\nX-Owned: 1\nX-Owned: 2\r\n\r\n<script>%0d%0aX-Owned: 3\u010d\u01
 
 
 class Rejection(NamedTuple):
-    """What both ways say alike."""
+    """The parts that are the same in HTTP and SQL."""
 
     sqlstate: str
     message: str
@@ -369,7 +369,7 @@ def test_an_update_is_rejected_where_updates_are_arbitrated(scene: Scene) -> Non
 
 
 def test_reading_goes_on(scene: Scene) -> None:
-    """Whatever a write would get."""
+    """Also while the browser's writes are rejected."""
     has_a_signal(scene)
     holds(scene)
     send, path = scene.app.send, f"/signals?trader_id=eq.{scene.user.trader}&select=source"
@@ -429,8 +429,8 @@ def test_a_heartbeat_of_an_unknown_machine_is_a_404(scene: Scene) -> None:
 
 # Line ends ---------------------------------------------------------------------------------------
 
-#: What developers write who want a client to see what was wrong. The kinds are that of PostgREST's
-#: manual: a SQLSTATE that is a status, whose message becomes the status line, and one with JSON.
+#: Errors as developers raise them to tell a client what was wrong. PostgREST's manual has both
+#: kinds: a SQLSTATE that is a status, whose message becomes the status line, and one with JSON.
 NAIVE_ERRORS = """
 create function public.naive_error(kind text, symbol text) returns void language plpgsql as $$
 begin

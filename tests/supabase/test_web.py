@@ -259,7 +259,7 @@ def test_a_person_drives_the_whole_story(
 
     visit.press("start")
     visit.shows("Cloud active")
-    page.locator("#heartbeat").uncheck()  # it crashes, and nobody is told
+    page.locator("#heartbeat").uncheck()  # it crashes silently
     visit.shows("Browser mode")
     expect(visit.toast(STOPPED)).to_be_visible()
     visit.press("buy")
@@ -301,7 +301,7 @@ def test_a_person_drives_the_whole_story(
             "first_write",
         ]
     )
-    # What the page said was written is what was written, and nothing else.
+    # The table has exactly the rows that the page reported as written.
     sources = "select source, count(*) from public.signals group by source order by source"
     assert owner.execute(sources).fetchall() == [("cloud", 200), ("local", 4)]
 
@@ -426,7 +426,7 @@ def test_an_old_answer_is_none(visit: Visit, owner: psycopg.Connection[Any]) -> 
     set_period(owner, poll_interval="1 minute")
     visit.page.reload()
     visit.shows("Browser mode")
-    # What a device finds that wakes up: its monotonic clock stood still, no timer has run yet.
+    # As on a device that wakes up: its monotonic clock stood still, and no timer has run yet.
     now = """(minutes) => {
       const now = Date.now;
       Date.now = () => now() + minutes * 60_000;
@@ -511,7 +511,7 @@ def test_failed_polls_back_off(visit: Visit, gateway: Gateway) -> None:
             pass
         starts.append(time.monotonic())
     gaps = [later - earlier for earlier, later in pairwise(starts)]
-    # At least half of 1, 2 and 4 s, whatever the jitter, whichever of the first was seen first.
+    # The pauses are 1, 2 and 4 s with jitter, so at least half of that; the first may be missed.
     assert gaps[-1] > 0.9
     assert sum(gaps) > 1.6
 
@@ -654,7 +654,7 @@ def test_what_the_app_switched_off_stays_off(visit: Visit, db: Database) -> None
         expect(page.locator(f"#{id_}")).to_be_disabled()
     expect(page.locator("#link")).to_have_attribute("aria-disabled", "true")
 
-    # What comes later is off too; what is marked no longer is not.
+    # A marked element that is added later is off, too; one that loses the mark is not.
     page.evaluate(
         """() => {
           document.body.insertAdjacentHTML('beforeend',
@@ -716,7 +716,7 @@ def test_an_element_shows_the_arbiter_that_it_is_given(visit: Visit) -> None:
           await nobody.refresh();
         }"""
     )
-    # Who has not signed in may not even ask.
+    # A visitor who has not signed in may not ask.
     expect(visit.page.locator("#other")).to_have_text("Unknown")
     expect(visit.badge.first).to_have_text("Browser mode")
     visit.page.evaluate(f"document.getElementById('other').arbiter = {ARBITER}")
