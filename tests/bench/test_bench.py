@@ -109,8 +109,9 @@ def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
         assert found[name]["title"] in done.output
     # All are rejected: by the naive trigger before the row is written, by arbiter after it.
     left = found["rejects"]["facts"]
-    assert left["exists"]["xids each"] == 0
-    assert left["arbiter"]["xids each"] == 1
+    # Autovacuum may take a transaction id meanwhile.
+    assert left["exists"]["xids each"] == pytest.approx(0, abs=0.05)
+    assert left["arbiter"]["xids each"] == pytest.approx(1, abs=0.05)
 
 
 def test_the_results_are_those_of_every_comparison(tmp_path: Path) -> None:
