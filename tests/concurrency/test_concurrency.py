@@ -61,9 +61,9 @@ DRAIN_TIMEOUT = timedelta(seconds=4)
 #: How long after drain_timeout a wait must have ended, on a busy machine.
 SLACK = timedelta(seconds=2)
 
-#: The epochs that a row may be of, by its transaction and the handovers alone (DESIGN 5): from the
-#: highest exact handover that the row comes after to the one before the lowest that it comes
-#: before. Returns the rows whose writer held none of them.
+#: The epochs that a row may be of, by its transaction and the handovers alone, as in
+#: sql/32_audit.sql: from the highest exact handover that the row comes after to the one before the
+#: lowest that it comes before. Returns the rows whose writer held none of them.
 EVIDENCE = """
 with rows as (
   select s.id, t.user_id, s.source, s.machine_id, s.arbiter_xid as xid

@@ -99,7 +99,8 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_names_functions_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     code = "\n".join(path.read_text("ascii") for path in FILES)
-    code += "\n".join(path.read_text("utf-8") for path in REPOSITORY.glob("arbiter_db/*.py"))
+    python = [*REPOSITORY.glob("arbiter_db/*.py"), *REPOSITORY.glob("tests/*/*.py")]
+    code += "\n".join(path.read_text("utf-8") for path in python)
     named = set(re.findall(r"`(?:arbiter\.)?(_?[a-z]\w*)\(\)`", text))
     assert len(named) >= 10
     defined = set(re.findall(r"(?:function arbiter\.|def )(\w+)\(", code))

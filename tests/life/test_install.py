@@ -54,7 +54,7 @@ insert into public.signals (trader_id, symbol, interval, signal, bar_time)
 select '{TRADER}', 'old ' || n, '1m', 'buy', '2025-01-01' from generate_series(1, %s) as n
 """
 
-# DESIGN.md, section 3: what the app's own migration had added already.
+# What the app's own migration may have added already.
 APPS_OWN_COLUMNS = """
 alter table public.signals
   add column source text not null default 'local',

@@ -6,8 +6,8 @@ the answers that a write may get between its invocation and its return. The sets
 whenever the database keeps its promise. Where the history leaves no doubt they have one element,
 and then an answer can be right or wrong.
 
-This states DESIGN section 4 anew and shares nothing with the SQL. In one point it is stricter: the
-cloud is rejected from the instant at which a takeover by the browser is possible.
+This states the README's decision table anew and shares nothing with the SQL. In one point it is
+stricter: the cloud is rejected from the instant at which a takeover by the browser is possible.
 
 An answer is believed until it is found wrong: an admitted write narrows what the lease may be. The
 sets go on without one that was wrong, so what follows from a user's first violation may look like

@@ -292,7 +292,7 @@ ADMITTED = Verdict()
 
 
 def judge(world: World, user: UUID, machine: UUID | None, now: datetime) -> Verdict:
-    """What a write of the browser (None) or of a machine gets: the table of DESIGN section 4."""
+    """What a write of the browser (None) or of a machine gets: the README's decision table."""
     lease = world.leases.get(user)
     claimant = lease.claimant if lease else None
     browser = ADMITTED if claimant is None else _judge_browser(world, user, claimant, now)

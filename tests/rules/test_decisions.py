@@ -1,4 +1,4 @@
-"""The decision tables of DESIGN section 4 end to end: real writes, as the roles that write.
+"""The README's decision table end to end: real writes, as the roles that write.
 
 A browser writes as ``authenticated`` with the user's claims, a machine as ``service_role``. The
 periods are the real ones; time passes by ageing what the database noted, as its owner. A rejected

@@ -1,4 +1,4 @@
-"""The verdict as a table of cases: every row of DESIGN section 4, on both sides of each boundary.
+"""The verdict as a table of cases: every row of the README's, on both sides of each boundary.
 
 The function is pure: lease, machine, settings and the instant are its arguments, so each boundary
 is hit to the microsecond.
