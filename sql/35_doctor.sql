@@ -211,4 +211,4 @@ begin
 end
 $$;
 comment on function arbiter.doctor() is
-  'One row for each thing that must be in place. state: ok, missing, disabled, outdated or foreign; remedy: the statement that mends it. For the owner of arbiter.';
+  'A row for the registry, each protection and each trigger that must be there, and for everything else that is not as it should be. state: ok, missing, disabled, outdated or foreign; remedy: the statement that mends it. For the owner of arbiter.';
