@@ -3,7 +3,8 @@
 An install is four steps, each of which can be repeated:
 
 1. `sql/0*.sql` in a transaction of its own: refuses, before anything is changed, when the app's
-   tables have columns that do not fit;
+   tables have columns that do not fit; rolled back where arbiter is installed already, so that
+   functions of two versions are never mixed;
 2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
 3. all `sql/*.sql`, in order, in one transaction: clients see the old functions or the new. What
    this version does not have any more is dropped; when an object of the app uses some of it, the
@@ -40,6 +41,8 @@ __all__ = ["check_version", "finish", "install", "migration_texts", "sql_text", 
 
 _OLDEST_SERVER = 15
 
+_DROPPED = re.compile(r"arbiter: (dropped .*)")
+
 
 def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step: None) -> None:
     """Install arbiter, or upgrade it, or mend an install that was cut short.
@@ -54,13 +57,20 @@ def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step:
     """
     with _installer(conninfo) as conn:
         _refuse_newer(conn)
-        _run(conn, _checks(), on_step)
+        is_first = _installed_version(conn) is None
+        _run(conn, _checks(), on_step, is_dry=not is_first)
         with _yoyo(conninfo) as backend:
             for migration in backend.to_apply(_migrations()):
                 with _naming(migration.id):
                     backend.apply_one(migration)
                 on_step(migration.id)
+        dropped: list[str] = []
+        conn.add_notice_handler(
+            lambda notice: dropped.extend(_DROPPED.findall(str(notice.message_primary)))
+        )
         _run(conn, _sql_files(), on_step)
+        for objects in dropped:
+            on_step(objects)
         finish(conn, on_step=on_step)
 
 
@@ -107,22 +117,29 @@ def sql_text() -> str:
 
     yoyo's bookkeeping is not in it; a later `install` adds it, since every migration can run twice.
     """
-    lock, settings = QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()
     parts = [
         f"-- arbiter {__version__}: what `arbiter-db install` runs, for psql.",
         "-- Run it as the owner of the tables to be protected; it can run again.",
         "\\set ON_ERROR_STOP on",
     ]
-    for unit in _units():
-        parts += ["begin;", lock, settings]
-        for path in unit:
-            parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
-        parts += ["commit;"]
+    checks, *others = _units()
+    parts += [QUERIES["is_first"].decode() + " \\gset", *_script(checks)]
+    parts += ["\\if :arbiter_is_first", "commit;", "\\else", "rollback;", "\\endif"]
+    for unit in others:
+        parts += [*_script(unit), "commit;"]
     parts += [
         "-- What reads a whole table, each in a transaction of its own.",
         QUERIES["finish_statements"].decode() + " \\gexec",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _script(unit: Sequence[Path]) -> list[str]:
+    """The files of one transaction, without its end."""
+    parts = ["begin;", QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
+    for path in unit:
+        parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
+    return parts
 
 
 def migration_texts() -> tuple[str, str]:
@@ -242,10 +259,14 @@ def _connect(conninfo: str) -> psycopg.Connection[Any]:
 
 
 def _run(
-    conn: psycopg.Connection[Any], paths: Sequence[Path], on_step: Callable[[str], None]
+    conn: psycopg.Connection[Any],
+    paths: Sequence[Path],
+    on_step: Callable[[str], None],
+    *,
+    is_dry: bool = False,
 ) -> None:
-    """Run files in one transaction."""
-    with conn.transaction():
+    """Run files in one transaction, which is rolled back when it is only a trial."""
+    with conn.transaction(force_rollback=is_dry):
         conn.execute(QUERIES["unit_settings"])
         for path in paths:
             with _naming(path.name):
@@ -258,11 +279,11 @@ def _detach(conn: psycopg.Connection[Any], drop_columns: bool) -> list[str]:
     """Take arbiter off the app's tables; refuse when the app's own objects need arbiter."""
     with _naming("detach"), conn.transaction():
         conn.execute(QUERIES["unit_settings"])
-        if not _scalar(conn, "has_basics"):
-            return []
-        # Without the tables an install was cut short, or an uninstall.
-        detach = "detach_all" if _scalar(conn, "is_attached") else "leave_columns"
-        report = _column(conn, detach, drop_columns=drop_columns)
+        report = []
+        if _scalar(conn, "is_attached"):
+            report = _column(conn, "detach_all", drop_columns=drop_columns)
+        elif _scalar(conn, "has_leave_columns"):  # an install was cut short, or an uninstall
+            report = _column(conn, "leave_columns", drop_columns=drop_columns)
         if dependents := _column(conn, "dependents"):
             raise InstallError(
                 f"these objects use arbiter: {', '.join(dependents)}",

@@ -84,7 +84,7 @@ select to_regprocedure('arbiter._detach_all(boolean)') is not null
 -- name: detach_all
 select * from arbiter._detach_all(%(drop_columns)s::boolean)
 
--- name: has_basics
+-- name: has_leave_columns
 select to_regprocedure('arbiter._leave_columns(boolean)') is not null
 
 -- name: leave_columns
@@ -107,13 +107,21 @@ select set_config(name, case name when 'lock_timeout' then '5min' else '0' end, 
 select pg_advisory_xact_lock(27428839742530930)
 
 -- name: dependents
--- Objects of the app that `drop schema arbiter cascade` would drop.
-select arbiter._used_by(array(
-  select oid from pg_class where relnamespace = 'arbiter'::regnamespace
-  union all
-  select oid from pg_proc where pronamespace = 'arbiter'::regnamespace
-  union all
-  select oid from pg_type where typnamespace = 'arbiter'::regnamespace))
+-- The objects of the app that `drop schema arbiter cascade` would take with it: objects outside the
+-- schema that depend on a table, view, function or type inside.
+select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
+  from pg_depend d
+ cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
+ where d.deptype in ('n', 'a')
+   and d.refobjid in (
+     select oid from pg_class where relnamespace = to_regnamespace('arbiter')
+     union all
+     select oid from pg_proc where pronamespace = to_regnamespace('arbiter')
+     union all
+     select oid from pg_type where typnamespace = to_regnamespace('arbiter'))
+   and o.object_names[1] <> 'arbiter'
+   and o.object_names[1] not like 'arbiter.%%'
+ order by 1
 
 -- name: drop_schema
 drop schema if exists arbiter cascade
@@ -131,6 +139,9 @@ set local statement_timeout to 0;
 set search_path to arbiter;
 set lock_timeout to '5s';
 set statement_timeout to 0;
+
+-- name: is_first
+select to_regprocedure('arbiter.version()') is null as arbiter_is_first
 
 -- name: script_lock
 -- The same lock, without a result that psql would print.

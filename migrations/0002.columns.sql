@@ -4,23 +4,55 @@
 -- Millions of rows are no obstacle: a constant default and nullable columns need no rewrite. Existing rows become
 -- local; their arbiter_xid stays null, which means older than protection.
 --
--- Calls functions of sql/00_basics.sql, which an install runs before any migration.
+-- A migration is frozen once it is released, so it calls no function that a later version may change. The columns are
+-- those of arbiter._columns() and the lock is arbiter._lock_tables() (sql/00_basics.sql); test_migrations holds the
+-- columns together.
 
 set local lock_timeout = '5s';
 
 do $columns$
 declare
-  v_machines regclass := to_regclass('public.cloud_machines');
-  v_signals regclass := to_regclass('public.signals');
+  v_column record;
+  v_tables regclass[] := array_remove(array[to_regclass('public.signals'), to_regclass('public.cloud_machines')], null);
+  v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
 begin
-  perform arbiter._lock_tables(array_remove(array[v_signals, v_machines], null));
-  if v_machines is not null then
-    perform arbiter._add_column(v_machines, 'last_health_check', 'heartbeat');
-  end if;
-  if v_signals is not null then
-    perform arbiter._add_column(v_signals, 'source', 'source');
-    perform arbiter._add_column(v_signals, 'machine_id', 'machine');
-    perform arbiter._add_column(v_signals, 'arbiter_xid', 'xid');
-  end if;
+  loop
+    begin
+      for i in 1 .. cardinality(v_tables) loop
+        perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
+        execute format('lock table %s in access exclusive mode', v_tables[i]);
+      end loop;
+      exit;
+    exception
+      when lock_not_available then
+        if clock_timestamp() >= v_give_up_at then
+          raise;
+        end if;
+    end;
+    v_tables := v_tables[2:] || v_tables[1];
+  end loop;
+  perform set_config('lock_timeout', '5s', true);
+
+  for v_column in
+    select c.table_name, c.name, c.definition, c.meaning
+      from (values
+        ('cloud_machines', 'last_health_check', 'timestamptz',
+          'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
+        ('signals', 'source', 'text not null default ''local''',
+          'the environment that wrote the row, local (browser) or cloud (machine).'),
+        ('signals', 'machine_id', 'uuid',
+          'the machine that wrote the row when source is cloud.'),
+        ('signals', 'arbiter_xid', 'xid8',
+          'the transaction that wrote the row; null on rows older than protection.')
+      ) as c (table_name, name, definition, meaning)
+     where to_regclass('public.' || c.table_name) is not null
+       and not exists (
+         select from pg_catalog.pg_attribute a
+          where a.attrelid = to_regclass('public.' || c.table_name) and a.attname = c.name and not a.attisdropped)
+  loop
+    execute format('alter table public.%I add column %I %s', v_column.table_name, v_column.name, v_column.definition);
+    -- By this prefix an uninstall knows that the column is arbiter's.
+    execute format('comment on column public.%I.%I is %L', v_column.table_name, v_column.name, 'arbiter: ' || v_column.meaning);
+  end loop;
 end
 $columns$;

@@ -1,17 +1,29 @@
 -- What all other files need: how a wrong call fails, the columns of the app's tables that arbiter reads or adds, locks.
 --
--- This file and 01_checks.sql run first, in a transaction of their own and before any migration, so that a database
--- that arbiter cannot adopt is refused before anything is changed. They run a second time with all the others. Their
--- functions run with the rights of their caller, so it does no harm that PUBLIC may execute them until
--- 42_privileges.sql closes them.
+-- This file and 01_checks.sql run before any migration, so that a database that arbiter cannot adopt is refused before
+-- anything is changed, and again with all the others. A first install commits them in between. PUBLIC may then execute
+-- their functions, which does no harm: they have the rights of their caller.
 
 set local lock_timeout = '5s';
 
--- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
 do $schema$
+declare
+  v_owner name;
 begin
+  -- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
   if to_regnamespace('arbiter') is null then
     create schema arbiter;
+  end if;
+  -- Another role's functions would be closed to the owner of those that call them.
+  select pg_get_userbyid(p.proowner)
+    into v_owner
+    from pg_catalog.pg_proc p
+   where p.oid = to_regprocedure('arbiter.version()');
+  if v_owner <> current_user then
+    raise exception using
+      errcode = 'insufficient_privilege',
+      message = format('arbiter: in this database it belongs to %I, not to %I', v_owner, current_user),
+      hint = format('Connect as %I; nothing was changed.', v_owner);
   end if;
 end
 $schema$;
@@ -137,25 +149,6 @@ $$;
 comment on function arbiter._add_column(regclass, name, text) is
   'Adds a column to a table of the app unless it exists, and marks it as arbiter''s by its comment.';
 
-create or replace function arbiter._used_by(p_objects oid[])
-returns setof text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
-    from pg_catalog.pg_depend d
-   cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
-   where d.refclassid in ('pg_proc'::regclass, 'pg_type'::regclass, 'pg_class'::regclass)
-     and d.refobjid = any (p_objects)
-     and d.deptype in ('n', 'a')
-     and o.object_names[1] <> 'arbiter'
-     and o.object_names[1] not like 'arbiter.%'
-   order by 1;
-end;
-comment on function arbiter._used_by(oid[]) is
-  'The objects outside schema arbiter that use one of these functions, types, views or tables.';
-
 -- Here and not with the rest of the uninstall, because an installation that was cut short has left columns, too.
 create or replace function arbiter._leave_columns(p_drop boolean)
 returns setof text
@@ -189,7 +182,7 @@ comment on function arbiter._leave_columns(boolean) is
 
 -- While one table is locked the wait for the next is shorter than deadlock_timeout: clients that write both would
 -- deadlock with a longer wait.
-create or replace function arbiter._lock_tables(p_tables regclass[])
+create or replace function arbiter._lock_tables(p_tables regclass[], p_mode text)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -203,7 +196,7 @@ begin
     begin
       for i in 1 .. cardinality(v_tables) loop
         perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
-        execute format('lock table %s in access exclusive mode', v_tables[i]);
+        execute format('lock table %s in %s mode', v_tables[i], p_mode);
       end loop;
       return;
     exception
@@ -216,5 +209,5 @@ begin
   end loop;
 end
 $$;
-comment on function arbiter._lock_tables(regclass[]) is
-  'Locks tables exclusively for the transaction. Error 55P03 when that takes more than 5 s.';
+comment on function arbiter._lock_tables(regclass[], text) is
+  'Locks tables for the transaction, all in one moment. p_mode as for LOCK TABLE. Error 55P03 when that takes more than 5 s.';

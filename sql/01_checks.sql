@@ -364,6 +364,12 @@ do $preflight$
 declare
   v_adopt record;
 begin
+  -- Set by 00_basics.sql, for one transaction.
+  if coalesce(current_setting('arbiter.documented_before', true), '') = '' then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      'the files of an installation do not run in one transaction',
+      'Run them all between begin and commit, in order; nothing of the app was changed.');
+  end if;
   if current_setting('server_version_num')::integer < 150000 then
     perform arbiter._fail('feature_not_supported',
       format('needs PostgreSQL 15 or later, this is %s', current_setting('server_version')),

@@ -78,7 +78,7 @@ begin
     select t.tgname
       from pg_catalog.pg_trigger t
      where t.tgrelid = p_table
-       and t.tgname like 'arbiter\_%'
+       and starts_with(t.tgname, 'arbiter_')
        and t.tgparentid = 0
        and t.tgname <> all (p_keep)
   loop
@@ -135,9 +135,9 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_word constant text := '(__[a-z_]+(?:\([a-z]+\))?)';
+  v_word constant text := '(__[a-z_]+(?:[(][a-z]+[)])?)';
   v_source text := (select p.prosrc from pg_catalog.pg_proc p where p.oid = p_template);
-  v_attributes text := split_part(pg_get_functiondef(p_template), E'\nAS $', 1);
+  v_attributes text := split_part(pg_get_functiondef(p_template), chr(10) || 'AS $', 1);
   v_body text;
   v_left_over text;
 begin

@@ -121,12 +121,12 @@ begin
            coalesce(n.policy_name, p.polname) as name,
            n.definition, n.meaning
       from arbiter._policies() n
-      full join (select * from pg_catalog.pg_policy where polname like 'arbiter\_%') p
+      full join (select * from pg_catalog.pg_policy where starts_with(polname, 'arbiter_')) p
         on p.polrelid = n.table_name::oid and p.polname = n.policy_name
      where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
        and case
        -- A policy of an earlier definition. The hash tells that arbiter made it.
-       when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '\[[0-9a-f]{32}\]$'
+       when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '[[][0-9a-f]{32}]$'
        when p.oid is null then true
        when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
        else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end

@@ -81,7 +81,7 @@ begin
     select c.relname
       from pg_catalog.pg_class c
      where c.relnamespace = 'arbiter'::regnamespace
-       and c.relname ~ format('^_path_%s_\d+$', p_protection_id)
+       and c.relname ~ format('^_path_%s_[0-9]+$', p_protection_id)
        and c.relname <> all (p_keep)
   loop
     execute format('drop view arbiter.%I', v_view);
@@ -155,12 +155,21 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- Also from partitions that were detached in the meantime.
+  perform arbiter._detach(t.table_name)
+     from (
+       select distinct t.tgrelid::regclass as table_name
+         from pg_catalog.pg_trigger t
+         join pg_catalog.pg_proc p on p.oid = t.tgfoid
+        where p.pronamespace = 'arbiter'::regnamespace
+          and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', p_protection_id)
+          and t.tgparentid = 0) as t;
   execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
     '_guard_' || p_protection_id, '_guard_row_' || p_protection_id, '_provenance_' || p_protection_id);
   perform arbiter._drop_path_views(p_protection_id);
 end
 $$;
-comment on function arbiter._drop_guard(integer) is 'Drops the functions and views that were generated for a protected table, once no trigger calls them.';
+comment on function arbiter._drop_guard(integer) is 'Drops the triggers, functions and views that were generated for a protected table.';
 
 -- Dropping a table drops its triggers, but neither its row here nor the functions that were generated for it.
 create or replace function arbiter._forget_dropped()
@@ -356,17 +365,8 @@ begin
       format('table %s is not protected', coalesce(p_table::text, 'null')),
       'See arbiter.protections for the tables that are.');
   end if;
-  -- Also from partitions that were detached in the meantime.
-  perform arbiter._detach(t.tgrelid)
-     from (
-       select distinct t.tgrelid::regclass
-         from pg_catalog.pg_trigger t
-         join pg_catalog.pg_proc p on p.oid = t.tgfoid
-        where p.pronamespace = 'arbiter'::regnamespace
-          and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', v_protection.protection_id)
-          and t.tgparentid = 0) as t;
-  perform arbiter._drop_xid_default(p_table);
   perform arbiter._drop_guard(v_protection.protection_id);
+  perform arbiter._drop_xid_default(p_table);
   perform arbiter._build_policies();
 end
 $$;

@@ -59,10 +59,3 @@ begin atomic
 end;
 comment on function arbiter._own_triggers() is
   'The triggers that arbiter''s own tables must have. definition has {table} in the place of the table.';
-
-do $own$
-begin
-  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
-     from arbiter._own_triggers() t;
-end
-$own$;

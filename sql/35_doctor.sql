@@ -171,7 +171,7 @@ begin
            'Its body is not the one that arbiter generated.', 'Run: arbiter-db install'
       from pg_catalog.pg_proc p
      where p.pronamespace = 'arbiter'::regnamespace
-       and obj_description(p.oid, 'pg_proc') ~ '\[[0-9a-f]{32}\]$'
+       and obj_description(p.oid, 'pg_proc') ~ '[[][0-9a-f]{32}]$'
        and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
   -- confirm_takeover() writes the registry as arbiter's owner, so the registry's triggers run with its rights.
   return query

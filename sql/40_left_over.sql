@@ -1,9 +1,11 @@
 -- What an earlier version has left over: a function with other parameters, for example, which makes calls ambiguous.
+-- 99_adopt.sql drops it before it calls anything.
 
 -- An object that this version defines was given its comment in this transaction. So the row of that comment in
--- pg_description is not one of those that 00_basics.sql has noted at the start.
+-- pg_description is not one of those that 00_basics.sql has noted at the start. 99_adopt.sql generates functions and
+-- views anew only later, so these are left out, as is what belongs to an extension or to a type.
 create or replace function arbiter._left_over()
-returns table (kind text, object text, used_by text[])
+returns table (kind text, object text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -21,6 +23,7 @@ begin
       select 'pg_proc'::regclass as class_id, p.oid as object_id, 'routine' as kind, p.oid::regprocedure::text as object
         from pg_catalog.pg_proc p
        where p.pronamespace = 'arbiter'::regnamespace
+         and p.proname !~ '^(tg_registry_(stamp|note|activate)|_(guard|guard_row|provenance)_[0-9]+)$'
       union all
       select 'pg_type', t.oid, 'type', t.oid::regtype::text
         from pg_catalog.pg_type t
@@ -33,21 +36,21 @@ begin
         from pg_catalog.pg_class c
        where c.relnamespace = 'arbiter'::regnamespace
          and c.relkind = 'v'
+         and c.relname !~ '^(machines|_path_[0-9]+_[0-9]+)$'
     )
-    select p.kind, p.object, array(select arbiter._used_by(array[p.object_id]))
+    select p.kind, p.object
       from present p
-     where case p.kind
-       -- An installation does not make views anew.
-       when 'view' then p.object <> 'arbiter.machines' and not exists (
-         select from arbiter.protections r where p.object ~ format('^arbiter\._path_%s_\d+$', r.protection_id))
-       else not exists (
+     where not exists (
+       select from pg_catalog.pg_depend d
+        where d.classid = p.class_id and d.objid = p.object_id and d.deptype in ('e', 'i'))
+       and not exists (
          select from pg_catalog.pg_description d
-          where d.classoid = p.class_id and d.objoid = p.object_id and d.objsubid = 0 and d.ctid <> all (v_before)) end
+          where d.classoid = p.class_id and d.objoid = p.object_id and d.objsubid = 0 and d.ctid <> all (v_before))
      order by 1, 2;
 end
 $$;
 comment on function arbiter._left_over() is
-  'Functions, types and views of schema arbiter that this version does not define, and the objects outside the schema that use each. Error 55000 outside an installation.';
+  'Functions, types and views of schema arbiter that this version does not define. Error 55000 outside an installation.';
 
 create or replace function arbiter._drop_left_over()
 returns void
@@ -55,33 +58,65 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_uses text;
   v_kind text;
   v_objects text;
+  v_uses text;
 begin
-  select string_agg(format('%s uses %s', u.name, o.object), ', ' order by u.name, o.object)
-    into v_uses
-    from arbiter._left_over() o
-   cross join lateral unnest(o.used_by) as u (name);
-  if v_uses is not null then
-    perform arbiter._fail('dependent_objects_still_exist',
-      format('the app uses what this version does not have any more: %s', v_uses),
-      'Drop or change these objects, then install again; until then functions, guards and policies are those of before.');
-  end if;
   if not exists (select from arbiter._left_over()) then
     return;
   end if;
-  -- A write in progress runs the guard of before, which may call a function that is dropped here.
+  -- A write in progress runs the guard of before, which may call a function that is dropped here. Readers go on.
   perform arbiter._lock_tables(array(
-    select p.protected_table from arbiter.protections p union all select r.registry from arbiter.registry r));
+    select p.protected_table from arbiter.protections p union all select r.registry from arbiter.registry r),
+    'share row exclusive');
   -- A kind may use the later ones. Without cascade, so that nothing else goes with them.
   foreach v_kind in array '{view,routine,type}'::text[] loop
-    select string_agg(o.object, ', ') into v_objects from arbiter._left_over() o where o.kind = v_kind;
-    if v_objects is not null then
+    select string_agg(o.object, ', ' order by o.object) into v_objects from arbiter._left_over() o where o.kind = v_kind;
+    continue when v_objects is null;
+    begin
       execute format('drop %s %s', v_kind, v_objects);
-    end if;
+    exception
+      when dependent_objects_still_exist then
+        get stacked diagnostics v_uses = pg_exception_detail;
+        perform arbiter._fail('dependent_objects_still_exist',
+          format('something uses what this version does not have any more: %s', replace(v_uses, chr(10), ', ')),
+          'Drop or change what uses it, then install again; until then functions, guards and policies are those of before.');
+    end;
+    raise notice 'arbiter: dropped % %', v_kind, v_objects;
   end loop;
 end
 $$;
 comment on function arbiter._drop_left_over() is
-  'Drops what _left_over() lists. Error 2BP01, and nothing dropped, when an object of the app uses some of it.';
+  'Drops what _left_over() lists, with a notice of it. Error 2BP01, and nothing dropped, when something else uses some of it.';
+
+create or replace function arbiter._detach_left_over()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._detach(t.table_name, array(
+      select w.trigger_name
+        from (
+          select o.table_name, o.trigger_name from arbiter._own_triggers() o
+          union all
+          select r.table_name, r.trigger_name from arbiter._registry_triggers() r
+          union all
+          select g.table_name, g.trigger_name
+            from arbiter.protections p
+           cross join lateral arbiter._guard_triggers(p) g) as w
+       where w.table_name = t.table_name))
+     from (
+       select c.oid::regclass as table_name
+         from pg_catalog.pg_class c
+        where c.relnamespace = 'arbiter'::regnamespace and c.relkind = 'r'
+       union
+       select r.registry from arbiter.registry r
+       union
+       select f.member
+         from arbiter.protections p
+        cross join lateral arbiter._family(p.protected_table) as f (member)) as t;
+end
+$$;
+comment on function arbiter._detach_left_over() is
+  'Drops triggers of arbiter that this version does not have, from its own tables, the registry and protected tables.';

@@ -6,19 +6,22 @@ declare
   v_adopt record;
 begin
   perform arbiter._forget_dropped();
+  perform arbiter._detach_left_over();
+  perform arbiter._drop_left_over();
+  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
+     from arbiter._own_triggers() t;
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
      from (select * from arbiter.protections order by protection_id) as p;
   perform arbiter._build_policies();
   perform arbiter.expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   v_adopt := arbiter._to_adopt();
-  perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null));
+  perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null), 'access exclusive');
   if v_adopt.registry is not null then
     perform arbiter.register_machines(v_adopt.registry);
   end if;
   if v_adopt.signals is not null then
     perform arbiter.protect(v_adopt.signals);
   end if;
-  perform arbiter._drop_left_over();
 end
 $adopt$;

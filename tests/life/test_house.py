@@ -31,7 +31,7 @@ def generated(name: str) -> bool:
 
 def test_no_file_needs_a_later_one() -> None:
     migrations = sorted((REPOSITORY / "migrations").glob("[0-9]*.sql"))
-    known = {"documented_before"}  # a setting
+    known = {"documented_before", "version"}  # a setting, and whether there is an older install
     known |= {name for path in migrations for name in DEFINITION.findall(path.read_text("ascii"))}
     for path in FILES:
         known |= set(DEFINITION.findall(path.read_text("ascii")))
@@ -61,9 +61,9 @@ def test_functions_are_closed_in_one_place(path: Path) -> None:
     assert not re.search(r"^revoke ", path.read_text(encoding="ascii"), re.MULTILINE)
 
 
-#: Where an error is raised otherwise than by _fail(): it is that function, has a DETAIL, or undoes
-#: a savepoint.
-RAISES = {"00_basics.sql": 1, "10_errors.sql": 2, "14_lease.sql": 2}
+#: Where an error is raised otherwise than by _fail(): it is that function or comes before it, has a
+#: DETAIL, or undoes a savepoint.
+RAISES = {"00_basics.sql": 2, "10_errors.sql": 2, "14_lease.sql": 2}
 
 
 @by_file
@@ -82,10 +82,15 @@ def test_one_word_for_one_thing(path: Path) -> None:
 
 
 def test_each_column_that_arbiter_adds_is_defined_once() -> None:
-    texts = [path.read_text("ascii") for path in (REPOSITORY / "migrations").glob("*.sql")]
-    texts += [path.read_text("ascii") for path in FILES]
+    texts = [path.read_text("ascii") for path in FILES]
     for words in ("text not null default ''local''", "the machine that wrote the row when source"):
         assert sum(text.count(words) for text in texts) == 1, words
+
+
+@by_file
+def test_no_literal_depends_on_a_setting(path: Path) -> None:
+    """With standard_conforming_strings off a backslash in a literal is taken for an escape."""
+    assert "\\" not in re.sub(r"--[^\n]*", "", path.read_text(encoding="ascii"))
 
 
 # -- the map --------------------------------------------------------------------------------------

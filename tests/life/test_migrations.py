@@ -26,8 +26,6 @@ MIGRATIONS = REPOSITORY / "migrations"
 SQL = REPOSITORY / "sql"
 RELEASED = MIGRATIONS / "SHA256SUMS"
 
-#: What an install runs before any migration.
-CHECKS = sorted(SQL.glob("0*.sql"))
 FORWARD = sorted(p for p in MIGRATIONS.glob("*.sql") if not p.name.endswith(".rollback.sql"))
 BACKWARD = sorted(MIGRATIONS.glob("*.rollback.sql"), reverse=True)
 REPEATABLE = sorted(SQL.glob("*.sql"))
@@ -120,13 +118,6 @@ def test_a_migration_gives_up_on_a_busy_table(path: Path) -> None:
 # -- migrations/: what they do --------------------------------------------------------------------
 
 
-def check(db: Database) -> None:
-    conn = db.connect()
-    with conn.transaction():
-        for path in CHECKS:
-            conn.execute(path.read_bytes())
-
-
 def run(db: Database, paths: list[Path], times: int) -> None:
     """Each file in a transaction, each of its statements that many times, and the files again."""
     conn = db.connect()
@@ -141,8 +132,6 @@ def run(db: Database, paths: list[Path], times: int) -> None:
 @pytest.mark.parametrize("kind", ["bare", "trading"])
 def test_every_statement_can_run_twice(templates: Templates, kind: str) -> None:
     with templates.clone(kind) as once, templates.clone(kind) as twice:
-        for db in (once, twice):
-            check(db)
         untouched = schema(once.conninfo())
         run(once, FORWARD, times=1)
         run(twice, FORWARD, times=2)
@@ -157,11 +146,8 @@ def test_every_statement_can_run_twice(templates: Templates, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bare", "trading"])
-def test_rollbacks_leave_no_table_no_type_and_no_constraint(
-    templates: Templates, kind: str
-) -> None:
+def test_rollbacks_leave_an_empty_schema_and_no_constraint(templates: Templates, kind: str) -> None:
     with templates.clone(kind) as db:
-        check(db)
         run(db, FORWARD, times=1)
         run(db, BACKWARD, times=1)
         conn = db.connect()
@@ -171,8 +157,35 @@ def test_rollbacks_leave_no_table_no_type_and_no_constraint(
             union all
             select t.oid::regtype::text from pg_type t join ours o on o.oid = t.typnamespace
             union all
+            select p.oid::regproc::text from pg_proc p join ours o on o.oid = p.pronamespace
+            union all
             select conname from pg_constraint where conname like 'arbiter%'"""
         assert column(conn, left) == []
+
+
+def test_the_columns_of_the_migration_are_those_that_functions_add(db: Database) -> None:
+    """A migration is frozen and stands alone, so the definitions are there a second time."""
+    conn = db.connect()
+    conn.execute("create table public.machines (like public.cloud_machines including indexes)")
+    conn.execute("alter table public.machines drop column last_health_check")
+    conn.execute("create table public.ticks (user_id uuid)")
+    conn.execute("select arbiter.protect('public.ticks')")
+    conn.execute("select arbiter.register_machines('public.machines')")
+    told = """
+        select a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+               pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum)
+          from pg_attribute a
+          left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+         where a.attrelid = %s::regclass and col_description(a.attrelid, a.attnum) like 'arbiter:%%'
+         order by 1"""
+
+    def columns(table: str) -> list[Any]:
+        return conn.execute(told, (table,)).fetchall()
+
+    assert [row[0] for row in columns("public.signals")] == ["arbiter_xid", "machine_id", "source"]
+    assert columns("public.signals") == columns("public.ticks")
+    assert [row[0] for row in columns("public.cloud_machines")] == ["last_health_check"]
+    assert columns("public.cloud_machines") == columns("public.machines")
 
 
 # -- sql/: the files ------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_rejects_while_the_app_uses_it_and_changes_nothing(
         arbiter_db.install(db.conninfo())
     assert caught.value.sqlstate == "2BP01"
     assert user in str(caught.value)
-    assert "Drop or change these objects" in str(caught.value.hint)
+    assert "Drop or change what uses it" in str(caught.value.hint)
     assert_same(before, dump(db.conninfo()))
 
 
@@ -242,7 +242,7 @@ def test_without_that_lock_the_write_fails(
     text = path.read_text(encoding="ascii")
     lock = "  perform arbiter._lock_tables(array(\n"
     assert text.count(lock) == 1
-    path.write_text(text.replace(lock, "  perform cardinality(array(\n"), encoding="ascii")
+    path.write_text(text.replace(lock, "  perform format('%s %s', array(\n"), encoding="ascii")
 
     downgrade(db)
     slow, _, batch = batch_that_waits(db, *two_users(db))
@@ -314,3 +314,170 @@ def wait_until_an_install_waits(db: Database) -> None:
             return
         pause.wait(0.01)
     raise AssertionError("the install did not wait")
+
+
+# -- what must not be in the way ------------------------------------------------------------------
+
+
+def test_a_reader_does_not_hold_an_upgrade_up_and_does_not_wait(db: Database) -> None:
+    """A dump, or a long query. Nor does a client deadlock that reads first and then writes."""
+    downgrade(db)
+    owner = db.connect()
+    user = add_user(owner)
+    client = db.session(role="service_role", name="reader")
+    client.run("begin")
+    client.run("select count(*) from public.signals")
+    arbiter_db.install(db.conninfo())
+    client.run(
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " values (%s, 'AFTER', '1m', 'buy', '2025-01-01')",
+        (user.trader,),
+    )
+    client.run("commit")
+    assert one_signature(owner)
+
+
+def test_a_reader_that_goes_on_to_write_waits_for_the_upgrade(db: Database) -> None:
+    """With a lock that conflicts with readers it would be a deadlock."""
+    downgrade(db)
+    owner = db.connect()
+    user = add_user(owner)
+    owner.execute("comment on trigger arbiter_guard_insert on public.signals is 'Older.'")
+    insert = (
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " values (%s, %s, '1m', 'buy', '2025-01-01')"
+    )
+    writer = db.session(role="service_role", name="writer")
+    writer.run("begin")
+    writer.run(insert, (user.trader, "FIRST"))
+    client = db.session(role="service_role", name="reader")
+    client.run("begin")
+    client.run("select count(*) from public.signals")
+    client.run("select count(*) from public.cloud_machines")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        install = pool.submit(arbiter_db.install, db.conninfo())
+        wait_until_an_install_waits(db)
+        second = client.start(insert, (user.trader, "SECOND"))
+        wait_until_blocked(client)
+        writer.run("commit")
+        second.result(TIMEOUT_S)
+        client.run("commit")
+        install.result(TIMEOUT_S)
+    assert one_signature(owner)
+
+
+def test_a_refused_upgrade_leaves_every_function_as_it_was(db: Database) -> None:
+    """Also those that a first install commits before the migrations."""
+    conn = db.connect()
+    conn.execute(OBJECTS["view"][0].encode())
+    conn.execute(OBJECTS["view"][1].encode())
+    conn.execute(
+        "create or replace function arbiter._columns() returns table"
+        " (kind text, types text[], definition text, meaning text) language sql immutable"
+        " set search_path = pg_catalog, pg_temp"
+        " begin atomic select 'older', '{}'::text[], 'b', 'c'; end"
+    )
+    before = dump(db.conninfo())
+    with pytest.raises(arbiter_db.InstallError):
+        arbiter_db.install(db.conninfo())
+    assert_same(before, dump(db.conninfo()))
+
+
+#: Old signatures whose calls would be ambiguous, of functions that an install calls itself.
+CALLED_BY_AN_INSTALL = [
+    "arbiter._build_policies(p_table regclass default null, p_level integer default 1)",
+    "arbiter._build_registry(p_level integer default 1)",
+    "arbiter.protect(p_table regclass, p_level integer default 1)",
+    "arbiter._attach(a regclass, b name, c text, d text, p_level integer default 1)",
+]
+
+
+@pytest.mark.parametrize("signature", CALLED_BY_AN_INSTALL)
+def test_an_old_signature_is_gone_before_an_install_calls_it(
+    db: Database, fresh: str, signature: str
+) -> None:
+    conn = db.connect()
+    conn.execute("create view public.app as select 1 as n")
+    conn.execute(f"create function {signature} returns void language sql as 'select'".encode())
+    arbiter_db.install(db.conninfo())
+    conn.execute("drop view public.app")
+    assert_same(fresh, schema(db.conninfo()))
+
+
+def test_extensions_and_what_belongs_to_a_type_are_left_alone(db: Database, fresh: str) -> None:
+    superuser = db.connect("postgres")
+    superuser.execute("create type arbiter.old as range (subtype = integer)")
+    superuser.execute("alter type arbiter.old owner to app_owner")
+    superuser.execute("create function arbiter.tool() returns integer language sql as 'select 1'")
+    superuser.execute("alter extension plpgsql add function arbiter.tool()")
+    arbiter_db.install(db.conninfo())
+    assert value(superuser, "select arbiter.tool()") == 1
+    superuser.execute("alter extension plpgsql drop function arbiter.tool()")
+    superuser.execute("drop function arbiter.tool()")
+    assert_same(fresh, schema(db.conninfo()))
+
+
+def test_triggers_of_an_earlier_version_go_with_their_functions(db: Database, fresh: str) -> None:
+    conn = db.connect()
+    conn.execute(
+        "create function arbiter.tg_old() returns trigger language plpgsql as"
+        " 'begin return null; end'"
+    )
+    for table in ("public.cloud_machines", "public.signals", "arbiter.leases"):
+        conn.execute(
+            f"create trigger arbiter_old after update on {table}"
+            " for each row execute function arbiter.tg_old()".encode()
+        )
+    arbiter_db.install(db.conninfo())
+    assert_same(fresh, schema(db.conninfo()))
+
+
+def test_says_what_it_dropped(db: Database) -> None:
+    db.connect().execute(OBJECTS["function"][0].encode())
+    steps: list[str] = []
+    arbiter_db.install(db.conninfo(), on_step=steps.append)
+    assert "dropped routine arbiter.old(integer)" in steps
+
+
+def test_another_role_must_not_upgrade(db: Database) -> None:
+    """Functions that are new would be its own, and closed to the owner of the others."""
+    before = dump(db.conninfo("postgres"))
+    with pytest.raises(arbiter_db.InstallError, match="it belongs to app_owner, not to postgres"):
+        arbiter_db.install(db.conninfo("postgres"))
+    assert_same(before, dump(db.conninfo("postgres")))
+
+
+def test_forgets_a_dropped_root_whose_partition_was_detached(db: Database) -> None:
+    conn = db.connect()
+    conn.execute("create table public.bars (user_id uuid, day date) partition by range (day)")
+    conn.execute(
+        "create table public.bars_1 partition of public.bars"
+        " for values from ('2025-01-01') to ('2026-01-01')"
+    )
+    conn.execute("select arbiter.protect('public.bars')")
+    conn.execute("alter table public.bars detach partition public.bars_1")
+    conn.execute("drop table public.bars")
+    arbiter_db.install(db.conninfo())
+    left = "select count(*) from pg_trigger where tgrelid = 'public.bars_1'::regclass"
+    assert value(conn, left) == 0
+
+
+@pytest.mark.parametrize("call", ["protect", "register_machines", "install"])
+def test_with_backslashes_as_escapes(db: Database, call: str) -> None:
+    conn = db.connect()
+    setting = "standard_conforming_strings"
+    try:
+        conn.execute(f"alter database {db.name} set {setting} = off".encode())
+    except psycopg.Error:
+        pytest.fail("this server has no such setting any more: remove the test")
+    again = db.connect()
+    assert value(again, f"show {setting}") == "off"
+    if call == "protect":
+        again.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
+    elif call == "register_machines":
+        again.execute("select arbiter.register_machines('public.cloud_machines')")
+    else:
+        arbiter_db.install(db.conninfo())
+    add_signal(again, add_user(again).trader)
+    found = "select state from arbiter.doctor() where object ~ '^(trigger|policy|generated|protection) '"
+    assert {row.state for row in rows(again, found)} == {"ok"}
