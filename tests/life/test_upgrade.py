@@ -479,5 +479,8 @@ def test_with_backslashes_as_escapes(db: Database, call: str) -> None:
     else:
         arbiter_db.install(db.conninfo())
     add_signal(again, add_user(again).trader)
-    found = "select state from arbiter.doctor() where object ~ '^(trigger|policy|generated|protection) '"
+    found = (
+        "select state from arbiter.doctor()"
+        " where object ~ '^(trigger|policy|generated function|protection) '"
+    )
     assert {row.state for row in rows(again, found)} == {"ok"}
