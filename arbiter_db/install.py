@@ -203,7 +203,7 @@ def _yoyo(conninfo: str) -> Iterator[_Backend]:
     uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, {"conninfo": conninfo})
     with _Backend(uri, default_migration_table) as backend:
         backend.init_database()
-        # A row in yoyo's own lock table was left by a crash: whoever installs holds our lock.
+        # A row in yoyo's own lock table was left by a crash: the installers' lock is held here.
         backend.break_lock()
         with backend.lock():
             yield backend
@@ -271,7 +271,7 @@ def _run(
         for path in paths:
             with _naming(path.name):
                 conn.execute(path.read_bytes())
-    for path in paths:
+    for path in () if is_dry else paths:
         on_step(path.name)
 
 

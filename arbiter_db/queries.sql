@@ -113,12 +113,12 @@ select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
   from pg_depend d
  cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
  where d.deptype in ('n', 'a')
-   and d.refobjid in (
-     select oid from pg_class where relnamespace = to_regnamespace('arbiter')
+   and (d.refclassid, d.refobjid) in (
+     select 'pg_class'::regclass, oid from pg_class where relnamespace = to_regnamespace('arbiter')
      union all
-     select oid from pg_proc where pronamespace = to_regnamespace('arbiter')
+     select 'pg_proc'::regclass, oid from pg_proc where pronamespace = to_regnamespace('arbiter')
      union all
-     select oid from pg_type where typnamespace = to_regnamespace('arbiter'))
+     select 'pg_type'::regclass, oid from pg_type where typnamespace = to_regnamespace('arbiter'))
    and o.object_names[1] <> 'arbiter'
    and o.object_names[1] not like 'arbiter.%%'
  order by 1

@@ -12,10 +12,38 @@ set local lock_timeout = '5s';
 
 do $columns$
 declare
-  v_column record;
-  v_tables regclass[] := array_remove(array[to_regclass('public.signals'), to_regclass('public.cloud_machines')], null);
+  v_columns text[] := array[
+    ['cloud_machines', 'last_health_check', 'timestamptz',
+      'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'],
+    ['signals', 'source', 'text not null default ''local''',
+      'the environment that wrote the row, local (browser) or cloud (machine).'],
+    ['signals', 'machine_id', 'uuid',
+      'the machine that wrote the row when source is cloud.'],
+    ['signals', 'arbiter_xid', 'xid8',
+      'the transaction that wrote the row; null on rows older than protection.']];
+  v_column text[];
+  v_missing text[] := '{}';
+  v_tables regclass[] := '{}';
   v_give_up_at timestamptz := clock_timestamp() + interval '5 seconds';
 begin
+  foreach v_column slice 1 in array v_columns loop
+    if exists (
+      select from pg_catalog.pg_class c
+       where c.oid = to_regclass('public.' || v_column[1])
+         and c.relkind in ('r', 'p')
+         and not exists (
+           select from pg_catalog.pg_attribute a
+            where a.attrelid = c.oid and a.attname = v_column[2] and not a.attisdropped))
+    then
+      v_missing := v_missing || array[v_column];
+      v_tables := array_remove(v_tables, to_regclass('public.' || v_column[1])) || to_regclass('public.' || v_column[1]);
+    end if;
+  end loop;
+  -- No lock where there is nothing to do: this may run again on a busy database.
+  if v_tables = '{}' then
+    return;
+  end if;
+
   loop
     begin
       for i in 1 .. cardinality(v_tables) loop
@@ -33,26 +61,10 @@ begin
   end loop;
   perform set_config('lock_timeout', '5s', true);
 
-  for v_column in
-    select c.table_name, c.name, c.definition, c.meaning
-      from (values
-        ('cloud_machines', 'last_health_check', 'timestamptz',
-          'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
-        ('signals', 'source', 'text not null default ''local''',
-          'the environment that wrote the row, local (browser) or cloud (machine).'),
-        ('signals', 'machine_id', 'uuid',
-          'the machine that wrote the row when source is cloud.'),
-        ('signals', 'arbiter_xid', 'xid8',
-          'the transaction that wrote the row; null on rows older than protection.')
-      ) as c (table_name, name, definition, meaning)
-     where to_regclass('public.' || c.table_name) is not null
-       and not exists (
-         select from pg_catalog.pg_attribute a
-          where a.attrelid = to_regclass('public.' || c.table_name) and a.attname = c.name and not a.attisdropped)
-  loop
-    execute format('alter table public.%I add column %I %s', v_column.table_name, v_column.name, v_column.definition);
+  foreach v_column slice 1 in array v_missing loop
+    execute format('alter table public.%I add column %I %s', v_column[1], v_column[2], v_column[3]);
     -- By this prefix an uninstall knows that the column is arbiter's.
-    execute format('comment on column public.%I.%I is %L', v_column.table_name, v_column.name, 'arbiter: ' || v_column.meaning);
+    execute format('comment on column public.%I.%I is %L', v_column[1], v_column[2], 'arbiter: ' || v_column[4]);
   end loop;
 end
 $columns$;

@@ -1,7 +1,7 @@
 -- What arbiter generates: triggers, functions and views whose text depends on the app's names.
 --
--- The comment of each ends in a hash of its definition. So attaching twice changes nothing and takes no lock, and
--- doctor() sees what was changed since.
+-- The comment of each ends in a hash of its definition, so attaching twice changes nothing and takes no lock. For
+-- triggers and functions the hash covers what the server has, so doctor() sees what was changed since.
 
 -- Hashes both what was asked for and what the server has: a trigger that somebody replaces keeps its comment.
 create or replace function arbiter._trigger_comment(p_trigger_id oid, p_definition text, p_meaning text)
@@ -31,6 +31,25 @@ end;
 comment on function arbiter._is_disabled_below(regclass, name) is
   'Whether a trigger, or its copy in a partition, does not fire always.';
 
+create or replace function arbiter._is_attached(
+  p_table regclass,
+  p_trigger name,
+  p_definition text,
+  p_meaning text)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select not arbiter._is_disabled_below(p_table, p_trigger) and exists (
+    select from pg_catalog.pg_trigger t
+     where t.tgrelid = p_table
+       and t.tgname = p_trigger
+       and obj_description(t.oid, 'pg_trigger') = arbiter._trigger_comment(t.oid, p_definition, p_meaning));
+end;
+comment on function arbiter._is_attached(regclass, name, text, text) is
+  'Whether a table has this trigger, made from this definition and enabled always.';
+
 create or replace function arbiter._attach(
   p_table regclass,
   p_trigger name,
@@ -41,13 +60,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if exists (
-    select from pg_catalog.pg_trigger t
-     where t.tgrelid = p_table
-       and t.tgname = p_trigger
-       and obj_description(t.oid, 'pg_trigger') = arbiter._trigger_comment(t.oid, p_definition, p_meaning))
-     and not arbiter._is_disabled_below(p_table, p_trigger)
-  then
+  if arbiter._is_attached(p_table, p_trigger, p_definition, p_meaning) then
     return;
   end if;
   execute format('create or replace trigger %I ', p_trigger) || replace(p_definition, '{table}', p_table::text);

@@ -106,8 +106,31 @@ end;
 comment on function arbiter._policy_comment(oid, text, text) is
   'The comment that a policy must have, with the hash of its definition.';
 
--- Changing a policy waits for all users of its table, so only what differs is made again. Above read committed the
--- snapshot may be older than another session's change, so there the given table gets all its policies anew.
+-- Above read committed the snapshot may be older than another session's change, so there all policies of p_table count
+-- as wrong.
+create or replace function arbiter._wrong_policies(p_table regclass)
+returns table (table_name regclass, policy_name name, definition text, meaning text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select coalesce(n.table_name, p.polrelid::regclass), coalesce(n.policy_name, p.polname), n.definition, n.meaning
+    from arbiter._policies() n
+    full join (select * from pg_catalog.pg_policy where starts_with(polname, 'arbiter_')) p
+      on p.polrelid = n.table_name::oid and p.polname = n.policy_name
+   where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
+     and case
+     -- A policy of an earlier definition. The hash tells that arbiter made it.
+     when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '[[][0-9a-f]{32}]$'
+     when p.oid is null then true
+     when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
+     else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end
+   order by 1, 2;
+end;
+comment on function arbiter._wrong_policies(regclass) is
+  'Policies to be made anew, or dropped (definition null), on a table and its partitions or on all tables (null).';
+
+-- Changing a policy waits for all users of its table, so only what differs is made again.
 create or replace function arbiter._build_policies(p_table regclass default null)
 returns void
 language plpgsql
@@ -116,21 +139,7 @@ as $$
 declare
   v_policy record;
 begin
-  for v_policy in
-    select coalesce(n.table_name, p.polrelid::regclass) as table_name,
-           coalesce(n.policy_name, p.polname) as name,
-           n.definition, n.meaning
-      from arbiter._policies() n
-      full join (select * from pg_catalog.pg_policy where starts_with(polname, 'arbiter_')) p
-        on p.polrelid = n.table_name::oid and p.polname = n.policy_name
-     where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
-       and case
-       -- A policy of an earlier definition. The hash tells that arbiter made it.
-       when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '[[][0-9a-f]{32}]$'
-       when p.oid is null then true
-       when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
-       else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end
-     order by 1, 2
+  for v_policy in select w.table_name, w.policy_name as name, w.definition, w.meaning from arbiter._wrong_policies(p_table) w
   loop
     execute format('drop policy if exists %I on %s', v_policy.name, v_policy.table_name);
     if v_policy.definition is not null then

@@ -30,7 +30,7 @@ begin
 end
 $$;
 comment on function arbiter._close_all() is
-  'Revokes every privilege in schema arbiter from every role but the owner, except on the view machines.';
+  'Revokes every privilege on functions, tables and sequences of schema arbiter from every role but the owner.';
 
 do $close$
 begin

@@ -5,9 +5,9 @@ do $adopt$
 declare
   v_adopt record;
 begin
-  perform arbiter._forget_dropped();
-  perform arbiter._detach_left_over();
+  perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
+  perform arbiter._forget_dropped();
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._own_triggers() t;
   perform arbiter._build_registry();

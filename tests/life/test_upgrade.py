@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -240,9 +241,9 @@ def test_without_that_lock_the_write_fails(
     shutil.copytree(installer._folder("sql"), folder)
     path = folder / "40_left_over.sql"
     text = path.read_text(encoding="ascii")
-    lock = "  perform arbiter._lock_tables(array(\n"
+    lock = "    perform arbiter._lock_tables(v_tables, 'share row exclusive');\n"
     assert text.count(lock) == 1
-    path.write_text(text.replace(lock, "  perform format('%s %s', array(\n"), encoding="ascii")
+    path.write_text(text.replace(lock, "    perform v_tables;\n"), encoding="ascii")
 
     downgrade(db)
     slow, _, batch = batch_that_waits(db, *two_users(db))
@@ -484,3 +485,78 @@ def test_with_backslashes_as_escapes(db: Database, call: str) -> None:
         " where object ~ '^(trigger|policy|generated function|protection) '"
     )
     assert {row.state for row in rows(again, found)} == {"ok"}
+
+
+POLICY = (
+    "comment on policy arbiter_claim on public.signals is"
+    " 'Older [00000000000000000000000000000000]'"
+)
+
+
+@pytest.mark.parametrize("way", ["install", "script", "export"])
+def test_no_reader_waits_where_only_functions_change(db: Database, way: str) -> None:
+    downgrade(db)
+    reader = db.session(role="service_role", name="reader")
+    reader.run("begin")
+    reader.run("select count(*) from public.signals")
+    reader.run("select count(*) from public.cloud_machines")
+    if way == "install":
+        arbiter_db.install(db.conninfo())
+    elif way == "export":
+        conn = db.connect()
+        with conn.transaction():
+            conn.execute(installer.migration_texts()[0].encode())
+    else:
+        assert db.server.psql is not None
+        command = [db.server.psql, "-X", "-q", "-d", db.conninfo()]
+        done = subprocess.run(
+            command, input=arbiter_db.sql_text(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    reader.run("commit")
+    assert one_signature(db.connect())
+
+
+def test_a_reader_that_writes_is_no_victim_when_a_policy_changes(db: Database) -> None:
+    """The strongest lock comes first, and the server lets a client pass that waits behind it."""
+    owner = db.connect()
+    user = add_user(owner)
+    owner.execute(OBJECTS["function"][0].encode())
+    owner.execute(POLICY.encode())
+    client = db.session(role="service_role", name="reader")
+    client.run("begin")
+    client.run("select count(*) from public.signals")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        install = pool.submit(arbiter_db.install, db.conninfo())
+        wait_until_an_install_waits(db)
+        client.run(
+            "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+            " values (%s, 'AFTER', '1m', 'buy', '2025-01-01')",
+            (user.trader,),
+        )
+        client.run("commit")
+        install.result(TIMEOUT_S)
+    wrong = "select count(*) from arbiter._wrong_policies(null)"
+    assert value(owner, wrong) == 0
+
+
+def test_a_trigger_on_a_detached_partition_goes_with_its_function(db: Database) -> None:
+    conn = db.connect()
+    conn.execute("create table public.bars (user_id uuid, day date) partition by range (day)")
+    conn.execute(
+        "create table public.bars_1 partition of public.bars"
+        " for values from ('2025-01-01') to ('2026-01-01')"
+    )
+    conn.execute("select arbiter.protect('public.bars')")
+    conn.execute("alter table public.bars detach partition public.bars_1")
+    conn.execute(
+        "create function arbiter.tg_old() returns trigger language plpgsql as"
+        " 'begin return null; end'"
+    )
+    conn.execute(
+        "create trigger arbiter_old after update on public.bars_1"
+        " for each row execute function arbiter.tg_old()"
+    )
+    arbiter_db.install(db.conninfo())
+    left = "select count(*) from pg_trigger where tgname = 'arbiter_old'"
+    assert value(conn, left) == 0
