@@ -15,10 +15,10 @@ begin
     create schema arbiter;
   end if;
   -- Another role's functions would be closed to the owner of those that call them.
-  select pg_get_userbyid(p.proowner)
+  select pg_get_userbyid(c.relowner)
     into v_owner
-    from pg_catalog.pg_proc p
-   where p.oid = to_regprocedure('arbiter.version()');
+    from pg_catalog.pg_class c
+   where c.oid = to_regclass('arbiter.settings');
   if v_owner <> current_user then
     raise exception using
       errcode = 'insufficient_privilege',
