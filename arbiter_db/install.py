@@ -123,8 +123,8 @@ def sql_text() -> str:
         "\\set ON_ERROR_STOP on",
     ]
     checks, *others = _units()
-    parts += [QUERIES["is_first"].decode() + " \\gset", *_script(checks)]
-    parts += ["\\if :arbiter_is_first", "commit;", "\\else", "rollback;", "\\endif"]
+    parts += [QUERIES["has_version"].decode() + " \\gset", *_script(checks)]
+    parts += ["\\if :has_version", "rollback;", "\\else", "commit;", "\\endif"]
     for unit in others:
         parts += [*_script(unit), "commit;"]
     parts += [

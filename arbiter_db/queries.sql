@@ -71,7 +71,7 @@ select heartbeat_interval, heartbeat_timeout
        set_config('statement_timeout', ceil(extract(epoch from heartbeat_timeout) * 1000)::text, true)
 
 -- name: has_version
-select to_regprocedure('arbiter.version()') is not null
+select to_regprocedure('arbiter.version()') is not null as has_version
 
 -- name: has_schema
 select to_regnamespace('arbiter') is not null
@@ -139,9 +139,6 @@ set local statement_timeout to 0;
 set search_path to arbiter;
 set lock_timeout to '5s';
 set statement_timeout to 0;
-
--- name: is_first
-select to_regprocedure('arbiter.version()') is null as arbiter_is_first
 
 -- name: script_lock
 -- The same lock, without a result that psql would print.

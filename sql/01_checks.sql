@@ -25,31 +25,6 @@ $$;
 comment on function arbiter._need_owner(regclass) is
   'Error 42501 when the current role does not own the table.';
 
-create or replace function arbiter._foreign_key(
-  p_table regclass,
-  p_column name,
-  out parent regclass,
-  out parent_column name,
-  out constraint_name name)
-returns record
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select k.confrelid::regclass, f.attname, k.conname
-    from pg_catalog.pg_constraint k
-    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
-    join pg_catalog.pg_attribute f on f.attrelid = k.confrelid and f.attnum = k.confkey[1]
-   where k.conrelid = p_table
-     and k.contype = 'f'
-     and cardinality(k.conkey) = 1
-     and a.attname = p_column
-   order by k.oid
-   limit 1;
-end;
-comment on function arbiter._foreign_key(regclass, name) is
-  'Where the single-column foreign key of a column leads; nulls when there is none.';
-
 create or replace function arbiter._need_foreign_key(
   p_table regclass,
   p_column name,
@@ -63,9 +38,17 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  select f.parent, f.parent_column, f.constraint_name
+  select k.confrelid::regclass, f.attname, k.conname
     into parent, parent_column, constraint_name
-    from arbiter._foreign_key(p_table, p_column) f;
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
+    join pg_catalog.pg_attribute f on f.attrelid = k.confrelid and f.attnum = k.confkey[1]
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and cardinality(k.conkey) = 1
+     and a.attname = p_column
+   order by k.oid
+   limit 1;
   if parent is null then
     perform arbiter._fail('invalid_parameter_value',
       format('column %I of table %s is not a foreign key of one column', p_column, p_table),
@@ -74,7 +57,7 @@ begin
 end
 $$;
 comment on function arbiter._need_foreign_key(regclass, name, text) is
-  'Where the foreign key of a column leads. Error 22023 when it is none.';
+  'Where the single-column foreign key of a column leads. p_path: the path it is a step of, for the hint. Error 22023 when there is none.';
 
 -- A machine column of the app that leads to another table could never hold a machine.
 create or replace function arbiter._need_machine_key(p_table regclass, p_machine_column name, p_registry regclass)

@@ -77,7 +77,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid;
-  v_at timestamptz := clock_timestamp();
+  v_at timestamptz;
 begin
   for v_user_id in
     insert into arbiter.leases (user_id, epoch, holder, held_since)
@@ -112,6 +112,8 @@ begin
   on conflict on constraint machine_notes_pkey do update
     set left_running_at = coalesce(n.left_running_at, excluded.left_running_at),
         entered_error_at = coalesce(n.entered_error_at, excluded.entered_error_at);
+  -- One instant for all, taken when the many leases are there.
+  v_at := clock_timestamp();
   perform arbiter._activate(m.user_id, m.machine_id)
      from (
        select r.user_id, r.machine_id
