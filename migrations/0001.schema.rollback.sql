@@ -11,5 +11,5 @@ drop table if exists
   cascade;
 
 drop type if exists
-  arbiter.audit_finding, arbiter.execution_status, arbiter.verdict, arbiter.machine
+  arbiter.audit_finding, arbiter.execution_status, arbiter.error, arbiter.verdict, arbiter.machine
   cascade;

@@ -45,6 +45,14 @@ begin
       retry_at timestamptz
     );
   end if;
+  if to_regtype('arbiter.error') is null then
+    create type arbiter.error as (
+      sqlstate text,
+      message text,
+      detail text,
+      hint text
+    );
+  end if;
   if to_regtype('arbiter.execution_status') is null then
     create type arbiter.execution_status as (
       environment text,

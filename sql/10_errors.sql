@@ -1,5 +1,12 @@
 -- The eight rejections, in one place: code, SQLSTATE, message, hint, and the DETAIL that programs read;
 -- and how an error reaches its reader, as SQL or over HTTP.
+--
+-- An error is a value until the function that the client, or the client's write, has called raises it. Each function
+-- between that one and the `raise` would add two lines of CONTEXT to what the reader gets.
+
+-- The migrations create the type; see _left_over() (40_left_over.sql).
+comment on type arbiter.error is
+  'An error before it is raised: the values of RAISE; all are null when there is none.';
 
 create or replace function arbiter._rejection(
   p_code text,
@@ -77,13 +84,13 @@ comment on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jso
 -- with SQLSTATE PGRST, so inside its requests, for which it sets request.method, an error has that form. A client
 -- that sets request.method itself gets the same error in that form. Status and headers are made of numbers only:
 -- text from a client stays inside the JSON of the body.
-create or replace function arbiter._fail_with_detail(
+create or replace function arbiter._error(
   p_sqlstate text,
   p_message text,
   p_hint text,
   p_detail jsonb,
   p_http_status integer)
-returns void
+returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -91,32 +98,32 @@ declare
   v_seconds integer := greatest(1, ceil(extract(epoch from (p_detail ->> 'retry_at')::timestamptz - clock_timestamp())));
 begin
   if coalesce(current_setting('request.method', true), '') = '' then
-    raise exception using errcode = p_sqlstate, message = p_message, detail = p_detail::text, hint = p_hint;
+    return (p_sqlstate, p_message, p_detail::text, p_hint)::arbiter.error;
   end if;
-  raise exception using
-    errcode = 'PGRST',
-    message = jsonb_build_object(
-      'code', p_sqlstate, 'message', p_message, 'details', p_detail::text, 'hint', p_hint)::text,
-    detail = jsonb_build_object(
+  return (
+    'PGRST',
+    jsonb_build_object('code', p_sqlstate, 'message', p_message, 'details', p_detail::text, 'hint', p_hint)::text,
+    jsonb_build_object(
       'status', p_http_status,
       'headers', case when p_detail ->> 'retry_at' is null then '{}'
-                 else jsonb_build_object('Retry-After', v_seconds::text) end)::text;
+                 else jsonb_build_object('Retry-After', v_seconds::text) end)::text,
+    p_hint)::arbiter.error;
 end
 $$;
-comment on function arbiter._fail_with_detail(text, text, text, jsonb, integer) is
-  'Raises an error that programs read: with its SQLSTATE, or for a request of PostgREST with that HTTP status, and Retry-After when the detail has retry_at.';
+comment on function arbiter._error(text, text, text, jsonb, integer) is
+  'An error that programs read: with its SQLSTATE, or for a request of PostgREST with that HTTP status, and Retry-After when the detail has retry_at.';
 
-create or replace function arbiter._reject(p_code text, p_detail jsonb, p_hint text default null)
-returns void
+create or replace function arbiter._rejected(p_code text, p_detail jsonb, p_hint text default null)
+returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rejection record := arbiter._rejection(p_code);
 begin
-  perform arbiter._fail_with_detail(
+  return arbiter._error(
     v_rejection.sqlstate, v_rejection.message, coalesce(p_hint, v_rejection.hint), p_detail, 409);
 end
 $$;
-comment on function arbiter._reject(text, jsonb, text) is
-  'Rejects: raises the error of the code. p_hint: in place of the code''s own hint.';
+comment on function arbiter._rejected(text, jsonb, text) is
+  'The error of a rejection. p_hint: in place of the code''s own hint.';

@@ -149,13 +149,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_row arbiter.handovers;
+  v_error arbiter.error;
 begin
   if tg_level = 'ROW' then
     v_row := old;
   end if;
-  perform arbiter._reject('append_only', arbiter._detail('append_only', v_row.user_id, null, null,
+  v_error := arbiter._rejected('append_only', arbiter._detail('append_only', v_row.user_id, null, null,
     jsonb_build_object('operation', tg_op, 'epoch', v_row.epoch)));
-  return null;
+  raise exception using
+    errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
 end
 $$;
 comment on function arbiter.tg_append_only() is 'Rejects the operation with WX008.';

@@ -62,6 +62,7 @@ as $$
 declare
   v_held record;
   v_write record;
+  v_error arbiter.error;
   v_is_common boolean := true;
   -- At a higher level the lock may wait (_share_lease_bounded).
   v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
@@ -125,8 +126,12 @@ begin
     if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
       continue when arbiter._share_lease(v_write.user_id, 'local', null);
     end if;
-    perform arbiter._admit(__protection, __mode, __unowned,
+    v_error := arbiter._admit(__protection, __mode, __unowned,
       v_write.user_id, v_write.source, v_write.machine_id, v_write.flaw);
+    if v_error.sqlstate is not null then
+      raise exception using
+        errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
+    end if;
   end loop;
   return null;
 end
@@ -147,6 +152,7 @@ as $$
 declare
   v_user_id uuid;
   v_machine_gone boolean;
+  v_error arbiter.error;
 begin
   -- The common case: the provenance has not changed, or the update says who writes.
   if new.__key is not distinct from old.__key
@@ -167,7 +173,7 @@ begin
     or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
       or new.__machine is distinct from old.__machine and not v_machine_gone)
   then
-    perform arbiter._reject_or_record(__protection, __mode, 'provenance_immutable',
+    v_error := arbiter._reject_or_record(__protection, __mode, 'provenance_immutable',
       arbiter._detail('provenance_immutable', v_user_id, null, null));
   -- The foreign key changes nothing but the machine, and acts from inside a trigger. Any other update that leaves
   -- cloud without a machine is a write and must say whose. Without such a key the depth of triggers proves nothing.
@@ -180,9 +186,13 @@ begin
             join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
            where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = __machine_name)))
   then
-    perform arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
+    v_error := arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
       arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
       'A cloud write names its machine.');
+  end if;
+  if v_error.sqlstate is not null then
+    raise exception using
+      errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
   end if;
   return new;
 end
@@ -201,14 +211,13 @@ end
 $$;
 comment on function arbiter.tg_stamp_xid() is 'Sets arbiter_xid to the transaction that updates the row.';
 
--- Mode enforce rejects; mode observe records the rejection and admits the write.
 create or replace function arbiter._reject_or_record(
   p_protection_id integer,
   p_mode text,
   p_code text,
   p_detail jsonb,
   p_hint text default null)
-returns void
+returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -218,13 +227,13 @@ begin
     select clock_timestamp(), p.protected_table, p_code, p_detail, pg_current_xact_id()
       from arbiter.protections p
      where p.protection_id = p_protection_id;
-  else
-    perform arbiter._reject(p_code, p_detail, p_hint);
+    return null;
   end if;
+  return arbiter._rejected(p_code, p_detail, p_hint);
 end
 $$;
 comment on function arbiter._reject_or_record(integer, text, text, jsonb, text) is
-  'Rejects a write to a protected table, or records the rejection where the table is observed.';
+  'The error that rejects a write to a protected table. Where the table is observed, records the rejection and returns null.';
 
 create or replace function arbiter._identity_flaw(
   p_user_id uuid,
@@ -266,7 +275,7 @@ create or replace function arbiter._admit(
   p_source text,
   p_machine_id uuid,
   p_flaw text)
-returns void
+returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -277,14 +286,13 @@ declare
 begin
   v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, p_unowned);
   if v_hint is not null then
-    perform arbiter._reject_or_record(p_protection_id, p_mode, 'wrong_identity',
+    return arbiter._reject_or_record(p_protection_id, p_mode, 'wrong_identity',
       arbiter._detail('wrong_identity', p_user_id, null, null,
         jsonb_build_object('source', p_source, 'machine_id', p_machine_id)),
       v_hint);
-    return;
   end if;
   if p_user_id is null then
-    return;
+    return null;
   end if;
 
   if p_mode = 'enforce' then
@@ -310,11 +318,12 @@ begin
     elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
       v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
     end if;
-    perform arbiter._reject_or_record(p_protection_id, p_mode, (v_decision.verdict).code,
+    return arbiter._reject_or_record(p_protection_id, p_mode, (v_decision.verdict).code,
       arbiter._detail((v_decision.verdict).code, p_user_id, v_decision.lease, (v_decision.verdict).retry_at, v_more),
       v_hint);
   end if;
+  return null;
 end
 $$;
 comment on function arbiter._admit(integer, text, text, uuid, text, uuid, text) is
-  'Admits a write to a protected table, with the lease locked to the end of the transaction, or rejects it (WX001 to WX005, WX007). p_flaw as for _identity_flaw().';
+  'Admits a write to a protected table, with the lease locked to the end of the transaction, or returns the error that rejects it (WX001 to WX005, WX007). p_flaw as for _identity_flaw().';

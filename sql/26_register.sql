@@ -306,6 +306,7 @@ declare
   v_asked_at timestamptz := clock_timestamp();
   v_count bigint;
   v_unknown uuid;
+  v_error arbiter.error;
 begin
   if not exists (select from arbiter.registry) then
     perform arbiter._fail('object_not_in_prerequisite_state',
@@ -323,9 +324,11 @@ begin
      where not exists (
        select from arbiter.machines m where m.machine_id = i.id and m.heartbeat_at >= v_asked_at)
      limit 1;
-    perform arbiter._fail_with_detail('P0002', format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
+    v_error := arbiter._error('P0002', format('arbiter: no machine %s', coalesce(v_unknown::text, 'null')),
       'Check the id against the registry''s id column; no heartbeat of this call was written.',
       jsonb_build_object('code', 'unknown_machine', 'machine_id', v_unknown), 404);
+    raise exception using
+      errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
   end if;
   return v_count;
 end

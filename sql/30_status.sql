@@ -86,34 +86,34 @@ $$;
 comment on function arbiter.status(uuid) is
   'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
 
-create or replace function arbiter._need_confirmable(p_user_id uuid, p_lease arbiter.leases)
-returns arbiter.machine
+create or replace function arbiter._unconfirmable(p_user_id uuid, p_lease arbiter.leases)
+returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings arbiter.settings;
-  v_machine arbiter.machine := arbiter._machine(p_user_id, p_lease.claimant);
   v_verdict arbiter.verdict;
 begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
-  v_verdict := arbiter._verdict('local', null, p_lease, v_machine, v_settings, clock_timestamp());
+  v_verdict := arbiter._verdict('local', null, p_lease, arbiter._machine(p_user_id, p_lease.claimant), v_settings,
+    clock_timestamp());
   if v_verdict.code is null then
-    perform arbiter._fail_with_detail('55000', 'arbiter: there is nothing to confirm', 'The browser may write already.',
+    return arbiter._error('55000', 'arbiter: there is nothing to confirm', 'The browser may write already.',
       arbiter._detail('nothing_to_confirm', p_user_id, p_lease, null), 409);
   end if;
   if v_verdict.code <> 'takeover_unconfirmed' or v_verdict.retry_at is not null then
-    perform arbiter._reject(v_verdict.code,
+    return arbiter._rejected(v_verdict.code,
       arbiter._detail(v_verdict.code, p_user_id, p_lease, v_verdict.retry_at),
       case when v_verdict.code = 'takeover_unconfirmed'
         then 'Too early: the machine may recover; confirm at retry_at.'
         else 'There is nothing to confirm: the machine is not in error.' end);
   end if;
-  return v_machine;
+  return null;
 end
 $$;
-comment on function arbiter._need_confirmable(uuid, arbiter.leases) is
-  'The machine whose takeover can be confirmed. Errors WX001, WX002, WX003 when it is too early or not in error, 55000 when there is nothing to confirm.';
+comment on function arbiter._unconfirmable(uuid, arbiter.leases) is
+  'Why the takeover of a lease''s machine cannot be confirmed: WX001, WX002, WX003 when it is too early or the machine is not in error, 55000 when there is nothing to confirm. Null when it can.';
 
 -- Definer: the user may confirm, but may write neither lease nor registry.
 create or replace function arbiter.confirm_takeover(p_user_id uuid default null)
@@ -127,34 +127,43 @@ declare
   v_user_id uuid := arbiter._caller(p_user_id);
   v_give_up_at timestamptz;
   v_lease arbiter.leases;
-  v_machine arbiter.machine;
+  v_error arbiter.error;
   v_attempt record;
   v_word text;
 begin
   select clock_timestamp() + s.drain_timeout into strict v_give_up_at from arbiter.settings s where s.singleton;
   loop
     select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;
-    v_machine := arbiter._need_confirmable(v_user_id, v_lease);
+    v_error := arbiter._unconfirmable(v_user_id, v_lease);
+    exit when v_error.sqlstate is not null;
     -- The registry row first, as everywhere, so that its machine cannot recover before the takeover is confirmed.
-    perform from arbiter.machines m where m.machine_id = v_machine.machine_id for no key update skip locked;
+    perform from arbiter.machines m where m.machine_id = v_lease.claimant for no key update skip locked;
     if found then
       v_attempt := arbiter._lock_lease(v_user_id);
       if v_attempt.locked then
         v_lease := v_attempt.lease;
+      else
+        -- Writes are in flight. The mark of a drain does not wait for them and needs only this lock.
+        select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id for no key update skip locked;
+      end if;
+      if v_attempt.locked or found then
+        -- Again by the locked rows, which cannot change any more.
+        v_error := arbiter._unconfirmable(v_user_id, v_lease);
         exit;
       end if;
-      -- Writes are in flight. The mark of a drain does not wait for them and needs only this lock.
-      select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id for no key update skip locked;
-      exit when found;
     end if;
     if not arbiter._pause(v_give_up_at) then
-      perform arbiter._reject('handover_draining',
+      v_error := arbiter._rejected('handover_draining',
         arbiter._detail('handover_draining', v_user_id, v_lease, null,
           jsonb_build_object('blockers', arbiter._blockers(v_user_id))));
+      exit;
     end if;
   end loop;
+  if v_error.sqlstate is not null then
+    raise exception using
+      errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
+  end if;
 
-  v_machine := arbiter._need_confirmable(v_user_id, v_lease);
   if not v_attempt.locked
      or not arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
   then
@@ -174,7 +183,7 @@ begin
   loop
     begin
       execute format('update arbiter.machines set status = %L where machine_id = $1', v_word)
-        using v_machine.machine_id;
+        using v_lease.claimant;
       return arbiter._status(v_user_id);
     exception
       when check_violation or invalid_text_representation or foreign_key_violation then

@@ -47,9 +47,9 @@ grant execute on function
   arbiter.claimed_user_id(),
   arbiter.claimed_machine_id(),
   arbiter.version(),
-  -- heartbeat() runs as its caller, and raises these.
+  -- heartbeat() runs as its caller, and fails with these.
   arbiter._fail(text, text, text),
-  arbiter._fail_with_detail(text, text, text, jsonb, integer)
+  arbiter._error(text, text, text, jsonb, integer)
   to public;
 
 -- Clients may know the periods, and whether there is a registry.

@@ -231,9 +231,14 @@ def add_signal(
 
 
 def rejection(run: Callable[..., object], *args: Any) -> psycopg.Error:
-    """The database's error when that is run; it must be one."""
+    """The database's error when that is run; it must be one.
+
+    People read it, so the CONTEXT of a rejection names at most one function of arbiter.
+    """
     with pytest.raises(psycopg.Error) as caught:
         run(*args)
+    if (caught.value.sqlstate or "").startswith("WX"):
+        assert (caught.value.diag.context or "").count(" function arbiter.") <= 1
     return caught.value
 
 

@@ -824,7 +824,7 @@ OWNERS_CALLS = [
     "arbiter.unprotect('public.signals')",
     "arbiter.register_machines('public.cloud_machines')",
     "arbiter._verdict('local', null, null, null, null, now())",
-    "arbiter._reject('cloud_active', '{}')",
+    "arbiter._rejected('cloud_active', '{}')",
     "arbiter._admit(1, 'enforce', 'reject', null, 'local', null, null)",
     "arbiter._hand_over(null, false, 'local', null, 'confirmed')",
     "arbiter._create_lease(gen_random_uuid(), 'registered')",

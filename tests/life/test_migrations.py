@@ -40,7 +40,7 @@ OPEN_TO_EVERYBODY = {
     "arbiter.version()",
     # heartbeat() runs as its caller, and fails with these.
     "arbiter._fail(text,text,text)",
-    "arbiter._fail_with_detail(text,text,text,jsonb,integer)",
+    "arbiter._error(text,text,text,jsonb,integer)",
 }
 
 PARTITIONED = """

@@ -166,8 +166,8 @@ def downgrade(db: Database) -> None:
     text = path.read_text(encoding="ascii")
     for now, before in (
         ("v_write.machine_id, v_write.flaw);", "v_write.machine_id, v_write.flaw, 1);"),
-        ("  p_machine_id uuid,\n  p_flaw text)\nreturns void",
-         "  p_machine_id uuid,\n  p_flaw text,\n  p_older integer)\nreturns void"),
+        ("  p_machine_id uuid,\n  p_flaw text)\nreturns arbiter.error",
+         "  p_machine_id uuid,\n  p_flaw text,\n  p_older integer)\nreturns arbiter.error"),
         ("_admit(integer, text, text, uuid, text, uuid, text) is",
          "_admit(integer, text, text, uuid, text, uuid, text, integer) is"),
     ):  # fmt: skip

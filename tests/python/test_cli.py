@@ -205,7 +205,8 @@ def test_a_rejection_is_one_line_with_its_code(db: Database, dsn: str) -> None:
         create or replace function arbiter.status(p_user_id uuid default null)
         returns arbiter.execution_status language plpgsql as $$
         begin
-          perform arbiter._reject('cooling_down', '{"retry_at": "2026-01-02T03:04:05Z"}');
+          raise exception using errcode = 'WX002', message = 'too recently', hint = 'Wait.',
+            detail = '{"code": "cooling_down", "retry_at": "2026-01-02T03:04:05Z"}';
         end $$
         """
     )

@@ -313,6 +313,7 @@ def assert_rejected(
     assert (error.sqlstate, error.diag.message_primary) == (sqlstate, message)
     assert detail_of(error) == {"code": code, "user_id": str(stage.user.id), **detail}
     assert error.diag.message_hint == (hint or HINTS[code])
+    assert len((error.diag.context or "").splitlines()) <= 2
     assert stage.everything() == before
 
 

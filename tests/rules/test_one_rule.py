@@ -58,7 +58,7 @@ def test_the_guard_takes_the_lock_of_share_lease(db: Database, lease: str, write
     owner.execute(
         "create or replace function arbiter._admit(p_protection_id integer, p_mode text,"
         " p_unowned text, p_user_id uuid, p_source text, p_machine_id uuid, p_flaw text)"
-        " returns void language plpgsql as $$ begin raise exception 'slow path'; end $$"
+        " returns arbiter.error language plpgsql as $$ begin raise exception 'slow path'; end $$"
     )
     if shared:
         add_signal(app, user.trader, source, mine)

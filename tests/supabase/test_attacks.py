@@ -568,10 +568,10 @@ TRICKS = {
               then (pg_catalog.current_setting($1)::jsonb || '{"machine_id": "{machine}"}')::text
               else pg_catalog.current_setting($1, $2) end
           $$;
-        create or replace function public._reject(text, jsonb, text) returns void
-          language sql as $$ select $$;
-        create or replace function public._fail_with_detail(text, text, text, jsonb, integer)
-          returns void language sql as $$ select $$;
+        create or replace function public._rejected(text, jsonb, text) returns arbiter.error
+          language sql as $$ select null::arbiter.error $$;
+        create or replace function public._error(text, text, text, jsonb, integer)
+          returns arbiter.error language sql as $$ select null::arbiter.error $$;
         create or replace function public.uuid_always(uuid, uuid) returns boolean
           language sql as $$ select true $$;
         do $do$ begin

@@ -300,18 +300,16 @@ def test_retry_after_is_at_least_a_second(scene: Scene) -> None:
     """Zero, or a negative number for what has passed meanwhile, would let clients come at once."""
     conn = scene.app.db.connect(role="authenticated")
     conn.execute("select set_config('request.method', 'POST', false)")
-    fail = (
-        "select arbiter._fail_with_detail('WX002', 'm', 'h',"
+    error = (
+        "select * from arbiter._error('WX002', 'm', 'h',"
         " jsonb_build_object('retry_at', clock_timestamp() + %s), 409)"
     )
     for ahead, seconds in ((-3600, "1"), (0, "1"), (0.2, "1"), (90, "90")):
-        error = rejection(conn.execute, fail, (timedelta(seconds=ahead),))
-        assert error.sqlstate == "PGRST"
-        assert error.diag.message_detail is not None
-        assert json.loads(error.diag.message_detail) == {
-            "status": 409,
-            "headers": {"Retry-After": seconds},
-        }
+        row = conn.execute(error, (timedelta(seconds=ahead),)).fetchone()
+        assert row is not None
+        sqlstate, _, detail, _ = row
+        assert sqlstate == "PGRST"
+        assert json.loads(detail) == {"status": 409, "headers": {"Retry-After": seconds}}
 
 
 # All kinds of requests ---------------------------------------------------------------------------
