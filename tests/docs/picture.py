@@ -164,7 +164,7 @@ HALF, ROOM = 0.25, 0.16
 
 def draw(run: Run, theme: Theme, path: Path) -> None:
     """Draw the run: a lane for each environment, and a bar in it while it may write."""
-    style = {"font.size": 14.5, "font.family": "DejaVu Sans", "svg.hashsalt": "lease"}
+    style: Any = {"font.size": 14.5, "font.family": "DejaVu Sans", "svg.hashsalt": "lease"}
     with plt.rc_context(style):
         figure = plt.figure(figsize=(8.4, 4.1))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -231,7 +231,7 @@ def _steps(axes: Axes, run: Run, theme: Theme) -> None:
 
 def _key(axes: Axes, theme: Theme) -> None:
     y = -1.2
-    text = {"color": theme.ink, "va": "center", "size": 12.5}
+    text: dict[str, Any] = {"color": theme.ink, "va": "center", "size": 12.5}
     axes.plot(0.1, y, "o", color="none", mec=theme.ink, mew=1.6, ms=9)
     axes.text(0.3, y, "write", **text)
     axes.plot(1.35, y, "x", color=theme.rejected, ms=11, mew=3.5)

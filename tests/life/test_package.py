@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -16,6 +18,7 @@ import psycopg
 import pytest
 from catalog import assert_same, schema
 from conftest import Database
+from markdown_it import MarkdownIt
 
 import arbiter_db
 
@@ -156,6 +159,57 @@ def test_the_source_archive_holds_what_it_takes_to_test(dist: Path) -> None:
     }
     assert wanted <= others
     assert others - wanted <= {".gitignore", "PKG-INFO"}, "what hatchling adds by itself"
+
+
+# -- the page of the package ----------------------------------------------------------------------
+
+
+def targets(text: str) -> list[str]:
+    """What a page in Markdown links to or shows."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        for child in token.children or ():
+            found += [str(child.attrs[name]) for name in ("href", "src") if name in child.attrs]
+            found += re.findall(r'(?:src|srcset|href)="([^"]*)"', child.content)
+        if token.type == "html_block":
+            found += re.findall(r'(?:src|srcset|href)="([^"]*)"', token.content)
+    return found
+
+
+def test_the_page_of_the_package_has_no_dead_links(dist: Path, wheel: Path) -> None:
+    """Nothing relative: the page does not lie beside docs/."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert {"docs/reference.md", "docs/lease-light.svg"} <= set(targets(readme))
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"arbiter_db-{VERSION}.dist-info/METADATA")
+    described = email.message_from_bytes(metadata)
+    assert described["Description-Content-Type"] == "text/markdown"
+    page = described.get_payload(decode=True).decode()  # type: ignore[union-attr]
+    assert [target for target in targets(page) if not target.startswith("https://")] == []
+    [alt] = re.findall(r'<img alt="([^"]*)"', readme)
+    assert f"\n*{alt}*\n" in page
+    assert "docs/operations.md (docs/operations.md#limits) has the limits" in page
+    [path] = dist.glob("*.tar.gz")
+    with tarfile.open(path) as source:
+        info = source.extractfile(f"arbiter_db-{VERSION}/PKG-INFO")
+        assert info is not None
+        assert info.read() == metadata
+
+
+def test_links_are_complete_once_there_is_an_address() -> None:
+    """pyproject.toml says what to replace by what then."""
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    advice = re.findall(r"^#   '(.*?)' +by '(.*)'$", text, re.MULTILINE)
+    hook = tomllib.loads(text)["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    picture, _, link = hook["substitutions"]
+    assert [old for old, _ in advice] == [picture["replacement"], link["replacement"]]
+    readme = page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for substitution, (_, new) in zip((picture, link), advice, strict=True):
+        page = re.sub(substitution["pattern"], new, page)
+    base = r"https://ADDRESS/(?:blob|raw)/main/"
+    assert [target for target in targets(page) if not re.match(base, target)] == []
+    completed = [re.sub(base, "", target) for target in targets(page)]
+    assert completed == [name for name in targets(readme) if name != "docs/lease-dark.svg"]
 
 
 # -- what the wheel does --------------------------------------------------------------------------
