@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
 
 import pytest
 
@@ -111,3 +116,65 @@ def test_without_the_guard_the_demo_fails() -> None:
     assert demo.returncode == 1, demo.stdout
     assert "This must not happen: browser was admitted, expected WX001" in demo.stdout
     assert "rejected." not in demo.stdout  # no summary
+
+
+# psql on the demo's server ------------------------------------------------------------------------
+
+
+class Terminal:
+    """A program on a terminal of its own, which a person types into."""
+
+    def __init__(self, master: int) -> None:
+        self._master = master
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str) -> None:
+        """Read until the program has written that, after what was waited for before."""
+        end = monotonic() + TIMEOUT_S
+        read = ""
+        while text not in read:
+            ready, _, _ = select.select([self._master], [], [], max(0.0, end - monotonic()))
+            assert ready, f"no {text!r} in {read!r}"
+            read += os.read(self._master, 65536).decode()
+
+
+@contextmanager
+def psql() -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
+    """`arbiter-db demo --psql` on a terminal."""
+    master, slave = pty.openpty()
+    code = "from arbiter_db.cli import main; main(['demo', '--psql'])"
+    env = os.environ | {"PAGER": "cat", "TERM": "dumb"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=slave, stdout=slave, stderr=slave, env=env,
+        # Ctrl-C on this terminal reaches all programs that run on it.
+        preexec_fn=lambda: os.login_tty(0), start_new_session=False,
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        yield Terminal(master), process
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_ctrl_c_in_psql_cancels_a_statement_and_not_the_server() -> None:
+    with psql() as (terminal, process):
+        terminal.wait_for("trading=> ")
+        terminal.type("do $$ begin raise notice 'asleep'; perform pg_sleep(300); end $$;\r")
+        terminal.wait_for("NOTICE:  asleep")
+        terminal.type("\x03")
+        terminal.wait_for("canceling statement due to user request")
+        terminal.type("select count(*) as leases from arbiter.leases;\r")
+        terminal.wait_for("(1 row)")
+        terminal.type("\\q\r")
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_one_demo_at_a_time() -> None:
+    done = play("from arbiter_db.cli import main; main(['demo', '--psql', '--web'])")
+    assert done.returncode == 2
+    assert "--psql and --web are two demos: give one of them" in done.stderr
