@@ -9,7 +9,7 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick stop-servers supabase-tools test-supabase prove bench lint dist clean
+.PHONY: help demo test quick stop-servers supabase-tools test-supabase prove bench picture lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
@@ -21,6 +21,7 @@ help:
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try to break exclusion: a million writes, 200 faults, naive rules; half an hour and more'
 	@echo 'make bench [ARGS=...]  measure what a statement costs the server, under arbiter and its alternatives; hours, ARGS=--help'
+	@echo 'make picture           draw the picture of the README anew, from a run on a PostgreSQL 18 of its own'
 	@echo 'make lint              ruff and mypy'
 	@echo 'make dist              build the wheel and the source archive into dist/'
 	@echo 'make stop-servers      end the servers that tests keep for the next run; after half an hour they end by themselves'
@@ -62,6 +63,9 @@ bench: $(VENV)/test.stamp
 	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server valgrind >/dev/null; } \
 	  || { echo 'Redis and valgrind are needed: install the Debian packages redis-server and valgrind' >&2; exit 1; }
 	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+picture: $(VENV)/test.stamp
+	@PYTHONPATH=tests $(BIN)/python -m docs.picture
 
 lint: $(VENV)/test.stamp
 	@$(BIN)/ruff check .

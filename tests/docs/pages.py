@@ -21,6 +21,7 @@ __all__ = [
     "commands",
     "inline_code",
     "links",
+    "prose",
 ]
 
 REPOSITORY = Path(__file__).parents[2]
@@ -115,6 +116,11 @@ def _inline(page: str) -> Iterator[Token]:
 def inline_code(page: str) -> list[str]:
     """The code in the running text and in tables."""
     return [token.content for token in _inline(page) if token.type == "code_inline"]
+
+
+def prose(page: str) -> str:
+    """The running text and the tables without code, a line for each text."""
+    return "\n".join(token.content for token in _inline(page) if token.type == "text")
 
 
 def links(page: str) -> list[str]:

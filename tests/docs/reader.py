@@ -135,6 +135,9 @@ class Reader:
                 self._leave_running(text)
                 continue
             printed = self._shell(text, typed.text if typed and last else "", block)
+            shows = typed.output.text if typed and typed.output and last else block.text
+            if "ERROR: " not in shows:  # psql's exit code does not tell
+                assert "ERROR: " not in printed, f"{block.name}: {text}\n{printed}"
             if typed and last:
                 if typed.output:
                     # Before the first answer the program may have greeted.
@@ -172,6 +175,7 @@ class Reader:
         )
         if self._state.exists():
             script = f". {quoted}; {script}"
+        script = f"set -a; {script}"  # a variable that one command sets is there in the next
         done = self._run(["bash", "-c", script], stdin, {})
         if (left := Path(f"{self._state}.cwd")).exists():
             self.cwd = Path(left.read_text().strip())

@@ -36,7 +36,7 @@ from arbiter_db.demo.stage import sql_file
 from arbiter_db.demo.story import MACHINE, TRADER, USER
 
 from . import picture
-from .pages import PAGES, REPOSITORY, Block, anchors, blocks, inline_code, links
+from .pages import PAGES, REPOSITORY, Block, anchors, blocks, inline_code, links, prose
 from .reader import Page, Reader, same
 
 if TYPE_CHECKING:
@@ -228,6 +228,18 @@ def test_a_difference_is_seen() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_plain_words(page: str) -> None:
+    """A write is rejected, and nothing has a second name."""
+    riddles = r"\b(?:nobody|anybody|whoever|whatever|bargain|throws?|thrown)\b"
+    text = prose(page)
+    assert re.findall(rf"[^\n]*{riddles}[^\n]*", text, re.IGNORECASE) == []
+    assert (
+        re.findall(r"\b(?:write|insert|update|row|browser|machine)s? (?:is|are) refused", text)
+        == []
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
