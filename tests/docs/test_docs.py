@@ -51,6 +51,7 @@ RUN = {"console", "sql", "python"}
 NOT_RUN = {
     ("docs/architecture.md", "flowchart LR"): "a drawing, which GitHub makes",
     ("docs/architecture.md", "stateDiagram-v2"): "a drawing, which GitHub makes",
+    ("docs/cost.md", "$ make bench ARGS='instructions clients cpu'"): "measures for an hour",
 }
 
 #: A machine of the user, which the app has provisioned.
@@ -121,6 +122,8 @@ def first_line(block: Block) -> str:
 
 
 def is_run(block: Block) -> bool:
+    if (block.page, first_line(block)) in NOT_RUN:
+        return False
     return block.language in RUN or block.page in WITH_SUPABASE
 
 
