@@ -382,6 +382,18 @@ def test_the_reference_has_the_settings_and_defaults(db: Database) -> None:
     assert shown == {}
 
 
+def test_the_readme_has_the_status_words(db: Database) -> None:
+    row = db.connect().execute("select states from arbiter.registry").fetchone()
+    assert row is not None
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    _, _, rows = text.partition("| machine state | status words |\n|---|---|\n")
+    shown = {}
+    for line in rows.partition("\n\n")[0].splitlines():
+        _, state, words, _ = line.split("|")
+        shown |= {word: state.strip() for word in re.findall(r"`(\w+)`", words)}
+    assert shown == row[0]
+
+
 def test_the_reference_has_the_errors(db: Database) -> None:
     classes = {cls.sqlstate: cls for cls in arbiter_db.ArbiterError.__subclasses__()}
     shown = [(row[0].strip("`"), row[1].strip("`"), row[3].strip("`")) for row in table("Errors")]
