@@ -1,0 +1,1 @@
+"""Runs the blocks of README and docs/, compares what they show, draws the picture."""

@@ -111,8 +111,10 @@ class Reader:
 
     def type(self, blocks: list[Block]) -> None:
         """Type some of them."""
+        assert not blocks or "typed" not in blocks[0].words, f"{blocks[0].name}: typed into what?"
         for block, following in zip_longest(blocks, blocks[1:]):
             typed = following if following and "typed" in following.words else None
+            assert typed is None or block.language == "console", f"{typed.name}: typed into what?"
             match block.language:
                 case "console":
                     self._console(block, typed)
