@@ -1,7 +1,9 @@
 """How many instructions a statement takes: almost the same each time, also on a busy machine.
 
 valgrind counts what a server without clients executes, a single process that reads statements from
-its standard input. Instructions of the kernel are not counted.
+its standard input. Instructions of the kernel are not counted. The figure is the difference between
+a run with some statements and a run with twice as many, so what precedes them is not in it: the
+start, the plans of a session's first statements, and writes that were rejected before.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -18,37 +20,56 @@ from pathlib import Path
 from arbiter_db.demo.embedded import EmbeddedServer
 from bench.load import BenchError
 from bench.samples import Comparison, Group, Plan, Samples
-from bench.stage import SQL, STEPS, UNGUARDED, USERS, Stage
+from bench.stage import SQL as STAGE_SQL
+from bench.stage import STEPS, UNGUARDED, USERS, Stage, load_sql
 
 __all__ = ["COMPARISONS", "Instructions"]
 
-GROUP = Group("Instructions per insert, outside the kernel, as a multiple of unguarded")
+SQL = STAGE_SQL | load_sql("instructions.sql")
+
+WRITES = Group("Instructions per statement, outside the kernel, as a multiple of unguarded")
+READS = Group("Instructions of status, outside the kernel, as a multiple of a row by primary key")
+GUARD = Group("What a guard is made of: instructions per insert, as a multiple of unguarded")
 
 #: A few are enough: rounds differ only in where pages split.
 ROUNDS = 3
 #: Statements in the shorter of two runs. The longer has twice as many; both start a server.
 STATEMENTS = 150
+#: The same of statements with many rows.
+BATCHES = 24
 #: For all of them; valgrind makes each fifty times slower.
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
-#: A commit that waits for the disk executes nothing, so it need not wait.
-OPTIONS = ("-c", "fsync=off", "-c", "synchronous_commit=off")
+#: A commit that waits for the disk executes nothing, so it need not wait. An error in the log begins
+#: with its SQLSTATE.
+OPTIONS = ("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "log_line_prefix=%e ")
+REJECTION = "WX001"
+
+#: The naive trigger, the barest guard that fences, and arbiter.
+INSERTS = (UNGUARDED, "exists", "lease", "arbiter")
 
 _bars = count(1)
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """A single-row insert, prepared, by users with a machine or by those without."""
+    """Statements of one kind, prepared, by users with a machine or by those without."""
 
     title: str
-    statement: str
+    #: The name of one, or one for each variant.
+    statement: str | Mapping[str, str]
+    variants: tuple[str, ...] = INSERTS
     machines: bool = False
-    variants: tuple[str, ...] = (UNGUARDED, "exists", *STEPS, "arbiter")
-    group: Group = GROUP
+    rows: int = 1
+    #: Local inserts of users with a machine that come first and are not counted.
+    rejected_before: int = 0
+    #: Whether all but unguarded reject the statements themselves.
+    is_rejected: bool = False
+    group: Group = WRITES
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         samples = Samples(self.title, "instructions", self.variants)
+        some = STATEMENTS if self.rows == 1 else BATCHES
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedServer(stage.server.major, in_memory=False))
             own = Stage(server, stack)
@@ -56,24 +77,48 @@ class Instructions:
             server.stop()
             for _ in range(min(plan.rounds, ROUNDS)):
                 for variant, name in names.items():
-                    once = _executed(server, name, self._statements(STATEMENTS))
-                    twice = _executed(server, name, self._statements(2 * STATEMENTS))
-                    samples.rounds[variant].append((twice - once) / STATEMENTS)
+                    once = self._executed(server, name, variant, some)
+                    twice = self._executed(server, name, variant, 2 * some)
+                    samples.rounds[variant].append((twice - once) / some)
                 on_round()
+        samples.facts["median"] = {v: round(samples.median(v)) for v in self.variants}
         return samples
 
-    def _statements(self, number: int) -> Iterator[str]:
+    def _executed(self, server: EmbeddedServer, dbname: str, variant: str, number: int) -> int:
+        rejections = self.rejected_before + (number if self.is_rejected else 0)
+        if variant not in ("exists", "arbiter"):  # the others decide nothing
+            rejections = 0
+        return _executed(server, dbname, self._statements(variant, number), rejections)
+
+    def _statements(self, variant: str, number: int) -> Iterator[str]:
         """The statements, one a line."""
-        insert = SQL[self.statement].decode() % {"user": "$1", "bar": "$2"}
+        name = self.statement if isinstance(self.statement, str) else self.statement[variant]
         yield "set session authorization app_owner"
-        yield f"prepare signal (int, int) as {' '.join(insert.split())}"
-        first = 2 if self.machines else 1
+        yield f"prepare before (int, int) as {self._text('insert_local')}"
+        yield f"prepare counted (int, int) as {self._text(name)}"
+        for turn in range(self.rejected_before):
+            yield f"execute before ({_user(True, turn)}, {next(_bars)})"
         for turn in range(number):
-            yield f"execute signal ({first + 2 * turn % USERS}, {next(_bars)})"
+            yield f"execute counted ({_user(self.machines, turn)}, {next(_bars)})"
+
+    def _text(self, name: str) -> str:
+        values = {"user": "$1", "bar": "$2", "rows": self.rows}
+        lines = (SQL[name].decode() % values).splitlines()
+        return " ".join(line.strip() for line in lines if not line.startswith("--"))
 
 
-def _executed(server: EmbeddedServer, dbname: str, statements: Iterator[str]) -> int:
-    """How many instructions a process executes that starts, plays these statements, and ends."""
+def _user(has_machine: bool, turn: int) -> int:
+    """Users in turn; those with a machine have even numbers."""
+    return (2 if has_machine else 1) + 2 * turn % USERS
+
+
+def _executed(
+    server: EmbeddedServer, dbname: str, statements: Iterator[str], rejections: int
+) -> int:
+    """How many instructions a process executes that starts, plays these statements, and ends.
+
+    So many of them must be rejected; any other error is a failure.
+    """
     program = shutil.which("valgrind")
     if program is None:
         raise BenchError("valgrind is needed: install the Debian package valgrind")
@@ -90,12 +135,54 @@ def _executed(server: EmbeddedServer, dbname: str, statements: Iterator[str]) ->
         **server._account.popen_arguments(Path(server.host)),
     )
     found = re.search(r"I\s+refs:\s+([\d,]+)", done.stderr)
-    if done.returncode != 0 or found is None or re.search(r"(ERROR|FATAL|PANIC): ", done.stderr):
-        raise BenchError(f"valgrind, {dbname}: {done.stderr.strip()[-2_000:]}")
+    errors = re.findall(r"^(\w*) *(?:ERROR|FATAL|PANIC): ", done.stderr, re.MULTILINE)
+    if done.returncode != 0 or found is None or errors != [REJECTION] * rejections:
+        raise BenchError(
+            f"valgrind, {dbname}: {len(errors)} errors, of which {rejections} are expected, "
+            f"exit code {done.returncode}: {done.stderr.strip()[-2_000:]}"
+        )
     return int(found[1].replace(",", ""))
 
 
+#: What status is compared with, and status.
+ACTIVE, BROWSER = (
+    {UNGUARDED: probe, "arbiter": "status"} for probe in ("probe", "probe_trader")
+)
+
 COMPARISONS: dict[str, Comparison] = {
-    "instructions_local": Instructions("local", "insert_local"),
-    "instructions_cloud": Instructions("cloud", "insert_cloud", machines=True),
+    "instructions_local": Instructions("insert, local", "insert_local"),
+    "instructions_cloud": Instructions("insert, cloud", "insert_cloud", machines=True),
+    "instructions_cloud_after": Instructions(
+        "insert, cloud, after 100 rejections", "insert_cloud", machines=True, rejected_before=100
+    ),
+    "instructions_batch_local": Instructions("batch of 100, local", "batch_local", rows=100),
+    "instructions_batch_cloud": Instructions(
+        "batch of 100, cloud", "batch_cloud", machines=True, rows=100
+    ),
+    "instructions_rejection": Instructions(
+        "rejected insert, local",
+        "insert_local",
+        (UNGUARDED, "exists", "arbiter"),
+        machines=True,
+        is_rejected=True,
+    ),
+    "instructions_heartbeat": Instructions(
+        "heartbeat by UPDATE", "heartbeat", (UNGUARDED, "arbiter"), machines=True
+    ),
+    "instructions_status": Instructions(
+        "a machine is active", ACTIVE, tuple(ACTIVE), machines=True, group=READS
+    ),
+    "instructions_status_browser": Instructions(
+        "the browser may write", BROWSER, tuple(BROWSER), group=READS
+    ),
+    "instructions_steps_local": Instructions(
+        "local", "insert_local", (UNGUARDED, "exists", *STEPS, "arbiter"), group=GUARD
+    ),
+    "instructions_steps_cloud": Instructions(
+        "cloud",
+        "insert_cloud",
+        (UNGUARDED, "exists", *STEPS, "arbiter"),
+        machines=True,
+        group=GUARD,
+    ),
 }
