@@ -62,7 +62,8 @@ bench: $(VENV)/test.stamp
 	@{ command -v redis-server && command -v valgrind; } >/dev/null \
 	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server valgrind >/dev/null; } \
 	  || { echo 'Redis and valgrind are needed: install the Debian packages redis-server and valgrind' >&2; exit 1; }
-	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
+	@PYTHONPATH=tests $(BIN)/python -m bench --pg $(PG) $(ARGS)
 
 picture: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m docs.picture

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+import arbiter_db
 from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError
 from bench import (
     audit,
@@ -58,7 +59,7 @@ OPTIONS = {"fsync": "on", "full_page_writes": "on"}
     show_default=True,
     help="Size of big tables, as a part of the full size.",
 )
-@click.option("--pg", default=18, show_default=True, help="Major version of PostgreSQL: 16 or 18.")
+@click.option("--pg", default=18, show_default=True, help="Major version of PostgreSQL.")
 @click.option(
     "--report",
     "folder",
@@ -90,6 +91,7 @@ def main(
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedServer(pg, OPTIONS, in_memory=False))
             about = f"PostgreSQL {server.version}"
+            click.echo(f"{about}, arbiter in {Path(arbiter_db.__file__).parents[1]}", err=True)
             stage = Stage(server, stack)
             progress = stack.enter_context(
                 Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -2,8 +2,8 @@
 
 valgrind counts what a server without clients executes, a single process that reads statements from
 its standard input. Instructions of the kernel are not counted. The figure is the difference between
-a run with some statements and a run with twice as many, so what precedes them is not in it: the
-start, the plans of a session's first statements, and writes that were rejected before.
+a run with a few statements and a run with many more. So what precedes them is not in it: the start,
+the plans that a session makes with its first statements, and the writes that are rejected before.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ GUARD = Group("What a guard is made of: instructions per insert, as a multiple o
 
 #: A few are enough: rounds differ only in where pages split.
 ROUNDS = 3
-#: Statements in the shorter of two runs. The longer has twice as many; both start a server.
-STATEMENTS = 150
-#: The same of statements with many rows.
+#: Statements in both of two runs. A session may settle on a plan after five of them.
+FIRST = 10
+#: Statements that only the longer run has, and the same of statements with many rows.
+COUNTED = 150
 BATCHES = 24
 #: For all of them; valgrind makes each fifty times slower.
 TIMEOUT_S = 300.0
 
-#: A commit that waits for the disk executes nothing, so it need not wait. An error in the log begins
-#: with its SQLSTATE.
+#: A commit that waits for the disk executes nothing, so it need not wait. An error in the log
+#: begins with its SQLSTATE.
 OPTIONS = ("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "log_line_prefix=%e ")
 REJECTION = "WX001"
 
@@ -69,7 +70,7 @@ class Instructions:
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         samples = Samples(self.title, "instructions", self.variants)
-        some = STATEMENTS if self.rows == 1 else BATCHES
+        counted = COUNTED if self.rows == 1 else BATCHES
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedServer(stage.server.major, in_memory=False))
             own = Stage(server, stack)
@@ -77,11 +78,11 @@ class Instructions:
             server.stop()
             for _ in range(min(plan.rounds, ROUNDS)):
                 for variant, name in names.items():
-                    once = self._executed(server, name, variant, some)
-                    twice = self._executed(server, name, variant, 2 * some)
-                    samples.rounds[variant].append((twice - once) / some)
+                    short = self._executed(server, name, variant, FIRST)
+                    long = self._executed(server, name, variant, FIRST + counted)
+                    samples.rounds[variant].append((long - short) / counted)
                 on_round()
-        samples.facts["median"] = {v: round(samples.median(v)) for v in self.variants}
+        samples.facts["instructions"] = {v: round(samples.median(v)) for v in self.variants}
         return samples
 
     def _executed(self, server: EmbeddedServer, dbname: str, variant: str, number: int) -> int:
@@ -145,9 +146,7 @@ def _executed(
 
 
 #: What status is compared with, and status.
-ACTIVE, BROWSER = (
-    {UNGUARDED: probe, "arbiter": "status"} for probe in ("probe", "probe_trader")
-)
+ACTIVE, BROWSER = ({UNGUARDED: probe, "arbiter": "status"} for probe in ("probe", "probe_trader"))
 
 COMPARISONS: dict[str, Comparison] = {
     "instructions_local": Instructions("insert, local", "insert_local"),
