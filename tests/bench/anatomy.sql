@@ -1,13 +1,14 @@
 -- Arbiter's triggers and functions, built up by name: each step does what the one before does, and a little more.
--- No step decides anything; `lease` is the first that could fence.
+-- `lease` is the first that fences, and `decided` the first that decides all that arbiter does.
 
 -- name: leases
 -- Who holds: for every user the running machine, or the browser.
 create table public.leases (
   user_id uuid primary key references auth.users,
-  machine_id uuid
+  machine_id uuid,
+  draining_since timestamptz
 );
-insert into public.leases
+insert into public.leases (user_id, machine_id)
 select u.id, m.id from auth.users u left join public.cloud_machines m on m.user_id = u.id;
 
 -- name: column
@@ -77,6 +78,55 @@ begin
             where l.user_id = (select t.user_id from public.traders t where t.id = n.trader_id)
               and l.machine_id is not distinct from n.machine_id
               for key share skip locked) is null;
+  return null;
+end
+$$;
+
+-- name: decided
+-- It asks all that arbiter asks while nothing is wrong, in one query written for this table: whether the rows are of one
+-- writer and name it and their transaction, whether a drain is under way, and whether the machine runs and is fresh.
+create function public.machine_may_write(p_machine_id uuid, p_user_id uuid)
+returns boolean
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform
+     from public.cloud_machines m
+    where m.id = p_machine_id
+      and m.user_id = p_user_id
+      and m.status = 'running'
+      and m.last_health_check > clock_timestamp() - interval '1 day';
+  return found;
+end
+$$;
+create or replace function public.tg_guard()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+begin
+  perform
+     from new_rows n
+    where (array[n.trader_id, n.machine_id] = (
+             select (select array[f.trader_id, f.machine_id]
+                       from public.leases l
+                      where l.user_id = (select t.user_id from public.traders t where t.id = f.trader_id)
+                        and l.machine_id is not distinct from f.machine_id
+                        and l.draining_since is null
+                        and current_setting('transaction_isolation', l.user_id is null) = 'read committed'
+                        and (l.machine_id is null or public.machine_may_write(l.machine_id, l.user_id))
+                        for key share skip locked)
+               from new_rows f
+              limit 1)
+           and n.source = case when n.machine_id is null then 'local' else 'cloud' end
+           and n.xid = pg_current_xact_id()) is not true;
+  if found then
+    raise exception 'another environment holds the lease' using errcode = 'WX001';
+  end if;
   return null;
 end
 $$;

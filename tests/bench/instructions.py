@@ -30,24 +30,26 @@ SQL = STAGE_SQL | load_sql("instructions.sql")
 WRITES = Group("Instructions per statement, outside the kernel, as a multiple of unguarded")
 READS = Group("Instructions of status, outside the kernel, as a multiple of a row by primary key")
 GUARD = Group("What a guard is made of: instructions per insert, as a multiple of unguarded")
+SIZES = Group("Instructions by the rows of a local insert, as a multiple of unguarded")
 
 #: A few are enough: rounds differ only in where pages split.
 ROUNDS = 3
 #: Statements in both of two runs. A session may settle on a plan after five of them.
 FIRST = 10
-#: Statements that only the longer run has, and the same of statements with many rows.
-COUNTED = 150
-BATCHES = 24
+#: Rows that only the longer run has, in so many statements at most and at least.
+ROWS = 2_400
+MOST, LEAST = 150, 24
 #: For all of them; valgrind makes each fifty times slower.
 TIMEOUT_S = 300.0
 
 #: A commit that waits for the disk executes nothing, so it need not wait. An error in the log
 #: begins with its SQLSTATE.
 OPTIONS = ("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "log_line_prefix=%e ")
-REJECTION = "WX001"
 
-#: The naive trigger, the barest guard that fences, and arbiter.
-INSERTS = (UNGUARDED, "exists", "lease", "arbiter")
+INSERTS = (UNGUARDED, "exists", "policy", "arbiter")
+MADE_OF = (UNGUARDED, "exists", *STEPS, "each_row", "arbiter")
+#: With which SQLSTATE they reject; the other variants let everything pass.
+REJECTIONS = {"exists": "WX001", "policy": "42501", "decided": "WX001", "arbiter": "WX001"}
 
 _bars = count(1)
 
@@ -70,7 +72,7 @@ class Instructions:
 
     def measure(self, stage: Stage, plan: Plan, on_round: Callable[[], None]) -> Samples:
         samples = Samples(self.title, "instructions", self.variants)
-        counted = COUNTED if self.rows == 1 else BATCHES
+        counted = max(LEAST, min(MOST, ROWS // self.rows))
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedServer(stage.server.major, in_memory=False))
             own = Stage(server, stack)
@@ -86,10 +88,11 @@ class Instructions:
         return samples
 
     def _executed(self, server: EmbeddedServer, dbname: str, variant: str, number: int) -> int:
-        rejections = self.rejected_before + (number if self.is_rejected else 0)
-        if variant not in ("exists", "arbiter"):  # the others decide nothing
-            rejections = 0
-        return _executed(server, dbname, self._statements(variant, number), rejections)
+        errors = []
+        if variant in REJECTIONS:
+            rejected = self.rejected_before + (number if self.is_rejected else 0)
+            errors = [REJECTIONS[variant]] * rejected
+        return _executed(server, dbname, self._statements(variant, number), errors)
 
     def _statements(self, variant: str, number: int) -> Iterator[str]:
         """The statements, one a line."""
@@ -114,11 +117,11 @@ def _user(has_machine: bool, turn: int) -> int:
 
 
 def _executed(
-    server: EmbeddedServer, dbname: str, statements: Iterator[str], rejections: int
+    server: EmbeddedServer, dbname: str, statements: Iterator[str], errors: list[str]
 ) -> int:
     """How many instructions a process executes that starts, plays these statements, and ends.
 
-    So many of them must be rejected; any other error is a failure.
+    It must report exactly these errors.
     """
     program = shutil.which("valgrind")
     if program is None:
@@ -136,10 +139,10 @@ def _executed(
         **server._account.popen_arguments(Path(server.host)),
     )
     found = re.search(r"I\s+refs:\s+([\d,]+)", done.stderr)
-    errors = re.findall(r"^(\w*) *(?:ERROR|FATAL|PANIC): ", done.stderr, re.MULTILINE)
-    if done.returncode != 0 or found is None or errors != [REJECTION] * rejections:
+    reported = re.findall(r"^(\w*) *(?:ERROR|FATAL|PANIC): ", done.stderr, re.MULTILINE)
+    if done.returncode != 0 or found is None or reported != errors:
         raise BenchError(
-            f"valgrind, {dbname}: {len(errors)} errors, of which {rejections} are expected, "
+            f"valgrind, {dbname}: {len(reported)} errors instead of {len(errors)}, "
             f"exit code {done.returncode}: {done.stderr.strip()[-2_000:]}"
         )
     return int(found[1].replace(",", ""))
@@ -161,7 +164,6 @@ COMPARISONS: dict[str, Comparison] = {
     "instructions_rejection": Instructions(
         "rejected insert, local",
         "insert_local",
-        (UNGUARDED, "exists", "arbiter"),
         machines=True,
         is_rejected=True,
     ),
@@ -174,14 +176,15 @@ COMPARISONS: dict[str, Comparison] = {
     "instructions_status_browser": Instructions(
         "the browser may write", BROWSER, tuple(BROWSER), group=READS
     ),
-    "instructions_steps_local": Instructions(
-        "local", "insert_local", (UNGUARDED, "exists", *STEPS, "arbiter"), group=GUARD
-    ),
+    "instructions_steps_local": Instructions("local", "insert_local", MADE_OF, group=GUARD),
     "instructions_steps_cloud": Instructions(
-        "cloud",
-        "insert_cloud",
-        (UNGUARDED, "exists", *STEPS, "arbiter"),
-        machines=True,
-        group=GUARD,
+        "cloud", "insert_cloud", MADE_OF, machines=True, group=GUARD
+    ),
+    "instructions_steps_batch": Instructions(
+        "batch of 100, local", "batch_local", MADE_OF, rows=100, group=GUARD
     ),
 }
+for _rows in (1, 3, 10, 30, 100):
+    COMPARISONS[f"instructions_rows_{_rows}"] = Instructions(
+        str(_rows), "batch_local", rows=_rows, group=SIZES
+    )

@@ -46,7 +46,8 @@ UNGUARDED, AGAIN = "unguarded", "unguarded again"
 VARIANTS = (UNGUARDED, AGAIN, "exists", "policy", "check", "advisory", "arbiter")
 
 #: Guards, heartbeats and status in steps: each does what the one before does, and more.
-STEPS = ("column", "trigger", "rows", "owner", "lease")
+#: ``each_row`` is the guard's step ``lease`` as a trigger for each row.
+STEPS = ("column", "trigger", "rows", "owner", "lease", "decided")
 HEARTBEAT_STEPS = ("stamped", "told", "held")
 STATUS_STEPS = ("call", "reads")
 
