@@ -85,6 +85,7 @@ $$;
 -- name: decided
 -- It asks all that arbiter asks while nothing is wrong, in one query written for this table: whether the rows are of one
 -- writer and name it and their transaction, whether a drain is under way, and whether the machine runs and is fresh.
+-- Rows of several writers take a second query.
 create function public.machine_may_write(p_machine_id uuid, p_user_id uuid)
 returns boolean
 language plpgsql
@@ -124,6 +125,24 @@ begin
               limit 1)
            and n.source = case when n.machine_id is null then 'local' else 'cloud' end
            and n.xid = pg_current_xact_id()) is not true;
+  if not found then
+    return null;
+  end if;
+  perform
+     from (
+       select distinct
+              case when n.source = case when n.machine_id is null then 'local' else 'cloud' end
+                    and n.xid = pg_current_xact_id()
+                then n.trader_id end as trader_id,
+              n.machine_id
+         from new_rows n) d
+    where (select l.user_id
+             from public.leases l
+            where l.user_id = (select t.user_id from public.traders t where t.id = d.trader_id)
+              and l.machine_id is not distinct from d.machine_id
+              and l.draining_since is null
+              and (l.machine_id is null or public.machine_may_write(l.machine_id, l.user_id))
+              for key share skip locked) is null;
   if found then
     raise exception 'another environment holds the lease' using errcode = 'WX001';
   end if;
