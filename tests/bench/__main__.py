@@ -64,12 +64,7 @@ OPTIONS = {"fsync": "on", "full_page_writes": "on"}
     "--report",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep JSON and tables there; figures of other comparisons in it stay.",
-)
-@click.option(
-    "--plots",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Draw a plot of each table there.",
+    help="Keep JSON, tables and the picture there; figures of other comparisons in it stay.",
 )
 def main(
     names: tuple[str, ...],
@@ -78,7 +73,6 @@ def main(
     scale: float,
     pg: int,
     folder: Path | None,
-    plots: Path | None,
 ) -> None:
     console = Console(stderr=True)
     plan = Plan(rounds, seconds, scale)
@@ -104,8 +98,6 @@ def main(
                 found[name] = report.as_figures(COMPARISONS[name], samples, about)
                 if folder:  # at once: what comes next may take hours, and fail
                     report.keep(found, folder)
-                if plots:
-                    report.draw(found, plots)
     except (EmbeddedServerError, load.BenchError) as error:
         failure = f"bench: {error}"
     for title, table in report.tables(found):

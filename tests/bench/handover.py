@@ -72,7 +72,7 @@ class _Handover:
         return self.admitted == float("inf")
 
     @property
-    def refused(self) -> float:
+    def rejected(self) -> float:
         return min((w.ended for w in self.writes if not w.admitted), default=float("inf"))
 
     @property
@@ -90,7 +90,7 @@ class _Handover:
 #: The steps by name: a title, and how long they took.
 STEPS: dict[str, tuple[str, Callable[[_Handover], float]]] = {
     "heartbeat": ("heartbeat that activates, sent to commit", lambda h: h.committed - h.sent),
-    "refused": ("first refused local write, from the commit", lambda h: h.refused - h.committed),
+    "rejected": ("first rejected local write, from the commit", lambda h: h.rejected - h.committed),
     "admitted": (
         "first admitted machine write, from the commit",
         lambda h: h.admitted - h.committed,

@@ -1,4 +1,7 @@
-"""The output of a run: one JSON file, its tables in Markdown, and plots of them."""
+"""The output of a run: one JSON file, its tables in Markdown, and a picture.
+
+``python -m bench.report`` makes tables and picture anew from the JSON, also those of docs/cost.md.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,16 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench import picture
 from bench.samples import Comparison, Samples
 
-__all__ = ["SHOWN", "as_figures", "draw", "keep", "tables"]
+__all__ = ["PAGE", "RESULTS", "as_figures", "keep", "renew", "tables"]
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "cost.md"
 
 #: The figures of a comparison, as JSON has them.
 Figures = dict[str, Any]
-
-#: The groups whose plots the README shows.
-SHOWN = ("Server CPU per statement, as a multiple of unguarded",)
-
-#: The height of a bar, and of the rest of a plot, in inches.
-BAR, MARGIN = 0.16, 1.1
-
-#: Figures that are this many times apart do not fit on a linear scale.
-WIDE = 100
-
-#: The baseline is gray and arbiter stands out; the others get a color each.
-COLORS = {"unguarded": "0.55", "unguarded again": "0.75", "arbiter": "tab:blue"}
 
 
 def as_figures(comparison: Comparison, samples: Samples, server: str) -> Figures:
@@ -64,35 +59,27 @@ def tables(found: Mapping[str, Figures]) -> Iterator[tuple[str, str]]:
 
 
 def keep(found: Mapping[str, Figures], folder: Path) -> None:
-    """Write all of it into a folder; other comparisons there stay and are shown, too.
-
-    Draws only the plots that the README shows; ``draw`` makes the others.
-    """
+    """Write all of it into a folder; other comparisons there stay and are shown, too."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
     kept: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
     kept.update(found)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-    parts = []
-    for title, table in tables(kept):
-        parts += [f"### {title}", table]
-        if title in SHOWN:
-            parts.append(f"![{title}]({_plot_name(title)})")
+    parts = [f"### {title}\n\n{table}" for title, table in tables(kept)]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n")
-    draw({name: one for name, one in kept.items() if one["group"] in SHOWN}, folder)
+    if all(name in kept for name in picture.NEEDED):
+        picture.draw(kept, folder / picture.NAME)
 
 
-def draw(found: Mapping[str, Figures], folder: Path) -> None:
-    """Draw a plot of each table into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for title, members in _groups(found):
-        _plot(title, members, folder / _plot_name(title))
-
-
-def _plot_name(title: str) -> str:
-    """The part of a group's title before its unit."""
-    about = re.split(r":|,? as an? ", title)[0]
-    return re.sub(r"\W+", "-", about.lower()) + ".svg"
+def renew(page: str, found: Mapping[str, Figures]) -> str:
+    """The page with its tables as they are now: each stands below a comment that is its title."""
+    current = dict(tables(found))
+    return re.sub(
+        r"^<!-- (.*) -->\n\n(?:\|.*\n)*",
+        lambda match: f"<!-- {match[1]} -->\n\n{current[match[1]]}\n",
+        page,
+        flags=re.MULTILINE,
+    )
 
 
 def _groups(found: Mapping[str, Figures]) -> Iterator[tuple[str, list[Figures]]]:
@@ -114,45 +101,7 @@ def _cell(one: Figures, variant: str) -> str:
     return f"{value} ±{one['spread'][variant]:.0%}"
 
 
-def _plot(title: str, members: list[Figures], file: Path) -> None:
-    """Bars of what the table shows, for each comparison one of each variant."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # Text stays text, and the same figures make the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "arbiter"})
-    import matplotlib.pyplot as plt
-
-    columns = list(dict.fromkeys(variant for one in members for variant in one["variants"]))
-    others = iter(plt.get_cmap("Set2")(range(8)))
-    colors = {variant: COLORS.get(variant) or next(others) for variant in columns}
-    bars = sum(len(one["variants"]) + 1 for one in members)
-    figure, axes = plt.subplots(figsize=(9, MARGIN + BAR * bars), layout="constrained")
-    position = 0.0
-    ticks = []
-    for one in members:
-        key = "ratio" if one["ratios"] else "median"
-        first = position
-        for variant in one["variants"]:
-            value = one[key][variant]
-            label = None if variant in axes.get_legend_handles_labels()[1] else variant
-            error = value * one["spread"][variant]
-            axes.barh(position, value, xerr=error, color=colors[variant], label=label, height=0.9)
-            position += 1
-        ticks.append((first + position - 1) / 2)
-        position += 1
-    axes.set_yticks(ticks, [one["title"] for one in members])
-    axes.margins(y=0.02)
-    axes.invert_yaxis()
-    if members[0]["ratios"]:
-        axes.axvline(1, color="black", linewidth=0.8)
-    else:
-        axes.set_xlabel(members[0]["unit"])
-        values = [value for one in members for value in one["median"].values()]
-        if max(values) > WIDE * min(values):
-            axes.set_xscale("log")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+if __name__ == "__main__":
+    keep({}, RESULTS)
+    kept = json.loads((RESULTS / "bench.json").read_text())
+    PAGE.write_text(renew(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import report
+from bench import picture, report
 from bench.__main__ import COMPARISONS, main
+from bench.report import PAGE, RESULTS
 from bench.samples import Comparison, Group, Plan, Samples
 from bench.stage import Stage
-
-README = Path(__file__).parents[2] / "README.md"
-RESULTS = Path(__file__).parent / "results"
 
 INSERTS = Group("Inserts, as a multiple of unguarded")
 STEPS = Group("Steps", ratios=False)
@@ -41,6 +39,11 @@ def figures(group: Group, title: str, **rounds: list[float]) -> dict[str, object
     samples.facts["server"] = "idle"
     known: Comparison = Known(group, title)
     return report.as_figures(known, samples, "PostgreSQL 18.4")
+
+
+def words(svg: str) -> list[str]:
+    """What is written in a picture."""
+    return re.findall(r">([^<>]+)</(?:text|tspan)>", svg)
 
 
 ONE = figures(INSERTS, "one", unguarded=[100.0, 90.0, 110.0], arbiter=[150.0, 165.0, 135.0])
@@ -82,23 +85,26 @@ def test_what_was_kept_of_others_stays(tmp_path: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {"bench.json", "tables.md"}
 
 
-def test_a_plot_for_each_table_has_each_comparison_in_it(tmp_path: Path) -> None:
-    report.draw({"one": ONE | {"title": "again"}, "many": MANY, "drain": DRAIN}, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"inserts.svg", "steps.svg"}
-    inserts, steps = ((tmp_path / name).read_text() for name in ("inserts.svg", "steps.svg"))
-    assert ">again</text>" in inserts
-    assert ">many</text>" in inserts
-    assert ">drain</text>" in steps
+def test_the_picture_has_the_figures(tmp_path: Path) -> None:
+    ratios = dict(zip(picture.SIZES.values(), (1.72, 1.6, 1.4, 1.2, 1.04), strict=True))
+    found: dict[str, report.Figures] = {
+        name: figures(INSERTS, name, unguarded=[1.0], exists=[1.5], policy=[1.5], arbiter=[ratio])
+        for name, ratio in ratios.items()
+    }
+    rates = {name: [100.0 + n] for n, name in enumerate(picture.BARS)}
+    found[picture.AWAY] = figures(STEPS, "away", **rates)
+    report.keep(found, tmp_path)
+    drawn = set(words((tmp_path / picture.NAME).read_text()))
+    assert {"+72 %", "+4 %", "+50 %", *picture.BARS.values()} <= drawn
+    assert {"100", "101", "102", "103", "104"} <= drawn
 
 
 @pytest.mark.slow
 def test_a_short_run_measures_each_variant(tmp_path: Path) -> None:
     names = ["status", "rejects"]
     short = ["--rounds", "2", "--seconds", "1", "--scale", "0.001", "--report", str(tmp_path)]
-    short += ["--plots", str(tmp_path / "plots")]
     done = CliRunner().invoke(main, [*names, *short])
     assert done.exit_code == 0, done.output
-    assert list((tmp_path / "plots").iterdir())
     found = json.loads((tmp_path / "bench.json").read_text())
     assert list(found) == names
     for name in names:
@@ -120,21 +126,29 @@ def test_the_results_are_those_of_every_comparison(tmp_path: Path) -> None:
     report.keep(kept, tmp_path)
     made = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert made["tables.md"] == (RESULTS / "tables.md").read_text()
+    assert words(made[picture.NAME]) == words((RESULTS / picture.NAME).read_text())
     assert set(made) == {file.name for file in RESULTS.iterdir()}
 
 
-def test_the_readme_shows_tables_and_all_plots_of_the_results() -> None:
-    results = (RESULTS / "tables.md").read_text()
-    plots = {file.name for file in RESULTS.glob("*.svg")}
-    assert set(re.findall(r"!\[.*?\]\((.*?)\)", results)) == plots
-    assert plots == set(re.findall(r"tests/bench/results/([\w-]+\.svg)", README.read_text()))
-    chapter = README.read_text(encoding="utf-8").split("\n## Cost\n")[1].split("\n## ")[0]
-    shown = re.findall(r"^(?:\|.*\n)+", chapter, re.MULTILINE)
-    assert len(shown) > 3
-    for table in shown:
-        assert f"\n{table}" in results
-    for link in re.findall(r"\((tests/.*?)\)", chapter):
-        assert (README.parent / link).exists()
+def test_the_page_shows_tables_and_the_picture_of_the_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    kept = json.loads((RESULTS / "bench.json").read_text())
+    assert report.renew(page, kept) == page
+    titles = re.findall(r"^<!-- (.*) -->$", page, re.MULTILINE)
+    assert len(titles) > 3
+    assert set(titles) <= {title for title, _ in report.tables(kept)}
+    links = re.findall(r"\]\((\.\./tests/.*?)\)", page)
+    assert f"../tests/bench/results/{picture.NAME}" in links
+    for link in links:
+        assert (PAGE.parent / link).exists()
+
+
+def test_a_page_gets_the_tables_of_now() -> None:
+    ((title, table),) = report.tables({"many": MANY})
+    page = f"Before.\n\n<!-- {title} -->\n\n{{}}\nAfter, with another | table:\n\n| a |\n"
+    renewed = page.format(f"{table}\n")
+    assert report.renew(page.format("| old |\n|---|\n"), {"many": MANY}) == renewed
+    assert report.renew(page.format(""), {"many": MANY}) == renewed
 
 
 @pytest.mark.parametrize(
