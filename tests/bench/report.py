@@ -49,13 +49,18 @@ def as_figures(comparison: Comparison, samples: Samples, server: str) -> Figures
 def tables(found: Mapping[str, Figures]) -> Iterator[tuple[str, str]]:
     """The title of each group, and its table: medians, or ratios of medians to the first one.
 
-    Behind a figure stands half the range between the quartiles of its rounds.
+    Behind a figure of several rounds stands half the range between their quartiles.
     """
     for title, members in _groups(found):
         columns = list(dict.fromkeys(variant for one in members for variant in one["variants"]))
         rows = [[one["title"], *(_cell(one, variant) for variant in columns)] for one in members]
         align = ("left", *("right" for _ in columns))
-        yield title, tabulate(rows, ["", *columns], tablefmt="github", colalign=align)
+        yield (
+            title,
+            tabulate(
+                rows, ["", *columns], tablefmt="github", colalign=align, disable_numparse=True
+            ),
+        )
 
 
 def keep(found: Mapping[str, Figures], folder: Path) -> None:
@@ -97,8 +102,11 @@ def _cell(one: Figures, variant: str) -> str:
     else:
         median = one["median"][variant]
         value = f"{median:,.0f}" if median >= 1_000 else f"{median:.4g}"
-        value = f"{value} {one['unit']}"
-    return f"{value} ±{one['spread'][variant]:.0%}"
+        if one["unit"] not in one["group"].lower():
+            value += f" {one['unit']}"
+    if len(one["rounds"][variant]) > 1:
+        value += f" ±{one['spread'][variant]:.0%}"
+    return value
 
 
 if __name__ == "__main__":
