@@ -115,7 +115,7 @@ def _draw_rates(axes: Axes, rates: Mapping[str, float]) -> None:
         color=[colors.get(name, OTHERS) for name in BARS],
         height=0.7,
     )
-    axes.bar_label(bars, [f"{rates[name]:,.0f}" for name in BARS], padding=5)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=5)
     axes.set_title("Inserts per second, client 1 ms away", loc="left", fontsize=14)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
