@@ -77,7 +77,7 @@ def keep(found: Mapping[str, Figures], folder: Path) -> None:
 
 
 def renew(page: str, found: Mapping[str, Figures]) -> str:
-    """The page with its tables as they are now: each stands below a comment that is its title."""
+    """The page with its tables as they are now: each follows a comment that is its title."""
     current = dict(tables(found))
     return re.sub(
         r"^<!-- (.*) -->\n\n(?:\|.*\n)*",
