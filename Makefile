@@ -45,6 +45,7 @@ supabase-tools: $(VENV)/test.stamp
 	@$(BIN)/python -m arbiter_db.demo.gateway fetch
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PYTHONPATH=tests/supabase $(BIN)/python -m supabase_cli fetch
+	@PYTHONPATH=tests/supabase $(BIN)/python -m happy_dom fetch
 	@command -v chromium >/dev/null \
 	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	  || { echo 'Chromium is needed: install the Debian package chromium' >&2; exit 1; }

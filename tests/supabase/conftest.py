@@ -4,6 +4,7 @@ They are real programs, which must be on this machine, with Node.js 20 or newer:
 
     python -m arbiter_db.demo.gateway fetch
     PYTHONPATH=tests python -m proof.pgbouncer fetch
+    PYTHONPATH=tests/supabase python -m happy_dom fetch
 
 A gateway takes longer to start than a test to run, so a module's tests share one, and the database
 behind it; each test has users of its own.
@@ -12,6 +13,7 @@ behind it; each test has users of its own.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -160,6 +162,7 @@ class Node:
             raise pytest.UsageError("these tests need Node.js 20 or newer")
         # Node 20 has no WebSocket without it, and supabase-js wants one even if it opens none.
         self._command = [node, "--experimental-websocket"]
+        self._node = node
 
     def start(self, script: str, task: object) -> subprocess.Popen[str]:
         """Start a script on a task (JSON); what it prints is to be read from ``stdout``."""
@@ -174,6 +177,18 @@ class Node:
         with process.stdin as stdin:
             json.dump(task, stdin)
         return process
+
+    def test(self, script: Path, **environment: str) -> str:
+        """Run a script of tests; their report (TAP), which is the error's text when one fails."""
+        done = subprocess.run(
+            [self._node, "--test", "--test-reporter=tap", script],
+            capture_output=True,
+            text=True,
+            timeout=6 * TIMEOUT_S,
+            env=os.environ | environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def call(self, app: App, token: str, *calls: list[list[Any]]) -> list[Any]:
         """Let supabase-js make these calls, one after the other, with that token.
