@@ -11,6 +11,7 @@ import platform
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,17 @@ def on_linux_x86_64() -> bool:
 
 @contextlib.contextmanager
 def work_in(parent: Path) -> Iterator[Path]:
-    """A temporary directory in ``parent``, whose contents can be renamed into it."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=parent) as work:
-        yield Path(work)
+    """A temporary directory in ``parent``, whose contents can be renamed into it; DownloadError
+    when there can be none."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix=".fetch-", dir=parent)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to {parent}: {error.strerror}; XDG_CACHE_HOME names another place"
+        ) from error
+    with work as name:
+        yield Path(name)
 
 
 def put(made: Path, target: Path) -> None:
@@ -80,12 +88,16 @@ def npm_pack(package: str, version: str, work: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack an npm package's archive into the directory and return the package's folder."""
-    with tarfile.open(archive) as opened:
-        if hasattr(tarfile, "data_filter"):
-            opened.extractall(target, filter="data")
-        else:  # Python 3.11.0 to 3.11.3
-            opened.extractall(target)
+    """Unpack an npm package's archive into the directory and return the package's folder;
+    DownloadError when it is damaged or would write elsewhere."""
+    try:
+        with tarfile.open(archive) as opened:
+            if hasattr(tarfile, "data_filter"):
+                opened.extractall(target, filter="data")
+            else:  # Python 3.11.0 to 3.11.3
+                opened.extractall(target)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DownloadError(f"{archive.name} cannot be unpacked: {error}") from error
     return (target / "package").resolve()
 
 
