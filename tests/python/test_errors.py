@@ -162,6 +162,37 @@ def test_translated_lets_everything_else_through(bare_db: Database) -> None:
     with pytest.raises(arbiter_db.CloudActive) as caught, arbiter_db.translated():
         raise original
     assert caught.value is original
+    assert caught.value.__cause__ is None
+
+
+def test_a_rejection_that_nobody_has_filled_in_says_nothing() -> None:
+    error = ArbiterError("no")
+    names = ("code", "user_id", "holder", "machine_id", "epoch", "retry_at", "hint", "sqlstate")
+    assert {name: getattr(error, name) for name in names} == dict.fromkeys(names)
+    assert error.detail == {}
+    assert ArbiterError("no").detail is not error.detail
+
+
+def test_a_time_without_a_zone_is_utc(bare_db: Database) -> None:
+    detail = json.dumps({"retry_at": "2026-01-02T03:04:05"})
+    error = errors.from_psycopg(rejection(bare_db.connect(), "WX002", detail))
+    assert error is not None
+    assert error.retry_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def test_installation_errors_say_what_the_database_said() -> None:
+    error = arbiter_db.InstallError("no", hint="do that", detail="because", sqlstate="42501")
+    assert (str(error), error.hint, error.detail, error.sqlstate) == (
+        "no",
+        "do that",
+        "because",
+        "42501",
+    )
+    plain = arbiter_db.InstallError("no")
+    assert [plain.hint, plain.detail, plain.sqlstate] == [None] * 3
+    missing = arbiter_db.OutdatedSchema(None, "0.1.0", hint="install")
+    assert str(missing) == "arbiter is not installed in this database"
+    assert (missing.installed, missing.expected, missing.hint) == (None, "0.1.0", "install")
 
 
 def test_installation_errors_are_no_rejections() -> None:
