@@ -322,6 +322,27 @@ describe('<arbiter-badge>', () => {
     assert.equal(timer.textContent, '0:09');
   });
 
+  it('counts minutes', async () => {
+    await startWith({ ...COOLING, retry_at: '2026-01-05T09:22:01+00:00' });
+    assert.equal(text(), 'Cooling down 2:01');
+  });
+
+  it('changes only what is new, so that its button keeps the focus', async () => {
+    await startWith(CONFIRMABLE);
+    const observer = new page.window.MutationObserver(() => undefined);
+    observer.observe(inner('.badge'), { childList: true });
+    await poll({ ...CONFIRMABLE, epoch: 3 });
+    assert.equal(observer.takeRecords().length, 0);
+    await poll(CLOUD);
+    assert.equal(observer.takeRecords().length, 1);
+    observer.disconnect();
+  });
+
+  it('can be styled', () => {
+    assert.equal(inner('.badge').getAttribute('part'), 'badge');
+    assert.equal(inner('.badge > .dot').getAttribute('aria-hidden'), 'true');
+  });
+
   it('ends the countdown at zero, and with the state', async () => {
     await poll({ ...COOLING, retry_at: '2026-01-05T09:20:02+00:00', poll_interval: '00:01:00' });
     $('arbiter-badge').arbiter = arbiter;
@@ -492,6 +513,15 @@ describe('<arbiter-toasts>', () => {
     assert.deepEqual(texts(), [STARTED, FAILS, RESUMED]);
   });
 
+  it('can be styled, and are told to a screen reader when they come', () => {
+    $('arbiter-toasts').show('one');
+    assert.equal(log().className, 'toasts');
+    assert.equal(log().getAttribute('part'), 'toasts');
+    assert.equal(log().getAttribute('aria-label'), 'Notifications');
+    assert.equal(log().getAttribute('aria-relevant'), 'additions');
+    assert.deepEqual(toasts().map((toast) => [toast.className, toast.getAttribute('part')]), [['toast', 'toast']]);
+  });
+
   it('leave after 8 s, each by its own time', async () => {
     const element = $('arbiter-toasts');
     element.show('one');
@@ -591,6 +621,14 @@ describe('<arbiter-confirm>', () => {
     assert.equal(dialog().querySelector('#title').textContent, 'Take over from the cloud machine?');
     assert.notEqual(dialog().querySelector(`#${dialog().getAttribute('aria-describedby')}`), null);
     assert.equal(button('Not now').hasAttribute('autofocus'), true);
+  });
+
+  it('can be styled', () => {
+    assert.equal(dialog().getAttribute('part'), 'dialog');
+    assert.equal(dialog().querySelector('[role=alert]').className, 'problem');
+    assert.equal(button('Take over').className, 'yes');
+    assert.equal(button('Take over').parentNode.className, 'choices');
+    assert.deepEqual([...dialog().querySelectorAll('button')].map((b) => b.type), ['button', 'button']);
   });
 
   it('does not ask in any other state', async () => {
