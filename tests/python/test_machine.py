@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -424,3 +425,261 @@ def test_a_machine_runs_once(connect: Connector) -> None:
     with pytest.raises(RuntimeError):
         machine.beat_now()
     machine.stop()
+
+
+# What it waits for --------------------------------------------------------------------------------
+
+
+class Waits(threading.Condition):
+    """The condition of a machine; notes how long it would wait, and waits for a moment instead.
+
+    `to_beat` are the pauses between heartbeats, `to_watch` those of the thread that sees losses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_beat: list[float | None] = []
+        self.to_watch: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if "watch" in threading.current_thread().name:
+            self.to_watch.append(timeout)
+        return super().wait(0.01)
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        self.to_beat.append(timeout)
+        return super().wait_for(predicate, 0.01)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """The condition that the next machine gets. `threading` stays as it is elsewhere."""
+    made = Waits()
+    names = {name: getattr(threading, name) for name in threading.__all__}
+    seen_by_machine = SimpleNamespace(**{**names, "Condition": lambda: made})
+    monkeypatch.setattr("arbiter_db.machine.threading", seen_by_machine)
+    return made
+
+
+def last(values: list[float | None], count: int = 2) -> list[float | None]:
+    return values[-count:]
+
+
+def test_the_pause_counts_from_begin_to_begin_and_grows_with_failures(
+    db: Database, owner: Connection, waits: Waits
+) -> None:
+    clock = Clock()
+    connector = Connector(db.conninfo())
+    attempts = 0
+
+    def connect() -> Connection:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            return connector()
+        if attempts < 9:
+            raise psycopg.OperationalError("no route")
+        clock.advance(4)  # this one takes its time
+        return connector()
+
+    machine = Machine(connect, ADAS_MACHINE, clock=clock)
+    with machine:
+        owner.execute("select pg_terminate_backend(%s)", (connector.opened[0].info.backend_pid,))
+        wait_until(lambda: 6 in waits.to_beat)
+    pauses = waits.to_beat[waits.to_beat.index(0.625) : waits.to_beat.index(6)]
+    assert waits.to_beat[0] == 10
+    # One for the connection that was lost, seven for those that were refused.
+    assert pauses == [0.625, 1.25, 2.5, 5, 10, 10, 10, 10]
+
+
+def test_a_heartbeat_that_took_longer_than_the_pause_is_followed_at_once(
+    connect: Connector, waits: Waits
+) -> None:
+    clock = Clock()
+
+    def slow() -> Connection:
+        clock.advance(14)
+        return connect()
+
+    with Machine(slow, ADAS_MACHINE, clock=clock):
+        wait_until(lambda: bool(waits.to_beat))
+    assert waits.to_beat[0] == 0
+
+
+def test_the_watch_waits_until_something_is_due(
+    connect: Connector, db: Database, waits: Waits
+) -> None:
+    clock = Clock()
+    app = db.session(name="app")
+    with Machine(connect, ADAS_MACHINE, clock=clock) as machine:
+        wait_until(lambda: last(waits.to_watch) == [WINDOW_S] * 2)
+        app.run("begin")
+        app.run(LOCK)
+        wait_until_blocked(connect.opened[0])  # a heartbeat hangs, which began just now
+        clock.advance(19)
+        wait_until(lambda: last(waits.to_watch) == [6] * 2)  # may_execute() ends
+        assert machine.may_execute()
+        clock.advance(7)
+        wait_until(lambda: last(waits.to_watch) == [4] * 2)  # the heartbeat's own time ends
+        assert not machine.may_execute()
+        app.run("rollback")
+
+
+def test_a_heartbeat_that_hangs_longer_than_the_timeout_is_broken_off(
+    connect: Connector, db: Database, waits: Waits, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, losses = Clock(), Losses()
+    app = db.session(name="app")
+    with Machine(connect, ADAS_MACHINE, clock=clock, on_loss=losses) as machine:
+        app.run("begin")
+        app.run(LOCK)
+        wait_until_blocked(connect.opened[0])
+        clock.advance(30)
+        losses.wait()
+        wait_until(lambda: last(waits.to_watch) == [0.001] * 2)
+        assert "heartbeat failed" not in caplog.text
+        clock.advance(0.001)
+        wait_until(lambda: "heartbeat failed" in caplog.text)
+        app.run("commit")
+        wait_until(machine.may_execute)
+    assert len(connect.opened) > 1
+    assert losses.count == 1
+    assert f"machine {ADAS_MACHINE}: heartbeat failed: " in caplog.text
+
+
+def test_after_a_loss_nothing_is_due(connect: Connector, waits: Waits) -> None:
+    clock = Clock()
+    allowed = [True]
+
+    def once() -> Connection:
+        if not allowed:
+            raise psycopg.OperationalError("no route")
+        allowed.clear()
+        return connect()
+
+    with Machine(once, ADAS_MACHINE, clock=clock) as machine, machine._beating:
+        # No heartbeat gets in between.
+        connect.opened[0].close()
+        clock.advance(WINDOW_S + 1)
+        wait_until(lambda: last(waits.to_watch) == [None] * 2)
+        assert not machine.may_execute()
+
+
+# At the ends --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_nobody_has_noticed_is_reported_at_the_stop(connect: Connector) -> None:
+    clock, losses = Clock(), Losses()
+    machine = Machine(connect, ADAS_MACHINE, clock=clock, on_loss=losses)
+    machine.start()
+    clock.advance(WINDOW_S + 1)
+    machine.stop()
+    assert losses.count == 1
+
+
+def test_a_loss_needs_nobody_to_report_it_to(
+    connect: Connector, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    with Machine(connect, ADAS_MACHINE, clock=clock) as machine:
+        clock.advance(WINDOW_S + 1)
+        assert not machine.may_execute()
+        machine.beat_now()
+        assert machine.may_execute()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_connection_within_a_transaction_is_refused_and_closed(
+    connect: Connector,
+) -> None:
+    def begun() -> Connection:
+        conn = connect()
+        conn.execute("select 1")
+        return conn
+
+    machine = Machine(begun, ADAS_MACHINE)
+    with pytest.raises(psycopg.ProgrammingError, match="autocommit"):
+        machine.start()
+    assert connect.opened[0].closed
+    assert not machine.may_execute()
+
+
+def test_a_stop_does_not_wait_for_a_connection(
+    connect: Connector, caplog: pytest.LogCaptureFixture
+) -> None:
+    called, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Connection:
+        called.set()
+        assert go_on.wait(TIMEOUT_S)
+        return connect()
+
+    machine = Machine(slow, ADAS_MACHINE)
+    raised: list[BaseException] = []
+
+    def beat() -> None:
+        try:
+            machine.beat_now()
+        except RuntimeError as exc:
+            raised.append(exc)
+
+    beating = in_a_thread(beat)
+    assert called.wait(TIMEOUT_S)
+    machine.stop()
+    assert caplog.messages == [f"machine {ADAS_MACHINE}: stopped while it was connecting"]
+    go_on.set()
+    beating.join(TIMEOUT_S)
+    assert [str(exc) for exc in raised] == ["this machine was stopped"]
+    assert not machine.may_execute()
+
+
+def test_what_it_says_when_it_is_started_wrongly(connect: Connector) -> None:
+    machine = Machine(connect, ADAS_MACHINE, margin=timedelta(seconds=20, milliseconds=1))
+    with pytest.raises(ValueError, match="margin") as caught:
+        machine.start()
+    assert str(caught.value) == (
+        "margin is 0:00:20.001000, more than heartbeat_timeout 0:00:30 less heartbeat_interval"
+        " 0:00:10"
+    )
+    with pytest.raises(RuntimeError, match=r"^a Machine starts once$"):
+        machine.start()
+
+
+def test_its_threads_can_be_told_apart_and_hold_no_process_up(connect: Connector) -> None:
+    with Machine(connect, str(ADAS_MACHINE)):
+        assert sorted(thread.name for thread in machine_threads()) == [
+            f"arbiter beat_on {ADAS_MACHINE}",
+            f"arbiter watch {ADAS_MACHINE}",
+        ]
+        assert all(thread.daemon for thread in machine_threads())
+
+
+def test_the_clock_goes_on_while_the_host_is_suspended(
+    connect: Connector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No clock was given, so it must be the one of the time since boot."""
+    boot = {"now": 5_000.0}
+    monkeypatch.setattr(
+        "arbiter_db.machine.time",
+        SimpleNamespace(
+            CLOCK_BOOTTIME=7,
+            clock_gettime=lambda clock: boot["now"] if clock == 7 else 0.0,
+            monotonic=lambda: 1.0,
+        ),
+    )
+    with Machine(connect, ADAS_MACHINE) as machine:
+        boot["now"] += WINDOW_S
+        assert machine.may_execute()
+        boot["now"] += 0.001
+        assert not machine.may_execute()
+
+
+def test_where_there_is_no_such_clock_it_is_the_monotonic_one(
+    connect: Connector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = {"now": 5_000.0}
+    time = SimpleNamespace(monotonic=lambda: boot["now"])
+    monkeypatch.setattr("arbiter_db.machine.time", time)
+    with Machine(connect, ADAS_MACHINE) as machine:
+        boot["now"] += WINDOW_S + 0.001
+        assert not machine.may_execute()
