@@ -449,7 +449,7 @@ class ReadOnly {
 
   stop() {
     for (const type of ['click', 'submit']) this.#root.removeEventListener(type, this.#stop, true);
-    this.#observer?.disconnect();
+    this.#observer.disconnect();
     this.#observer = null;
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -330,7 +331,81 @@ def test_the_transaction_stays_the_callers(db: Database, conn: Connection, call:
     assert conn.execute(watched, (ADAS_MACHINE,)).fetchone() == before
 
 
-def test_rows_are_frozen(conn: Connection) -> None:
-    status = api.status(conn, ADA)
-    with pytest.raises(AttributeError):
-        status.environment = "cloud"  # type: ignore[misc]
+def test_protect_takes_the_path_to_the_user(conn: Connection) -> None:
+    conn.execute(
+        "create table public.notes (id uuid primary key default gen_random_uuid(),"
+        " user_id uuid, author uuid references auth.users)"
+    )
+    api.protect(conn, "public.notes", user_path="author")
+    row = conn.execute(
+        "select user_path from arbiter.protections where protected_table = 'public.notes'::regclass"
+    ).fetchone()
+    assert row == ("author",)
+
+
+@pytest.mark.parametrize("cls", [api.Status, api.Handover, api.Finding, api.Audit])
+def test_rows_are_frozen(cls: Any) -> None:
+    fields = [field.name for field in dataclasses.fields(cls)]
+    row = cls(**dict.fromkeys(fields))
+    assert row == cls(*[None] * len(fields))
+    for field in fields:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(row, field, 1)
+    assert not hasattr(row, "__dict__")
+
+
+def test_a_status_has_every_column_of_the_databases(conn: Connection) -> None:
+    insert_signal(conn)
+    activate(conn)
+    conn.execute("begin isolation level repeatable read")
+    status = dataclasses.asdict(api.status(conn, ADA))
+    row = (
+        conn.cursor(row_factory=dict_row)
+        .execute("select * from arbiter.status(%s)", (ADA,))
+        .fetchone()
+    )
+    assert row is not None
+    differs = {"as_of", "heartbeat_age"}  # the clock goes on
+    assert {name: status[name] for name in row if name not in differs} == {
+        name: value for name, value in row.items() if name not in differs
+    }
+    assert list(status) == list(row)
+
+
+def test_a_finding_has_what_the_database_knows(conn: Connection) -> None:
+    insert_signal(conn)
+    activate(conn)
+    conn.execute("alter table public.signals disable trigger user")
+    insert_signal(conn)
+    (found,) = api.audit(conn, "public.signals").findings
+    (expected,) = (
+        conn.cursor(row_factory=dict_row)
+        .execute(
+            "select s.id, s.arbiter_xid::text::bigint as xid from public.signals s"
+            " order by s.arbiter_xid desc limit 1"
+        )
+        .fetchall()
+    )
+    assert found == api.Finding(
+        finding="contradiction",
+        reason="wrong_environment",
+        user_id=ADA,
+        row_table="signals",
+        row_key={"id": str(expected["id"])},
+        source="local",
+        machine_id=None,
+        xid=expected["xid"],
+        epoch=2,
+        holder="cloud",
+        holder_machine_id=ADAS_MACHINE,
+    )
+
+
+def test_an_audit_listens_only_while_it_runs(conn: Connection) -> None:
+    heard: list[tuple[int, int]] = []
+    api.audit(conn, "public.signals", on_progress=lambda *at: heard.append(at))
+    before = list(heard)
+    with pytest.raises(psycopg.Error):
+        api.audit(conn, "public.positions", on_progress=lambda *at: heard.append(at))
+    conn.execute("do $$ begin raise notice 'arbiter: audited 1 of 2 blocks'; end $$")
+    assert heard == before

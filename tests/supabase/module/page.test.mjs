@@ -123,6 +123,13 @@ describe('read-only mode', () => {
     assert.deepEqual(seen, [ALL.length, APPS.length]);
   });
 
+  it('takes in what is added meanwhile', async () => {
+    await startWith(CLOUD);
+    $('#panel').innerHTML = '<p><button id="new" data-arbiter-generates>new</button></p>';
+    await observed();
+    assert.equal(isOff('new'), true);
+  });
+
   it('takes in what is added, marked and unmarked meanwhile', async () => {
     await startWith(CLOUD);
     $('#panel').innerHTML = '<p><button id="new" data-arbiter-generates>new</button></p>';
