@@ -274,7 +274,9 @@ export async function openPage(body) {
     addEventListener: window.addEventListener.bind(window),
     removeEventListener: window.removeEventListener.bind(window),
   });
+  const errors = []; // of the page's own handlers, which nobody else hears
+  window.addEventListener('error', ({ error }) => errors.push(error));
   const module = await load();
   window.document.body.innerHTML = body;
-  return { window, document: window.document, ...module };
+  return { window, document: window.document, errors, ...module };
 }

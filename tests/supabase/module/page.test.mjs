@@ -45,6 +45,7 @@ afterEach(async () => {
   clock.uninstall();
   closePage();
   await page.window.happyDOM.abort();
+  assert.deepEqual(page.errors, []);
 });
 
 describe('read-only mode', () => {
@@ -598,6 +599,15 @@ describe('<arbiter-toasts>', () => {
     toasts()[0].querySelector('button').click();
     assert.equal(page.document.activeElement, $('#before'));
     assert.equal($('arbiter-toasts').shadowRoot.activeElement, null);
+  });
+
+  it('let the focus go when it came from nowhere', () => {
+    $('arbiter-toasts').show('one');
+    const [button] = toasts().map((toast) => toast.querySelector('button'));
+    send(button, 'focusin', { relatedTarget: null });
+    button.focus();
+    button.click();
+    assert.deepEqual(texts(), []);
   });
 
   it('let the focus go when where it came from is gone', () => {
