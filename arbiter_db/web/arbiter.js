@@ -437,7 +437,10 @@ class ReadOnly {
   }
 
   start() {
-    this.#observer = new MutationObserver((records) => this.#digest(records) && this.#apply());
+    this.#observer = new MutationObserver((records) => {
+      this.#digest(records);
+      this.#apply();
+    });
     this.#observer.observe(this.#root, {
       subtree: true,
       childList: true,
@@ -459,13 +462,12 @@ class ReadOnly {
     this.#apply();
   }
 
-  /** Take in the app's changes. Returns whether the marked elements must be looked at again. */
+  /** Take in what the app has switched off. */
   #digest(records) {
     for (const { type, target, attributeName } of records) {
       // The app has switched off an element that we hold: from now on only the app may switch it on.
       if (type === 'attributes' && attributeName === switchOf(target) && isOff(target)) target.removeAttribute(HELD);
     }
-    return records.some(({ type, addedNodes }) => type === 'attributes' || addedNodes.length > 0);
   }
 
   #apply() {
