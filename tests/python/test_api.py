@@ -253,7 +253,7 @@ def test_protect_and_unprotect_a_table(conn: Connection) -> None:
 def test_protect_passes_the_databases_rejection_on(conn: Connection) -> None:
     with pytest.raises(psycopg.errors.UndefinedTable):
         api.protect(conn, "public.nothing")
-    with pytest.raises(psycopg.Error):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="p_mode sometimes"):
         api.protect(conn, "public.positions", mode="sometimes")
 
 
