@@ -633,7 +633,11 @@ describe('<arbiter-confirm>', () => {
     assert.equal(dialog().open, false);
     await startWith(CONFIRMABLE);
     assert.equal(dialog().open, true);
-    assert.match(dialog().textContent, /^Take over from the cloud machine\?.*marked as stopped.*stay sent/);
+    assert.equal(
+      dialog().querySelector('#text').textContent,
+      'Your cloud machine has reported an error and has not recovered. If you take over, this browser generates' +
+        ' signals again and the machine is marked as stopped. Orders that it has sent already stay sent.',
+    );
     assert.equal(dialog().getAttribute('aria-labelledby'), 'title');
     assert.equal(dialog().querySelector('#title').textContent, 'Take over from the cloud machine?');
     assert.notEqual(dialog().querySelector(`#${dialog().getAttribute('aria-describedby')}`), null);
