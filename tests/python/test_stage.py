@@ -162,7 +162,7 @@ def test_a_wait_is_the_servers(conn: psycopg.Connection[Any], is_terminal: bool)
     stage.wait_until(now + timedelta(seconds=0.3), "then")
     (after,) = conn.execute("select clock_timestamp()").fetchone() or (None,)
     assert after >= now + timedelta(seconds=0.3)
-    assert re.search(r"\.\.\. 0\.[0-3] s pass, until then by the server's clock", out.getvalue())
+    assert re.search(r"\.\.\. -?\d\.\d s pass, until then by the server's clock", out.getvalue())
 
 
 def test_a_console_for_a_pipe_is_as_wide_as_a_page(capsys: pytest.CaptureFixture[str]) -> None:
