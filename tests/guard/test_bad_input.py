@@ -76,10 +76,10 @@ def assert_rejected(
     hint: str = ".",
     params: Any = None,
 ) -> psycopg.Error:
-    """The statement fails with that SQLSTATE (or one of a|b), message and hint; nothing changed."""
+    """The statement fails with that SQLSTATE, message and hint; nothing changed."""
     before = everything(owner)
     error = rejection(conn.execute, statement, params)
-    assert error.sqlstate in sqlstate.split("|"), error
+    assert error.sqlstate == sqlstate, error
     text = error.diag.message_primary or ""
     assert re.search(message, text), text
     assert re.search(hint, error.diag.message_hint or ""), error.diag.message_hint
@@ -409,12 +409,17 @@ def test_settings_at_the_edge_of_sense(db: Database, edge: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", ["default values", "(singleton) values (false)", "(stop_grace) values ('5 s')"]
+    ("values", "sqlstate"),
+    [
+        ("default values", "23505"),
+        ("(singleton) values (false)", "23514"),
+        ("(stop_grace) values ('5 s')", "23505"),
+    ],
 )
-def test_second_row_of_settings(shared: Rows, values: str) -> None:
+def test_second_row_of_settings(shared: Rows, values: str, sqlstate: str) -> None:
     conn = shared.owner
     error = rejection(conn.execute, f"insert into arbiter.settings {values}")
-    assert error.sqlstate in ("23505", "23514")
+    assert error.sqlstate == sqlstate
     assert value(conn, "select count(*) from arbiter.settings") == 1
 
 
@@ -572,23 +577,33 @@ PROTECT = [
         "machine_id of table public.machine_elsewhere leads to public.traders",
         "p_machine_column",
     ),
-    ("'public.wide', p_machine_column => 'source'", "22023|42804", "source", "."),
-    ("'public.wide', p_machine_column => 'arbiter_xid'", "22023|42804", "arbiter_xid", "."),
-    ("'public.wide', p_machine_column => 'user_id'", "22023|42804", "user_id|machine", "."),
-    ("'public.wide', p_machine_column => ''", "22023|42601", "machine|zero-length", ""),
+    (
+        "'public.wide', p_machine_column => 'source'",
+        "22023",
+        "column source .* cannot name the machine",
+        ".",
+    ),
+    (
+        "'public.wide', p_machine_column => 'arbiter_xid'",
+        "22023",
+        "arbiter_xid .* cannot name",
+        ".",
+    ),
+    ("'public.wide', p_machine_column => 'user_id'", "22023", "user_id .* cannot name", "."),
+    ("'public.wide', p_machine_column => ''", "42601", "zero-length delimited identifier", ""),
     # not a table that can be
     ("'public.parted_1'", "42809", "parted_1 cannot be protected", "the table at the root"),
     ("'public.a_view'", "42809", "a_view cannot be protected", "ordinary or a partitioned table"),
     ("'public.a_matview'", "42809", "a_matview cannot be protected", "ordinary or a partitioned"),
     ("'public.a_sequence'", "42809", "a_sequence cannot be protected", "ordinary or a partitioned"),
-    ("'public.loose_pkey'", "42P01|42809", "loose_pkey", ""),
+    ("'public.loose_pkey'", "42809", "loose_pkey cannot be protected", "root"),
     ("'public.cloud_machines'", "42809", "cloud_machines cannot be protected", "judges by"),
     ("'arbiter.leases'", "42809", "arbiter.leases cannot be protected", "judges by"),
     ("'arbiter.handovers'", "42809", "arbiter.handovers cannot be protected", "judges by"),
     ("'pg_catalog.pg_class', 'oid'", "42501", "pg_class belongs to", "."),
     ("'public.not_ours'", "42501", "not_ours belongs to postgres, not to app_owner", "."),
     ("'public.missing'", "42P01", "missing", ""),
-    ("0::regclass", "42809|42P01|22023|42501", ".", ""),
+    ("0::regclass", "22023", "table - has no obvious way", "p_user_path"),
     # options
     ("null", "22023", r"protect\(null\)", "nothing is null"),
     ("'public.wide', p_verbs => '{delete}'", "22023", r"\{delete\}", "{insert}"),
@@ -811,7 +826,7 @@ def test_install_on_a_database_that_does_not_fit(
     owner = trading_db.connect()
     owner.execute(f"alter table public.{table} {change}".encode())
     before = everything(owner)
-    with pytest.raises((arbiter_db.InstallError, psycopg.Error)) as caught:
+    with pytest.raises(arbiter_db.InstallError) as caught:
         arbiter_db.install(trading_db.conninfo())
     assert re.search(message, str(caught.value)), caught.value
     assert everything(owner) == before
@@ -992,7 +1007,7 @@ def test_lease_that_would_make_no_sense(shared: Rows) -> None:
                 shared.owner,
                 shared.owner,
                 f"update arbiter.leases set {change} where user_id = '{user.id}'",
-                "23514|23502",
+                "23502" if change == "epoch = null" else "23514",
                 "leases",
                 "",
             )

@@ -411,12 +411,12 @@ def test_forced_row_security_rejects_and_does_not_hide(at: Stage, table: str, po
         visible = policy == "all is visible"
         at.owner.execute(f"create policy forced on {table} using ({visible})".encode())
     for conn in (at.owner, backend(at.db), at.db.connect("postgres")):
-        error, _ = at.rejected(add_signal, conn, at.bob.trader)
-        assert error in ("42501", "WX001")
-        error, _ = at.rejected(add_signal, conn, at.ada.trader, "cloud", at.bobs_machine)
-        assert error in ("42501", "WX005")
-        error, _ = at.rejected(add_signal, conn, at.ada.trader, "cloud", at.adas_machine)
-        assert error in ("42501", "WX004")
+        for trader, *claim in (
+            (at.bob.trader,),
+            (at.ada.trader, "cloud", at.bobs_machine),
+            (at.ada.trader, "cloud", at.adas_machine),
+        ):
+            assert at.rejected(add_signal, conn, trader, *claim) == ("42501", None)
     assert value(at.owner, "select count(*) from arbiter.handovers") == 3
 
 

@@ -406,10 +406,12 @@ def test_machine_that_goes_ends_its_claim_like_a_stop(
     said = status(web)
     assert (said["environment"], said["machine_state"]) == ("none", "deleted")
 
-    # Neither the machine nor its new owner can write for this user any more. A machine that is not
-    # there is rejected by the foreign key, before the guard.
-    expected = "23503" if end in (delete, truncate) else "WX005"
-    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == expected
+    # Neither the machine nor its new owner can write for this user any more. Of a machine without
+    # a row the foreign key says so first.
+    if end in (delete, truncate):
+        assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "23503"
+        owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
+    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "WX005"
 
     age_note(owner, user, machine)
     add_signal(web, user.trader)
@@ -881,9 +883,10 @@ def test_holder_whose_registry_was_replaced_without_a_successor(db: Database) ->
     assert holder(owner, user) == ("cloud", machine, None)
     assert began < notes(owner, machine).left_running_at < clock(owner)
     assert rejection(add_signal, web, user.trader).sqlstate == "WX002"
-    # Rejected before the guard, by arbiter's own foreign key, which leads elsewhere now.
-    error = rejection(add_signal, owner, user.trader, "cloud", machine)
-    assert error.sqlstate == "23503"
+    # Rejected by arbiter's own foreign key, which leads elsewhere now, and without it by the guard.
+    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "23503"
+    owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
+    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "WX005"
     beat(owner, machine)  # of a table that is no registry any more
     age_note(owner, user, machine)
     add_signal(web, user.trader)
