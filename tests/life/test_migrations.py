@@ -17,6 +17,7 @@ import pytest
 from catalog import assert_same, difference, schema
 from conftest import Database, Templates
 from psycopg.rows import scalar_row
+from sql_files import FILES, functions
 from yoyo.migrations import read_sql_migration
 
 import arbiter_db
@@ -188,51 +189,20 @@ def test_the_columns_of_the_migration_are_those_that_functions_add(db: Database)
     assert columns("public.cloud_machines") == columns("public.machines")
 
 
-# -- sql/: the files ------------------------------------------------------------------------------
-
-FUNCTION = re.compile(
-    r"create or replace function (?P<name>\S+?)\(.*?\)\n(?P<attributes>.*?)"
-    r"^ *(as \$\w*\$|begin atomic|return )",
-    re.MULTILINE | re.DOTALL,
-)
-
-#: One a line, in this order, and only what is not the default: a definer then stands out.
-ATTRIBUTES = re.compile(
-    r"returns (table \([^)]*\)|.+)\nlanguage \w+\n((stable|immutable)\n)?(security definer\n)?"
-    r"set search_path = pg_catalog, pg_temp\n(set \w+ = .+\n)*"
-)
-
-
-@pytest.mark.parametrize("path", REPEATABLE, ids=lambda path: path.name)
-def test_functions_say_what_is_not_the_default(path: Path) -> None:
-    text = path.read_text(encoding="ascii")
-    found = list(FUNCTION.finditer(text))
-    assert len(found) == len(re.findall(r"\bcreate (?:or replace )?function\b", text))
-    for function in found:
-        attributes = re.sub(r"^ +", "", function["attributes"], flags=re.MULTILINE)
-        assert ATTRIBUTES.fullmatch(attributes), function["name"]
-
+# -- sql/: the files; test_style has the style of its functions ------------------------------------
 
 #: Under names that are filled in: what expose() makes in a schema of the app.
-EXPOSED = {"%1$I.execution_status", "%1$I.confirm_takeover"}
+EXPOSED = {"app.execution_status", "app.confirm_takeover"}
 
 
 def test_the_lint_of_functions_sees_them_all(ask: Ask) -> None:
-    """Each function of the database is one that the test above has read."""
-    read = {m["name"] for path in REPEATABLE for m in FUNCTION.finditer(path.read_text("ascii"))}
+    """Each function of the database is one that test_style has read."""
+    read = {function.name for path in FILES for function in functions(path)}
     generated = re.compile(r"arbiter\.(_[a-z_]+_\d+|tg_registry_[a-z]+)")
     names = ask("select format('arbiter.%I', p.proname) from pg_proc p "
                 "where p.pronamespace = 'arbiter'::regnamespace")  # fmt: skip
     assert {name for name in names if not generated.fullmatch(name)} == read - EXPOSED
     assert read > EXPOSED
-
-
-@pytest.mark.parametrize("path", [*FORWARD, *REPEATABLE], ids=lambda path: path.name)
-def test_nothing_raises_40001(path: Path) -> None:
-    """PostgREST repeats a request for ever that fails with it. To handle one is fine."""
-    text = path.read_text(encoding="ascii")
-    raising = re.sub(r"^ *when .*\bserialization_failure\b.* then$", "", text, flags=re.MULTILINE)
-    assert not re.search(r"40001|serialization_failure", raising)
 
 
 # -- the objects ----------------------------------------------------------------------------------
