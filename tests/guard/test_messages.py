@@ -1,0 +1,910 @@
+"""Every error that arbiter raises, in two tables: what is called, and exactly what is said then.
+
+That no error is left out is checked against sql/ itself, read by the server's parser: each call of
+``_fail`` and each text of a hint must be one that a row of a table gets to see.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import pglast
+import psycopg
+import pytest
+from codes import MESSAGES, SQLSTATES
+from pglast import ast
+from sql_files import FILES, calls, literals, statements
+from story import (
+    User,
+    activate,
+    add_machine,
+    add_signal,
+    add_trader,
+    add_user,
+    age,
+    as_detail,
+    beat,
+    detail_of,
+    lease,
+    one,
+    rejection,
+    set_status,
+    value,
+)
+
+if TYPE_CHECKING:
+    from conftest import Database, Templates
+
+Conn = psycopg.Connection[Any]
+
+# -- errors outside the class WX ------------------------------------------------------------------
+
+TABLES = """
+create table public.apart (user_id uuid, n integer);
+create table public.wide (user_id uuid, trader_id uuid references public.traders, plain uuid);
+create table public.loose (n integer);
+create table public.of_two (
+  trader_id uuid references public.traders, copied_from uuid references public.traders);
+create table public.words (user_id uuid, source integer);
+create table public.by_default (user_id uuid, source text default 'binance');
+create table public.by_key (user_id uuid, source text references public.feeds);
+create table public.by_check (user_id uuid, source text, constraint feed check (source <> 'cloud'));
+create table public.by_data (user_id uuid, source text);
+insert into public.by_data values (gen_random_uuid(), 'binance');
+create table public.elsewhere (user_id uuid, machine_id uuid references public.traders);
+create table public.parent (user_id uuid not null);
+create table public.child () inherits (public.parent);
+create table public.twice (
+  id uuid, user_id uuid, status text, last_health_check timestamptz);
+create table public.parted (id uuid primary key, user_id uuid, status text) partition by hash (id);
+select arbiter.protect('public.child');
+select arbiter.protect('public.apart', p_evidence => false);
+"""
+FOREIGN = """
+create table public.not_ours (user_id uuid);
+create table public.feeds (word text primary key);
+"""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call and what it says. ``{user}`` and ``{machine}`` stand for the ids of the stage."""
+
+    call: str
+    sqlstate: str
+    message: str
+    hint: str
+    setup: str = ""
+    by: str = "app_owner"
+    between: str = ""  # done by another session, after the snapshot of the caller
+    detail: str | None = None
+    since: int = 15
+
+
+NEW_KEY = """
+alter table public.wide drop constraint wide_trader_id_fkey,
+  add constraint wide_trader_id_fkey foreign key (trader_id) references public.traders
+"""
+NO_REGISTRY = "delete from arbiter.registry"
+PROTECT_HINT = (
+    "p_verbs is {{insert}} or {{insert,update}}; p_mode enforce or observe; p_unowned reject or"
+    " allow; nothing is null."
+)
+RENAME = "Rename that column; nothing was changed."
+
+
+def basics() -> str:
+    return FILES[0].read_text("ascii")
+
+
+def checks() -> str:
+    return FILES[1].read_text("ascii")
+
+
+FAILURES = {
+    # 00_basics
+    "another owner": Failure(
+        basics(),
+        "42501",
+        "arbiter: in this database it belongs to app_owner, not to postgres",
+        "Connect as app_owner; nothing was changed.",
+        by="postgres",
+    ),
+    "another type": Failure(
+        "select arbiter.protect('public.words')",
+        "42804",
+        "arbiter: column source of table public.words is integer, it must be text or character"
+        " varying",
+        "Rename that column, or name another one in the call; nothing was changed.",
+    ),
+    "virtual column": Failure(
+        "select arbiter.protect('public.loose')",
+        "0A000",
+        "arbiter: column user_id of table public.loose is a virtual generated column",
+        "Make it stored, or name another one in the call; nothing was changed.",
+        setup="alter table public.loose"
+        " add user_id uuid generated always as ('00000000-0000-0000-0000-000000000000') virtual",
+        since=18,
+    ),
+    "no column": Failure(
+        "select arbiter.protect('public.wide', 'nobody')",
+        "42703",
+        "arbiter: table public.wide has no column nobody",
+        "Name the column in the call; nothing was changed.",
+    ),
+    # 01_checks
+    "not ours": Failure(
+        "select arbiter.protect('public.not_ours')",
+        "42501",
+        "arbiter: table public.not_ours belongs to postgres, not to app_owner",
+        "Connect as postgres or as a member of it.",
+    ),
+    "no foreign key": Failure(
+        "select arbiter.protect('public.wide', 'plain.user_id')",
+        "22023",
+        "arbiter: column plain of table public.wide is not a foreign key of one column",
+        "In the path plain.user_id every step but the last must be one.",
+    ),
+    "machine of another table": Failure(
+        "select arbiter.protect('public.elsewhere')",
+        "42830",
+        "arbiter: column machine_id of table public.elsewhere leads to public.traders, not to the"
+        " registry public.cloud_machines",
+        "Drop constraint elsewhere_machine_id_fkey, or name another column in p_machine_column;"
+        " nothing was changed.",
+    ),
+    "no way": Failure(
+        "select arbiter.protect('public.loose')",
+        "22023",
+        "arbiter: table public.loose has no obvious way to a user",
+        "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
+        " ('trader_id.user_id').",
+    ),
+    "two ways": Failure(
+        "select arbiter.protect('public.of_two')",
+        "22023",
+        "arbiter: table public.of_two has more than one way to a user",
+        "Choose one in p_user_path: trader_id.user_id, copied_from.user_id",
+    ),
+    "source by default": Failure(
+        "select arbiter.protect('public.by_default')",
+        "23514",
+        "arbiter: column source of table public.by_default does not mean the environment: its"
+        " default is 'binance'::text",
+        "Rename that column, or make its default local; nothing was changed.",
+    ),
+    "source by key": Failure(
+        "select arbiter.protect('public.by_key')",
+        "23514",
+        "arbiter: column source of table public.by_key does not mean the environment: it is in"
+        " foreign key by_key_source_fkey",
+        RENAME,
+    ),
+    "source by check": Failure(
+        "select arbiter.protect('public.by_check')",
+        "23514",
+        "arbiter: column source of table public.by_check does not mean the environment:"
+        " constraint feed forbids local or cloud",
+        RENAME,
+    ),
+    "source by data": Failure(
+        "select arbiter.protect('public.by_data')",
+        "23514",
+        "arbiter: column source of table public.by_data does not mean the environment: it holds"
+        " 'binance'",
+        RENAME,
+    ),
+    "registry that is partitioned": Failure(
+        "select arbiter.register_machines('public.parted')",
+        "42809",
+        "arbiter: public.parted is not an ordinary table",
+        "Register the table that holds one row per machine; nothing was changed.",
+    ),
+    "registry without a key": Failure(
+        "select arbiter.register_machines('public.twice')",
+        "22023",
+        "arbiter: column id of table public.twice is not unique",
+        "One row must be one machine: name its primary key in p_id_column; nothing was changed.",
+    ),
+    "no table": Failure(
+        "select arbiter.protect('public.a_view')",
+        "42809",
+        "arbiter: public.a_view cannot be protected",
+        "Protect an ordinary or a partitioned table; of partitions, the table at the root.",
+        setup="create view public.a_view as select * from public.wide",
+    ),
+    "no path": Failure(
+        "select arbiter.protect('public.wide', 'user_id.')",
+        "22023",
+        "arbiter: p_user_path is not a path: 'user_id.'",
+        "It is a uuid column ('user_id'), or columns over foreign keys joined by dots"
+        " ('trader_id.user_id').",
+    ),
+    "machine column of another use": Failure(
+        "select arbiter.protect('public.wide', p_machine_column => 'user_id')",
+        "22023",
+        "arbiter: column user_id of table public.wide cannot name the machine",
+        "p_machine_column is a column of its own; it is added when it is missing.",
+    ),
+    "not one transaction": Failure(
+        checks(),
+        "55000",
+        "arbiter: the files of an installation do not run in one transaction",
+        "Run them all between begin and commit, in order; nothing of the app was changed.",
+    ),
+    # No such server is here: the same code asks for a later one.
+    "an old server": Failure(
+        basics() + checks().replace("150000", "990000"),
+        "0A000",
+        "arbiter: needs PostgreSQL 15 or later, this is {version}",
+        "Upgrade the server first; nothing was changed.",
+    ),
+    # 11_identity
+    "another user": Failure(
+        "select arbiter.status('{other}')",
+        "42501",
+        "arbiter: only a trusted role may ask about another user",
+        "Leave p_user_id out: the user is the sub of request.jwt.claims.",
+        by="authenticated",
+    ),
+    "no user": Failure(
+        "select arbiter.status()",
+        "22023",
+        "arbiter: no user",
+        "Pass p_user_id, or set request.jwt.claims with a sub.",
+    ),
+    # 20_generate, 21_paths
+    "a word that nothing stands for": Failure(
+        "select arbiter._instantiate('arbiter._stamp_template()', 'new', '{{}}')",
+        "XX000",
+        "arbiter: nothing stands for the word __heartbeat of template arbiter._stamp_template()",
+        "Add it where the template's words are listed: _guard_words() or _registry_words().",
+    ),
+    "a key that is newer": Failure(
+        "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",
+        "55000",
+        "arbiter: foreign key wide_trader_id_fkey of public.wide was made after the snapshot of"
+        " this transaction",
+        "Try again in a new transaction.",
+        between=NEW_KEY,
+    ),
+    # 25_protect
+    "verbs": Failure(
+        "select arbiter.protect('public.wide', p_verbs => '{{delete}}')",
+        "22023",
+        "arbiter: protect(public.wide) with p_verbs {{delete}}, p_mode enforce, p_unowned reject,"
+        " p_machine_column machine_id, p_evidence true",
+        PROTECT_HINT,
+    ),
+    "nulls": Failure(
+        "select arbiter.protect(null, null, null, null, null, null, null)",
+        "22023",
+        "arbiter: protect(null) with p_verbs null, p_mode null, p_unowned null,"
+        " p_machine_column null, p_evidence null",
+        PROTECT_HINT,
+    ),
+    "the registry protected": Failure(
+        "select arbiter.protect('public.cloud_machines')",
+        "42809",
+        "arbiter: public.cloud_machines cannot be protected",
+        "arbiter judges by the registry and its own tables; protect a table that clients write to.",
+    ),
+    "a relative": Failure(
+        "select arbiter.protect('public.parent')",
+        "42809",
+        "arbiter: public.parent cannot be protected beside public.child, which inherits from it or"
+        " the other way round",
+        "Unprotect public.child first: one guard is enough for both.",
+    ),
+    "unprotect": Failure(
+        "select arbiter.unprotect('public.loose')",
+        "42704",
+        "arbiter: table public.loose is not protected",
+        "See arbiter.protections for the tables that are.",
+    ),
+    # 26_register
+    "no table of machines": Failure(
+        "select arbiter.register_machines(null)",
+        "22004",
+        "arbiter: register_machines() with a null for the table or one of its columns",
+        "Name the app's table of machines and its columns, or leave the defaults.",
+    ),
+    "states of another type": Failure(
+        "select arbiter.register_machines('public.cloud_machines', p_states => '[]')",
+        "22023",
+        "arbiter: p_states is a JSON array, it must be an object",
+        'For example {{"active": "running", "deleted": "stopped"}}.',
+    ),
+    "an unknown state": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        """ p_states => '{{"up": "alive", "down": "stopped"}}')""",
+        "22023",
+        'arbiter: p_states maps a status word to no machine state: up: "alive"',
+        "The machine states are starting, running, stopping, stopped, error.",
+    ),
+    "no word for stopped": Failure(
+        """select arbiter.register_machines('public.cloud_machines', p_states => '{{}}')""",
+        "22023",
+        "arbiter: p_states maps no status word to stopped",
+        "arbiter.confirm_takeover() needs a word that says so.",
+    ),
+    "no registry": Failure(
+        "select arbiter.heartbeat('{machine}'::uuid)",
+        "55000",
+        "arbiter: no registry of machines",
+        "Call arbiter.register_machines() first.",
+        setup=NO_REGISTRY,
+    ),
+    "an unknown machine": Failure(
+        "select arbiter.heartbeat('{other}'::uuid)",
+        "P0002",
+        "arbiter: no machine {other}",
+        "Check the id against the registry's id column; no heartbeat of this call was written.",
+        detail='{{"code": "unknown_machine", "machine_id": "{other}"}}',
+    ),
+    # 30_status
+    "nothing to confirm": Failure(
+        "select arbiter.confirm_takeover('{other}')",
+        "55000",
+        "arbiter: there is nothing to confirm",
+        "The browser may write already.",
+        detail='{{"code": "nothing_to_confirm", "epoch": null, "holder": null, "user_id":'
+        ' "{other}", "retry_at": null, "machine_id": null}}',
+    ),
+    "no word for stopped is taken": Failure(
+        "select arbiter.confirm_takeover('{user}')",
+        "55000",
+        "arbiter: the registry takes none of the words that mean stopped",
+        "Call arbiter.register_machines() with p_states that has the table's own words.",
+        setup="""
+            update public.cloud_machines set status = 'error';
+            update arbiter.machine_notes set entered_error_at = clock_timestamp() - interval '1 h';
+            alter table public.cloud_machines add check (status <> 'stopped')
+        """,
+    ),
+    # 32_audit
+    "audit": Failure(
+        "select arbiter.audit('public.loose')",
+        "42704",
+        "arbiter: table public.loose is not protected",
+        "See arbiter.protections for the tables that are.",
+    ),
+    "audit without evidence": Failure(
+        "select arbiter.audit('public.apart')",
+        "55000",
+        "arbiter: table public.apart is protected without evidence",
+        "Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with"
+        " p_evidence => true.",
+    ),
+    # 33_expose
+    "no schema": Failure(
+        "select arbiter.expose('nowhere')",
+        "3F000",
+        "arbiter: cannot expose functions in schema nowhere",
+        "Name a schema of the app that its API serves, such as public.",
+    ),
+    "a function of the app": Failure(
+        "select arbiter.expose()",
+        "42723",
+        "arbiter: there is a function public.execution_status(uuid) already,"
+        " and it is not arbiter's",
+        "Rename it, or expose into another schema; nothing was changed.",
+        setup="create function public.execution_status(uuid) returns int language sql return 1",
+    ),
+    # 40_left_over
+    "no installation": Failure(
+        "select * from arbiter._left_over()",
+        "55000",
+        "arbiter: nothing was noted at the start of this installation",
+        "Run all files of sql/ in order and in one transaction.",
+    ),
+    "a function that is used": Failure(
+        "select arbiter._drop_left_over()",
+        "2BP01",
+        "arbiter: something uses what this version does not have any more: view public.user_of_old"
+        " depends on function arbiter.old()",
+        "Drop or change what uses it, then install again; until then functions, guards and"
+        " policies are those of before.",
+        setup="""
+            create function arbiter.old() returns integer language sql return 1;
+            create view public.user_of_old as select arbiter.old() as n;
+            select set_config('arbiter.documented_before', '(0,0)', true)
+        """,
+    ),
+}
+
+
+class Shared:
+    """One database for all of them, as each is rolled back."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.owner, self.admin = db.connect(), db.connect("postgres")
+        self.admin.execute(FOREIGN)
+        self.admin.execute("grant references on public.feeds to app_owner")
+        self.owner.execute(TABLES.encode())
+        self.user = add_user(self.owner)
+        self.names = {
+            "user": str(self.user.id),
+            "machine": str(activate(self.owner, self.user)),
+            "other": str(UUID(int=7)),
+            "version": value(self.owner, "show server_version"),
+        }
+
+
+@pytest.fixture(scope="module")
+def shared(templates: Templates) -> Iterator[Shared]:
+    with templates.clone("installed") as database:
+        yield Shared(database)
+
+
+def fill_in(text: str, names: dict[str, str]) -> str:
+    return text.format(**names)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_says_what_and_what_to_do(shared: Shared, name: str) -> None:
+    failure = FAILURES[name]
+    if shared.owner.info.server_version < failure.since * 10000:
+        return  # what fails does not exist yet
+    conn = shared.admin if failure.by == "postgres" else shared.owner
+    is_file = failure.call.startswith("--")
+    call = failure.call if is_file else fill_in(failure.call, shared.names)
+    with conn.transaction(force_rollback=True):
+        if failure.between:
+            conn.execute("set transaction isolation level repeatable read")
+            conn.execute("select")
+            shared.db.connect().execute(failure.between.encode())
+        conn.execute(failure.setup.encode())
+        if failure.by == "authenticated":
+            conn = shared.db.connect(role="authenticated")
+        with pytest.raises(psycopg.Error) as caught, conn.transaction():
+            conn.execute(call.encode())
+    diag = caught.value.diag
+    assert (diag.sqlstate, diag.message_primary, diag.message_hint, diag.message_detail) == (
+        failure.sqlstate,
+        fill_in(failure.message, shared.names),
+        fill_in(failure.hint, shared.names),
+        failure.detail and fill_in(failure.detail, shared.names),
+    )
+
+
+# -- rejections -----------------------------------------------------------------------------------
+
+
+class Stage:
+    """Ada is local and has a machine that is up but does not hold; bob's machine holds."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.owner, self.other = db.connect(), db.connect(autocommit=False)
+        self.ada, self.bob = add_user(self.owner), add_user(self.owner)
+        self.adas, self.bobs = self.ada.trader, self.bob.trader
+        add_signal(self.owner, self.adas)
+        self.adas_machine = add_machine(self.owner, self.ada, "running")
+        self.machine = activate(self.owner, self.bob)
+        self.builtin = add_trader(self.owner, None)
+        self.owner.execute("update arbiter.settings set drain_timeout = '100 ms'")
+
+    def note(self) -> Any:
+        return one(
+            self.owner, "select * from arbiter.machine_notes where machine_id = %s", self.machine
+        )
+
+    def loosen(self) -> None:
+        """The table's own constraints speak before the guard."""
+        self.owner.execute(
+            "alter table public.signals drop constraint arbiter_source_check,"
+            " alter column source drop not null,"
+            " alter constraint signals_trader_id_fkey deferrable initially deferred"
+        )
+
+    def allow_unowned(self) -> None:
+        self.owner.execute("select arbiter.protect('public.signals', p_unowned => 'allow')")
+
+    def forge(self) -> None:
+        self.owner.execute(
+            "insert into public.signals"
+            " (trader_id, symbol, interval, signal, bar_time, arbiter_xid)"
+            " values (%s, 'BTCUSDT', '1m', 'buy', now(), '3')",
+            (self.adas,),
+        )
+
+    def confirm(self) -> None:
+        self.owner.execute("select arbiter.confirm_takeover(%s)", (self.bob.id,))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """What is said: the code, its hint, and in DETAIL whose write, and what depends on the code."""
+
+    code: str
+    hint: str
+    run: Callable[[Stage], object]
+    #: None where the row has no user.
+    whose: str | None = "bob"
+    by_lease: bool = True
+    retry_at: Callable[[Stage], str | None] = lambda at: None
+    more: Callable[[Stage], dict[str, Any]] = lambda at: {}
+
+
+def in_status(word: str, run: Callable[[Stage], object], **ago: Any) -> Callable[[Stage], object]:
+    def prepared(at: Stage) -> object:
+        set_status(at.owner, at.machine, word)
+        age(at.owner, at.machine, **ago)
+        return run(at)
+
+    return prepared
+
+
+def write(trader: str, source: Any = "local", machine: str | None = None) -> Any:
+    def run(at: Stage) -> None:
+        add_signal(at.owner, getattr(at, trader), source, getattr(at, machine) if machine else None)
+
+    return run
+
+
+def after(*steps: Callable[[Stage], object]) -> Callable[[Stage], object]:
+    def run(at: Stage) -> None:
+        for step in steps:
+            step(at)
+
+    return run
+
+
+def said(source: str | None, machine: str | None = None) -> Callable[[Stage], dict[str, Any]]:
+    def more(at: Stage) -> dict[str, Any]:
+        return {"source": source, "machine_id": machine and str(getattr(at, machine))}
+
+    return more
+
+
+def write_for_both(at: Stage) -> None:
+    with at.owner.transaction():
+        add_signal(at.owner, at.adas)
+        beat(at.owner, at.adas_machine)
+        add_signal(at.owner, at.adas, "cloud", at.adas_machine)
+
+
+def write_in_flight(at: Stage) -> None:
+    add_signal(at.other, at.adas)
+
+
+def write_in_a_savepoint(at: Stage) -> None:
+    """Its lock is not to be seen in pg_locks."""
+    at.other.execute("savepoint one")
+    add_signal(at.other, at.adas)
+    at.other.execute("release one")
+
+
+def write_of_the_next_holder(at: Stage) -> None:
+    beat(at.owner, at.adas_machine)
+    add_signal(at.owner, at.adas, "cloud", at.adas_machine)
+
+
+def take_the_machine_away(at: Stage) -> None:
+    at.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
+    at.owner.execute(
+        "insert into public.positions (user_id, symbol, source, machine_id)"
+        " values (%s, 'BTC', 'cloud', %s)",
+        (at.bob.id, at.machine),
+    )
+    at.owner.execute("update public.positions set machine_id = null")
+
+
+def lock_the_machine(at: Stage) -> None:
+    at.other.execute("select from public.cloud_machines for no key update")
+
+
+MINUTES = timedelta(minutes=10)
+SOON = "Too early: the machine may recover; confirm at retry_at."
+REJECTIONS = {
+    "healthy": Rejected(
+        "cloud_active",
+        "Switch to monitoring, or stop the cloud machine to write from the browser.",
+        write("bobs"),
+    ),
+    "just stopped": Rejected(
+        "cooling_down",
+        "Try again at retry_at, when its last writes can no longer be in flight.",
+        in_status("stopped", write("bobs")),
+        retry_at=lambda at: as_detail(at.note().left_running_at + timedelta(seconds=30)),
+    ),
+    "just failed": Rejected(
+        "takeover_unconfirmed",
+        "Too early: ask the user at retry_at, then call arbiter.confirm_takeover().",
+        in_status("error", write("bobs")),
+        retry_at=lambda at: as_detail(at.note().entered_error_at + timedelta(minutes=2)),
+    ),
+    "failed": Rejected(
+        "takeover_unconfirmed",
+        "Ask the user, then call arbiter.confirm_takeover().",
+        in_status("error", write("bobs"), entered_error=MINUTES),
+    ),
+    "not the holder": Rejected(
+        "not_holder",
+        "Stop trading, keep sending heartbeats, and write again once arbiter.status() names this"
+        " machine.",
+        write("adas", "cloud", "adas_machine"),
+        whose="ada",
+    ),
+    "forged evidence": Rejected(
+        "wrong_identity",
+        "arbiter_xid is not the transaction that writes the row: leave it to its default.",
+        Stage.forge,
+        whose="ada",
+        by_lease=False,
+        more=said("local"),
+    ),
+    "no parent": Rejected(
+        "wrong_identity",
+        "The row does not lead to a user: the row that it names does not exist.",
+        after(Stage.allow_unowned, Stage.loosen, lambda at: add_signal(at.owner, UUID(int=1))),
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "no source": Rejected(
+        "wrong_identity",
+        "source is null: write local, or cloud with a machine.",
+        after(Stage.loosen, write("adas", None)),
+        whose="ada",
+        by_lease=False,
+        more=said(None),
+    ),
+    "another source": Rejected(
+        "wrong_identity",
+        "source must be local or cloud.",
+        after(Stage.loosen, write("adas", "tab")),
+        whose="ada",
+        by_lease=False,
+        more=said("tab"),
+    ),
+    "local with a machine": Rejected(
+        "wrong_identity",
+        "A local write has no machine: leave it null, or write cloud.",
+        write("bobs", "local", "machine"),
+        by_lease=False,
+        more=said("local", "machine"),
+    ),
+    "no user": Rejected(
+        "wrong_identity",
+        "The row has no user; a table with such rows is protected with p_unowned => 'allow'.",
+        write("builtin"),
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "a machine without a user": Rejected(
+        "wrong_identity",
+        "A row without a user cannot have a machine.",
+        after(Stage.allow_unowned, write("builtin", "cloud", "machine")),
+        whose=None,
+        by_lease=False,
+        more=said("cloud", "machine"),
+    ),
+    "cloud without a machine": Rejected(
+        "wrong_identity",
+        "A cloud write names its machine.",
+        write("bobs", "cloud"),
+        by_lease=False,
+        more=said("cloud"),
+    ),
+    "another user's machine": Rejected(
+        "wrong_identity",
+        "The registry has no such machine of this user.",
+        write("adas", "cloud", "machine"),
+        whose="ada",
+        by_lease=False,
+        more=said("cloud", "machine"),
+    ),
+    "an update without a machine": Rejected(
+        "wrong_identity",
+        "A cloud write names its machine.",
+        take_the_machine_away,
+        by_lease=False,
+        more=said("cloud"),
+    ),
+    "provenance": Rejected(
+        "provenance_immutable",
+        "Update the other columns, or insert a new row.",
+        lambda at: at.owner.execute("update public.signals set source = 'cloud'"),
+        whose="ada",
+        by_lease=False,
+    ),
+    "a write in flight": Rejected(
+        "handover_draining",
+        "Try again; if it lasts, end the transactions of the blockers named in the detail.",
+        after(write_in_flight, write_of_the_next_holder),
+        whose="ada",
+        more=lambda at: {"blockers": [at.other.info.backend_pid]},
+    ),
+    "a write of one's own": Rejected(
+        "handover_draining",
+        "This transaction itself keeps the lease from being handed over: commit it first.",
+        write_for_both,
+        whose="ada",
+        # Of the drain that it has marked itself, which is rolled back.
+        more=lambda at: {
+            "holder": "cloud",
+            "machine_id": str(at.adas_machine),
+            "blockers": [at.owner.info.backend_pid],
+        },
+    ),
+    "a write that no session shows": Rejected(
+        "handover_draining",
+        "Try again; if it lasts, look into pg_prepared_xacts: no open session was found that locks"
+        " the lease.",
+        after(write_in_a_savepoint, write_of_the_next_holder),
+        whose="ada",
+        more=lambda at: {"blockers": []},
+    ),
+    "history": Rejected(
+        "append_only",
+        "Leave it as it is: arbiter.audit() proves exclusion from it.",
+        lambda at: at.owner.execute("delete from arbiter.handovers where reason = 'activated'"),
+        by_lease=False,
+        more=lambda at: {"operation": "DELETE", "epoch": 2},
+    ),
+    "all of the history": Rejected(
+        "append_only",
+        "Leave it as it is: arbiter.audit() proves exclusion from it.",
+        lambda at: at.owner.execute("truncate arbiter.handovers"),
+        whose=None,
+        by_lease=False,
+        more=lambda at: {"operation": "TRUNCATE"},
+    ),
+    "a yes to a healthy machine": Rejected(
+        "cloud_active",
+        "There is nothing to confirm: the machine is not in error.",
+        Stage.confirm,
+    ),
+    "a yes to a machine that stops": Rejected(
+        "cooling_down",
+        "There is nothing to confirm: the machine is not in error.",
+        in_status("stopped", Stage.confirm),
+        retry_at=lambda at: as_detail(at.note().left_running_at + timedelta(seconds=30)),
+    ),
+    "a yes too soon": Rejected(
+        "takeover_unconfirmed",
+        SOON,
+        in_status("error", Stage.confirm),
+        retry_at=lambda at: as_detail(at.note().entered_error_at + timedelta(minutes=2)),
+    ),
+    "a yes while the machine writes": Rejected(
+        "handover_draining",
+        "Try again; if it lasts, end the transactions of the blockers named in the detail.",
+        after(
+            in_status("error", lambda at: None, entered_error=MINUTES),
+            lock_the_machine,
+            Stage.confirm,
+        ),
+        more=lambda at: {"blockers": []},
+    ),
+}
+RULES = {
+    **MESSAGES,
+    "wrong_identity": "source, machine and user of the row do not fit together",
+    "provenance_immutable": "source, machine, user and arbiter_xid of a protected row cannot be"
+    " changed",
+    "handover_draining": "writes in flight keep the lease from being handed over",
+    "append_only": "the history of handovers is append-only",
+}
+
+
+@pytest.mark.parametrize("name", REJECTIONS)
+def test_a_rejection_says_all_that_is_known(db: Database, name: str) -> None:
+    """SQLSTATE, message and hint of its code, and in DETAIL all keys, also without a value."""
+    rejected = REJECTIONS[name]
+    at = Stage(db)
+    error = rejection(rejected.run, at)
+    assert (error.sqlstate, error.diag.message_primary, error.diag.message_hint) == (
+        SQLSTATES[rejected.code],
+        RULES[rejected.code],
+        rejected.hint,
+    )
+    user: User | None = getattr(at, rejected.whose) if rejected.whose else None
+    held = lease(at.owner, user) if rejected.by_lease and user else None
+    assert detail_of(error) == {
+        "code": rejected.code,
+        "user_id": user and str(user.id),
+        "holder": held and ("cloud" if held.claimant else "local"),
+        "machine_id": held and held.claimant and str(held.claimant),
+        "epoch": held and held.epoch,
+        "retry_at": rejected.retry_at(at),
+        **rejected.more(at),
+    }
+
+
+# -- nothing is left out --------------------------------------------------------------------------
+
+
+def patterns(node: Any) -> list[str]:
+    """What an expression for a text can become, as regular expressions: one for each branch."""
+    match type(node).__name__:
+        case "A_Const":
+            return [re.escape(node.val.sval)]
+        case "FuncCall" if node.funcname[-1].sval == "format":
+            (template,) = patterns(node.args[0])
+            return [re.sub(r"%[ILs]", ".*", template)]
+        case "CaseExpr":
+            branches = [when.result for when in node.args] + [node.defresult]
+            return [pattern for branch in branches for pattern in patterns(branch)]
+        case "A_Expr" if node.name[0].sval == "||":
+            return [a + b for a in patterns(node.lexpr) for b in patterns(node.rexpr)]
+    return [".*"]
+
+
+def raised(name: str) -> Iterator[tuple[str, str, str]]:
+    """SQLSTATE or condition, message and hint of each call, the last two as regular expressions."""
+    for path in FILES:
+        for statement in statements(path):
+            if isinstance(statement.tree, ast.CommentStmt | ast.GrantStmt):
+                continue
+            for arguments in calls(statement.text, name):
+                if arguments.startswith("p_"):
+                    continue  # the definition itself
+                parsed: Any = pglast.parse_sql(f"select f({arguments})")[0].stmt
+                condition, message, hint, *_ = parsed.targetList[0].val.args
+                (said_condition,) = patterns(condition)
+                for message_pattern in patterns(message):
+                    for hint_pattern in patterns(hint):
+                        yield said_condition, message_pattern, hint_pattern
+
+
+def sqlstate_of(condition: str) -> str:
+    if re.fullmatch("[0-9A-Z]{5}", condition):
+        return condition
+    name = "".join(word.capitalize() for word in condition.split("_"))
+    known = {"InternalError": "XX000"}
+    return known.get(name) or str(getattr(psycopg.errors, name).sqlstate)
+
+
+def is_in_the_table(condition: str, message: str, hint: str) -> bool:
+    sqlstate = sqlstate_of(condition)
+    return any(
+        failure.sqlstate == sqlstate
+        and re.fullmatch(message, failure.message.removeprefix("arbiter: "))
+        and re.fullmatch(hint, failure.hint.replace("{{", "{").replace("}}", "}"))
+        for failure in FAILURES.values()
+    )
+
+
+def test_each_failure_in_sql_is_in_the_table() -> None:
+    found = list(raised("_fail"))
+    assert len(found) >= 35
+    assert [call for call in found if not is_in_the_table(*call)] == []
+
+
+def test_each_failure_with_a_detail_is_in_the_table() -> None:
+    found = [
+        (condition, message.removeprefix("arbiter:\\ "), hint)
+        for name in ("_fail_with_detail", "_error")
+        for condition, message, hint in raised(name)
+        if condition != ".*"
+    ]
+    assert {condition for condition, _, _ in found} == {"P0002", "55000"}
+    assert [call for call in found if not is_in_the_table(*call)] == []
+
+
+def test_each_code_and_each_hint_of_a_rejection_is_in_the_table() -> None:
+    assert {rejected.code for rejected in REJECTIONS.values()} == set(SQLSTATES)
+    hints = {rejected.hint for rejected in REJECTIONS.values()}
+    hints |= {failure.hint for failure in FAILURES.values()}
+    sentences = {
+        text
+        for path in FILES
+        if path.name in ("10_errors.sql", "22_guard.sql", "30_status.sql")
+        for statement in statements(path)
+        if not isinstance(statement.tree, ast.CommentStmt)
+        for text in literals(statement.text)
+        if re.fullmatch(r"\w+ .*\.", text)
+    }
+    assert len(sentences) >= 20
+    (never_said,) = sentences - hints
+    assert never_said.startswith("Write local without a machine")  # each such row has a better one
