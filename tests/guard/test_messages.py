@@ -490,6 +490,7 @@ class Stage:
         self.machine = activate(self.owner, self.bob)
         self.builtin = add_trader(self.owner, None)
         self.owner.execute("update arbiter.settings set drain_timeout = '100 ms'")
+        self.owner.execute("set statement_timeout = '20 s'")  # should that bound fail
 
     def note(self) -> Any:
         return one(
