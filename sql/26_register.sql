@@ -81,10 +81,14 @@ declare
 begin
   for v_user_id in
     insert into arbiter.leases (user_id, epoch, holder, held_since)
-    select distinct m.user_id, 1, 'local', clock_timestamp()
-      from arbiter.machines m
-     where m.user_id is not null
-       and not exists (select from arbiter.leases l where l.user_id = m.user_id)
+    select u.user_id, 1, 'local', clock_timestamp()
+      from (
+        select distinct m.user_id
+          from arbiter.machines m
+         where m.user_id is not null
+           and not exists (select from arbiter.leases l where l.user_id = m.user_id)) u
+     -- As in a write for several users, which may create some of these leases now.
+     order by u.user_id
     on conflict do nothing
     returning user_id
   loop
@@ -312,6 +316,13 @@ begin
     perform arbiter._fail('object_not_in_prerequisite_state',
       'no registry of machines',
       'Call arbiter.register_machines() first.');
+  end if;
+  -- An update locks rows in the order of their places, in which a call that began earlier may see them elsewhere.
+  if cardinality(p_machine_ids) > 1 then
+    perform from arbiter.machines m
+      where m.machine_id = any (p_machine_ids)
+      order by m.machine_id
+        for no key update;
   end if;
   update arbiter.machines set heartbeat_at = clock_timestamp() where machine_id = any (p_machine_ids);
   get diagnostics v_count = row_count;
