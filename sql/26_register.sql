@@ -256,11 +256,12 @@ begin
   end if;
   perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
 
-  -- One registration at a time, and no write to the registry between here and its triggers. The first time take the
-  -- strongest lock at once, which a policy needs: a later upgrade can deadlock with a reader.
-  lock table arbiter.registry in share row exclusive mode;
+  -- One registration at a time, and none beside protect(), which locks the first of these and changes the other one.
+  lock table arbiter.protections, arbiter.registry in share row exclusive mode;
   perform arbiter._forget_dropped();
   select r.* into v_old from arbiter.registry r where r.singleton;
+  -- No write to the registry between here and its triggers. The first time take the strongest lock at once, which a
+  -- policy needs: a later upgrade can deadlock with a reader.
   execute format('lock table %s in %s mode', p_registry,
     case v_old.registry when p_registry then 'share row exclusive' else 'access exclusive' end);
   if v_old.registry <> p_registry then

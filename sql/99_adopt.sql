@@ -5,6 +5,8 @@ do $adopt$
 declare
   v_adopt record;
 begin
+  -- Before any table of the app, as protect() and register_machines() do.
+  lock table arbiter.protections, arbiter.registry in share row exclusive mode;
   perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
   perform arbiter._forget_dropped();
