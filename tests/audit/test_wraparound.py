@@ -121,10 +121,11 @@ class Stage:
         ]
         go_on_to(self.owner, TURN + 10)
 
-        # Bob writes in a savepoint; then his machine wants the lease in the same transaction.
+        # Bob writes in a savepoint, whose id is the only one that the lease then shows; and then
+        # as his machine, in the same transaction.
         with bob.transaction():
             add_signal(bob, self.bob.trader)
-        beat(bob, self.machines[self.bob])
+        beat(self.owner, self.machines[self.bob])
         self.bobs_error = rejection(
             add_signal, bob, self.bob.trader, "cloud", self.machines[self.bob]
         )
