@@ -1,8 +1,8 @@
-"""doctor(): what is attached against what should be, and statements that mend it."""
+"""doctor(): who may ask, what a fresh installation gets; test_doctor_states has each check."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -21,89 +21,7 @@ ADVICE = {
 }
 
 
-class Damage(NamedTuple):
-    """What is done to an installation, and what the doctor must say of it."""
-
-    ddl: str
-    object: str
-    state: str
-    mendable: bool = True
-
-
 GUARD = "trigger arbiter_guard_insert on public.signals"
-DAMAGES = {
-    "guard dropped": Damage(
-        "drop trigger arbiter_guard_insert on public.signals", GUARD, "missing"
-    ),
-    "guard disabled": Damage(
-        "alter table public.signals disable trigger arbiter_guard_insert", GUARD, "disabled"
-    ),
-    "guard not always": Damage(
-        "alter table public.signals enable trigger arbiter_guard_insert", GUARD, "disabled"
-    ),
-    "guard replaced": Damage(
-        """
-        create or replace trigger arbiter_guard_insert after delete on public.signals
-          for each statement execute function arbiter._guard_1();
-        alter table public.signals enable always trigger arbiter_guard_insert;
-        """,
-        GUARD,
-        "outdated",
-    ),
-    "guard of another": Damage(
-        """
-        create or replace trigger arbiter_guard_insert after insert on public.signals
-          for each row execute function public.tg_queue_webhook();
-        """,
-        GUARD,
-        "foreign",
-    ),
-    "stamp dropped": Damage(
-        "drop trigger arbiter_stamp_update on public.cloud_machines",
-        "trigger arbiter_stamp_update on public.cloud_machines",
-        "missing",
-    ),
-    "heartbeat indexed": Damage(
-        "create index hot on public.cloud_machines (id) where last_health_check is not null",
-        "index public.hot",
-        "foreign",
-    ),
-    "owners swapped": Damage(
-        """
-        create table public.owners (id uuid primary key, user_id uuid);
-        alter table public.signals drop constraint signals_trader_id_fkey,
-          add constraint signals_trader_id_fkey
-          foreign key (trader_id) references public.owners (id);
-        """,
-        "protection of public.signals",
-        "outdated",
-    ),
-    "machine column renamed": Damage(
-        "alter table public.signals rename machine_id to fly_app_id",
-        "protection of public.signals",
-        "outdated",
-        mendable=False,
-    ),
-    "status column renamed": Damage(
-        "alter table public.cloud_machines rename status to word",
-        "registry public.cloud_machines",
-        "outdated",
-        mendable=False,
-    ),
-    "history opened": Damage(
-        "alter table arbiter.handovers disable trigger arbiter_append_only",
-        "trigger arbiter_append_only on arbiter.handovers",
-        "disabled",
-    ),
-    "constraint not validated": Damage(
-        """
-        alter table public.signals drop constraint arbiter_source_check,
-          add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid
-        """,
-        "alter table public.signals",
-        "outdated",
-    ),
-}
 
 
 def findings(conn: Conn) -> dict[str, Any]:
@@ -119,28 +37,6 @@ def test_a_fresh_installation_is_well(db: Database) -> None:
     assert {name: row.state for name, row in found.items() if row.state != "ok"} == ADVICE
     assert found[GUARD].state == "ok"
     assert found["registry public.cloud_machines"].state == "ok"
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damage_is_found_and_its_remedy_mends_it(db: Database, name: str) -> None:
-    damage = DAMAGES[name]
-    owner = db.connect()
-    if name == "guard of another":
-        owner.execute(
-            "create function public.tg_queue_webhook() returns trigger language plpgsql"
-            " as $$ begin return null; end $$"
-        )
-        owner.execute("drop trigger arbiter_guard_insert on public.signals")
-    owner.execute(damage.ddl.encode())
-
-    row = findings(owner)[damage.object]
-    assert row.state == damage.state, row
-
-    if damage.mendable:
-        owner.execute(row.remedy.encode())
-        assert {n: r.state for n, r in findings(owner).items() if r.state != "ok"} == ADVICE
-    else:
-        assert "again" in row.remedy or "names" in row.remedy
 
 
 def test_advice_can_be_followed(db: Database) -> None:

@@ -269,6 +269,18 @@ DAMAGES = {
         PROTECT,
         "alter table public.signals rename xid to arbiter_xid",
     ),
+    "path of another key": Damage(
+        """
+        create table public.owners (id uuid primary key, user_id uuid);
+        alter table public.signals drop constraint signals_trader_id_fkey,
+          add constraint signals_trader_id_fkey
+          foreign key (trader_id) references public.owners (id);
+        """,
+        SIGNALS,
+        "outdated",
+        PATH_LEADS_ELSEWHERE,
+        PROTECT_SIGNALS,
+    ),
     "path's view dropped": Damage(
         "drop view arbiter._path_1_1",
         SIGNALS,

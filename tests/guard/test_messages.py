@@ -50,6 +50,8 @@ create table public.wide (user_id uuid, trader_id uuid references public.traders
 create table public.loose (n integer);
 create table public.of_two (
   trader_id uuid references public.traders, copied_from uuid references public.traders);
+create table public.names (id uuid primary key, user_id text);
+create table public.of_text (name_id uuid references public.names);
 create table public.words (user_id uuid, source integer);
 create table public.by_default (user_id uuid, source text default 'binance');
 create table public.by_key (user_id uuid, source text references public.feeds);
@@ -165,6 +167,14 @@ FAILURES = {
         "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
         " ('trader_id.user_id').",
     ),
+    # Its owner's user has another type, and so is none.
+    "no way by text": Failure(
+        "select arbiter.protect('public.of_text')",
+        "22023",
+        "arbiter: table public.of_text has no obvious way to a user",
+        "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
+        " ('trader_id.user_id').",
+    ),
     "two ways": Failure(
         "select arbiter.protect('public.of_two')",
         "22023",
@@ -210,6 +220,20 @@ FAILURES = {
         "22023",
         "arbiter: column id of table public.twice is not unique",
         "One row must be one machine: name its primary key in p_id_column; nothing was changed.",
+    ),
+    "registry with a key of two columns": Failure(
+        "select arbiter.register_machines('public.twice')",
+        "22023",
+        "arbiter: column id of table public.twice is not unique",
+        "One row must be one machine: name its primary key in p_id_column; nothing was changed.",
+        setup="create unique index on public.twice (id, user_id)",
+    ),
+    "registry with a key of some rows": Failure(
+        "select arbiter.register_machines('public.twice')",
+        "22023",
+        "arbiter: column id of table public.twice is not unique",
+        "One row must be one machine: name its primary key in p_id_column; nothing was changed.",
+        setup="create unique index on public.twice (id) where status is not null",
     ),
     "no table": Failure(
         "select arbiter.protect('public.a_view')",
