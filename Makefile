@@ -9,7 +9,7 @@ PG     ?= 18
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick stop-servers supabase-tools test-supabase prove bench picture lint dist clean
+.PHONY: help demo test quick stop-servers supabase-tools test-supabase prove mutate bench picture lint dist clean
 
 help:
 	@echo 'make demo [ARGS=...]   play the whole story on a PostgreSQL 18 of its own; ARGS=--help lists more'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try to break exclusion: a million writes, 200 faults, naive rules; half an hour and more'
+	@echo 'make mutate [ARGS=...] change the code at random and see whether a test notices; minutes a change, ARGS=--help'
 	@echo 'make bench [ARGS=...]  measure what a statement costs the server, under arbiter and its alternatives; hours, ARGS=--help'
 	@echo 'make picture           draw the picture of the README anew, from a run on a PostgreSQL 18 of its own'
 	@echo 'make lint              ruff and mypy'
@@ -59,6 +60,11 @@ prove: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof $(ARGS)
 	@PYTHONPATH=tests $(BIN)/python -m proof.interleavings
 
+# A mutant is tried against the tests for Supabase, too, before it counts as one that survives.
+mutate: $(VENV)/mutate.stamp supabase-tools
+	@$(BIN)/python -m arbiter_db.demo.embedded fetch $(PG)
+	@PG=$(PG) PYTHONPATH=tests $(BIN)/python -m mutate $(ARGS)
+
 bench: $(VENV)/test.stamp
 	@{ command -v redis-server && command -v valgrind; } >/dev/null \
 	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server valgrind >/dev/null; } \
@@ -95,6 +101,10 @@ $(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
 $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/mutate.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[mutate]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
