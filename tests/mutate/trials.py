@@ -78,7 +78,7 @@ NEAR = {
     "arbiter_db/demo/gateway": ["tests/supabase/test_gateway.py"],
     "arbiter_db/demo/web": ["tests/supabase/test_web.py"],
     "arbiter_db/demo/": ["tests/servers"],
-    "arbiter_db/web/": ["tests/supabase/test_web.py"],
+    "arbiter_db/web/": ["tests/supabase/test_module.py"],
     "arbiter_db/": ["tests/python"],
 }
 
@@ -88,25 +88,18 @@ def stages(mutant: Mutant, jobs: int) -> list[list[str]]:
     notice the mutant, and none of those that the next run repeats."""
     near = next((tests for start, tests in NEAR.items() if mutant.path.startswith(start)), [])
     near = [path for path in near if (ROOT / path).exists()]
-    several = ["-n", str(jobs)]
     rest = [f"--ignore={path}" for path in [*near, "tests/mutate"]]
-    if mutant.area == "js":
-        return [
-            [*several, *near],
-            [*several, *rest, "tests/supabase"],
-            [*several, *rest, *_of_web()],
-        ]
-    is_sql = mutant.area.startswith("sql")
-    if is_sql:  # these run no SQL of arbiter's
+    if mutant.area.startswith("sql"):  # these run no SQL of arbiter's
         rest += [f"--ignore=tests/{path}" for path in ("bench", "servers", "proof/test_checker.py")]
-    first = [["-n", "0", "-m", "not slow", *near], [*several, "-m", "slow", *near]]
-    return [
-        *([first[0]] if is_sql else [[*several, *near]]),
-        [*several, "-m", "not slow", *rest, "tests"],
-        *([first[1]] if is_sql else []),
-        [*several, "-m", "slow", *rest, "tests"],
-        [*several, *rest, "tests/supabase"],
-    ]
+    quick, slow = ["-m", "not slow"], ["-m", "slow"]
+    if mutant.area == "js":
+        runs = [near, [*rest, "tests/supabase"], [*rest, *_of_web()]]
+    elif near:
+        runs = [[*quick, *near], [*quick, *rest, "tests"], [*slow, *near], [*slow, *rest, "tests"]]
+        runs += [[*rest, "tests/supabase"]]
+    else:
+        runs = [[*quick, *rest, "tests"], [*slow, *rest, "tests"], [*rest, "tests/supabase"]]
+    return [["-n", str(jobs), *arguments] for arguments in runs if arguments]
 
 
 def _of_web() -> list[str]:
