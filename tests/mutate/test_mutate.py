@@ -12,7 +12,7 @@ from pglast import parse_plpgsql, parse_sql
 from mutate.mutants import Mutant, draw, numbered
 from mutate.report import Equivalent, Score, equivalents, markdown, unmatched
 from mutate.sql import sql_mutants
-from mutate.trials import Result
+from mutate.trials import ROOT, Result, stages
 
 PATH = "sql/50_sample.sql"
 
@@ -200,3 +200,19 @@ def test_an_entry_gives_a_reason(tmp_path: Path) -> None:
     file.write_text(entry.format("equivalent"), encoding="utf-8")
     with pytest.raises(ValueError, match="say why"):
         equivalents(file)
+
+
+@pytest.mark.parametrize(
+    ("area", "path"),
+    [("sql", "sql/14_lease.sql"), ("sql", "sql/50_new.sql"), ("python", "arbiter_db/api.py")],
+)
+def test_a_mutant_meets_all_tests_before_it_survives(area: str, path: str) -> None:
+    runs = stages(Mutant(area, "kind", path, 0, "a", "b"), 2)
+    named = {part for run in runs for part in run if part.startswith("tests")}
+    ignored = {part.removeprefix("--ignore=") for run in runs for part in run if "=" in part}
+    for marker in ("not slow", "slow"):
+        assert any(marker in run and "tests" in run for run in runs)
+    assert "tests/supabase" in named
+    others = {"tests/mutate", "tests/bench", "tests/servers", "tests/proof/test_checker.py"}
+    assert ignored - others <= named
+    assert all((ROOT / name).exists() for name in named)

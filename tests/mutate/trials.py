@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,7 +106,8 @@ def stages(mutant: Mutant, jobs: int) -> list[list[str]]:
 def _of_web() -> list[str]:
     """The files of tests, outside tests/supabase, that have to do with JavaScript."""
     files = (ROOT / "tests").rglob("test_*.py")
-    names = [path.relative_to(ROOT) for path in files if ".js" in path.read_text(encoding="utf-8")]
+    script = re.compile(r"\.m?js\b")
+    names = [path.relative_to(ROOT) for path in files if script.search(path.read_text("utf-8"))]
     outside = [str(name) for name in sorted(names) if name.parts[1] not in ("supabase", "mutate")]
     return outside or ["tests/python"]
 
