@@ -21,6 +21,7 @@ from .others import javascript_mutants, python_mutants
 from .sql import sql_mutants
 from .trials import ROOT, Copy, Result, copies
 
+KEPT = ROOT / "build" / "mutate"
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 FILES = {"sql": ["sql/*.sql"], "python": ["arbiter_db/**/*.py"], "js": ["arbiter_db/web/*.js"]}
 
@@ -48,13 +49,14 @@ class Area:
     """
 
     def __init__(
-        self, name: str, seed: int, number: int, mutants: list[Mutant], kept: Path
+        self, name: str, seed: int, number: int, mutants: list[Mutant], argued: set[Mutant]
     ) -> None:
         self.name = name
         self.number = number
         self._lock = threading.Lock()
         self._drawn = draw((m for m in mutants if m.area == name), seed)
-        self._file = kept / f"{name}-{seed}.jsonl"
+        self._argued = argued
+        self._file = KEPT / f"{name}-{seed}.jsonl"
         self._known: dict[str, Result] = {}
         self.results: dict[Mutant, Result] = {}
         self._open = 0
@@ -66,7 +68,8 @@ class Area:
     def next(self, again: bool) -> Mutant | None:
         """The next mutant to try; None when enough valid ones have been drawn.
 
-        One that is being tried counts as valid, so that any number of workers draws the same.
+        One that is being tried counts as valid, so that any number of workers draws the same. One
+        that is argued to be equivalent counts as a survivor and is tried only again.
         """
         with self._lock:
             while self.valid + self._open < self.number:
@@ -74,6 +77,8 @@ class Area:
                 if mutant is None:
                     return None
                 result = self._known.get(mutant.key)
+                if result is None and mutant in self._argued:
+                    result = Result("survived", ["not tried: argued in equivalent.toml"])
                 if result is None or (again and result.status == "survived"):
                     self._open += 1
                     return mutant
@@ -174,9 +179,10 @@ def main(
             found = texts_of(language)
             texts |= found
             mutants += all_mutants(language, found)
-    kept = ROOT / "build" / "mutate"
-    kept.mkdir(parents=True, exist_ok=True)
-    areas = [Area(name, seed, number, mutants, kept) for name in names or AREAS]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    entries = [entry for entry in report.equivalents(EQUIVALENT) if entry.path in texts]
+    argued = report.matched(entries, mutants, texts)
+    areas = [Area(name, seed, number, mutants, set(argued)) for name in names or AREAS]
     if only_list:
         for area in areas:
             show(area, draw((m for m in mutants if m.area == area.name), seed), texts)
@@ -203,7 +209,8 @@ def main(
                 for copy in made:
                     copy.close()
                 raise
-    conclude(areas, seed, mutants, texts, kept, at_least)
+    stale = [entry for entry in entries if entry not in argued.values()]
+    conclude(areas, seed, texts, argued, stale, at_least)
 
 
 def show(area: Area, drawn: Iterator[Mutant], texts: dict[str, str]) -> None:
@@ -218,30 +225,22 @@ def show(area: Area, drawn: Iterator[Mutant], texts: dict[str, str]) -> None:
 def conclude(
     areas: list[Area],
     seed: int,
-    mutants: list[Mutant],
     texts: dict[str, str],
-    kept: Path,
+    argued: dict[Mutant, report.Equivalent],
+    stale: list[report.Equivalent],
     at_least: int | None,
 ) -> None:
     """Show the table, and write the page with the survivors."""
-    entries = [entry for entry in report.equivalents(EQUIVALENT) if entry.path in texts]
-    argued = {
-        mutant: next((e for e in entries if e.matches(mutant, texts[mutant.path])), None)
-        for area in areas
-        for mutant, result in area.results.items()
-        if result.status == "survived"
-    }
-    scores = [
-        report.Score.of(
-            area.name,
-            [(result, argued.get(mutant) is not None) for mutant, result in area.results.items()],
-        )
-        for area in areas
-    ]
-    stale = report.unmatched(entries, mutants, texts)
+    scores = []
+    survivors = []
+    for area in areas:
+        results = area.results.items()
+        scores.append(report.Score.of(area.name, [(r, m in argued) for m, r in results]))
+        for mutant, result in results:
+            if result.status == "survived":
+                survivors.append((mutant, texts[mutant.path], argued.get(mutant)))
     title = f"Mutations drawn with seed {seed}"
-    survivors = [(mutant, texts[mutant.path], entry) for mutant, entry in argued.items()]
-    page = kept / f"report-{seed}.md"
+    page = KEPT / f"report-{seed}.md"
     page.write_text(report.markdown(title, scores, survivors, stale), encoding="utf-8")
     console.print(report.table(scores, title))
     for entry in stale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from .mutants import Mutant
 from .trials import Result
 
-__all__ = ["Equivalent", "Score", "equivalents", "markdown", "table", "unmatched"]
+__all__ = ["Equivalent", "Score", "equivalents", "markdown", "matched", "table"]
 
 DEFINITION = re.compile(
     r"^\s*(?:create (?:or replace )?function \w+\.|(?:async )?def |class )(\w+)", re.MULTILINE
@@ -58,15 +58,20 @@ def equivalents(path: Path) -> list[Equivalent]:
     return entries
 
 
-def unmatched(
-    entries: Iterable[Equivalent], mutants: Sequence[Mutant], texts: Mapping[str, str]
-) -> list[Equivalent]:
-    """The entries that match no mutant any more, because the code has changed."""
-    return [
-        entry
-        for entry in entries
-        if not any(m.path == entry.path and entry.matches(m, texts[m.path]) for m in mutants)
-    ]
+def matched(
+    entries: Iterable[Equivalent], mutants: Iterable[Mutant], texts: Mapping[str, str]
+) -> dict[Mutant, Equivalent]:
+    """The mutants that an entry argues to be equivalent. An entry that is not among these matches
+    no mutant any more, because the code has changed."""
+    by_path: dict[str, list[Equivalent]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+    found = {}
+    for mutant in mutants:
+        for entry in by_path.get(mutant.path, []):
+            if entry.matches(mutant, texts[mutant.path]):
+                found[mutant] = entry
+    return found
 
 
 @dataclass(frozen=True)

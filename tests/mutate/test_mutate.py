@@ -10,7 +10,7 @@ import pytest
 from pglast import parse_plpgsql, parse_sql
 
 from mutate.mutants import Mutant, draw, numbered
-from mutate.report import Equivalent, Score, equivalents, markdown, unmatched
+from mutate.report import Equivalent, Score, equivalents, markdown, matched
 from mutate.sql import sql_mutants
 from mutate.trials import ROOT, Result, stages
 
@@ -185,7 +185,8 @@ def test_an_entry_that_matches_nothing_is_reported() -> None:
     known = argued(mutants()[0])
     gone = Equivalent(PATH, "old", "new", "because of this and of that")
     texts = {PATH: SAMPLE}
-    assert unmatched([known, gone], mutants(), texts) == [gone]
+    found = matched([known, gone], mutants(), texts)
+    assert found == {mutants()[0]: known}
     page = markdown("A title", [], [(mutants()[0], SAMPLE, known)], [gone])
     assert f"{PATH}:{mutants()[0].line(SAMPLE)} ({mutants()[0].kind})" in page
     assert "Equivalent: because of this and of that" in page
