@@ -207,6 +207,18 @@ def test_the_watcher_removes_what_a_killed_owner_leaves(tmp: Path) -> None:
     program.close()
 
 
+def test_the_watcher_knows_which_process_there_is(
+    tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not send a signal to a process that got the number of one that has ended."""
+    said: list[str] = []
+    monkeypatch.setattr(Program, "_tell_watcher", lambda self, word: said.append(word))
+    with Program(tmp, SLEEPS) as program:
+        pid = str(program.pid)
+        program.kill()
+        assert said == [pid, "none"]
+
+
 # Accounts -----------------------------------------------------------------------------------------
 
 
