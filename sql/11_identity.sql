@@ -37,28 +37,29 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- In a definer function current_user is the function's owner; this setting is the role that the client has set.
-  v_role name := coalesce(nullif(current_setting('role'), 'none'), session_user);
-  v_subject uuid := arbiter.claimed_user_id();
-  v_user_id uuid := v_subject;
+  v_role name;
+  v_user_id uuid;
 begin
-  if p_user_id is distinct from v_subject and p_user_id is not null then
-    -- Trusted: a role that may act as arbiter's owner, or one that row security does not bind.
-    if pg_has_role(v_role, current_user, 'usage') then
-      return p_user_id;
+  if p_user_id is null then
+    v_user_id := arbiter.claimed_user_id();
+    if v_user_id is null then
+      perform arbiter._fail('invalid_parameter_value',
+        'no user',
+        'Pass p_user_id, or set request.jwt.claims with a sub.');
     end if;
-    if not exists (select from pg_catalog.pg_roles r where r.rolname = v_role and r.rolbypassrls) then
-      perform arbiter._fail('insufficient_privilege',
-        'only a trusted role may ask about another user',
-        'Leave p_user_id out: the user is the sub of request.jwt.claims.');
-    end if;
-    v_user_id := p_user_id;
+    return v_user_id;
   end if;
-  if v_user_id is null then
-    perform arbiter._fail('invalid_parameter_value',
-      'no user',
-      'Pass p_user_id, or set request.jwt.claims with a sub.');
+  v_role := coalesce(nullif(current_setting('role'), 'none'), session_user);
+  -- Trusted: a role that may act as arbiter's owner, or one that row security does not bind.
+  if pg_has_role(v_role, current_user, 'usage') or p_user_id = arbiter.claimed_user_id() then
+    return p_user_id;
   end if;
-  return v_user_id;
+  if not exists (select from pg_catalog.pg_roles r where r.rolname = v_role and r.rolbypassrls) then
+    perform arbiter._fail('insufficient_privilege',
+      'only a trusted role may ask about another user',
+      'Leave p_user_id out: the user is the sub of request.jwt.claims.');
+  end if;
+  return p_user_id;
 end
 $$;
 comment on function arbiter._caller(uuid) is
