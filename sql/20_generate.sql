@@ -142,15 +142,15 @@ comment on function arbiter._seal(regprocedure, text) is
 -- A template is a real function with words like __machine or __user_of(n) in the place of the app's names. The body of
 -- the copy is quoted anew, because a name may contain the quotes of the template's body. All words are replaced in one
 -- pass, because a name may look like a word.
-create or replace function arbiter._instantiate(p_template regprocedure, p_name name, p_words jsonb)
-returns void
+create or replace function arbiter._filled_in(p_template regprocedure, p_words jsonb)
+returns text
 language plpgsql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_word constant text := '(__[a-z_]+(?:[(][a-z]+[)])?)';
   v_source text := (select p.prosrc from pg_catalog.pg_proc p where p.oid = p_template);
-  v_attributes text := split_part(pg_get_functiondef(p_template), chr(10) || 'AS $', 1);
   v_body text;
   v_left_over text;
 begin
@@ -162,13 +162,28 @@ begin
   if v_left_over is not null then
     perform arbiter._fail('internal_error',
       format('nothing stands for the word %s of template %s', v_left_over, p_template),
-      'Add it where the template''s words are listed: _guard_words() or _registry_words().');
+      'Add it where the template''s words are listed: _guard_words(), _machine_may_write_words() or _registry_words().');
   end if;
-  execute replace(v_attributes, p_template::text, format('arbiter.%I()', p_name)) || format(' as %L', v_body);
+  return v_body;
+end
+$$;
+comment on function arbiter._filled_in(regprocedure, jsonb) is
+  'The body of a template with its words replaced. p_words: word to SQL text, already quoted. Error XX000 when a word is left over.';
+
+create or replace function arbiter._instantiate(p_template regprocedure, p_name name, p_words jsonb)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_attributes text := split_part(pg_get_functiondef(p_template), chr(10) || 'AS $', 1);
+begin
+  execute replace(v_attributes, split_part(p_template::text, '(', 1) || '(', format('arbiter.%I(', p_name))
+    || format(' as %L', arbiter._filled_in(p_template, p_words));
 end
 $$;
 comment on function arbiter._instantiate(regprocedure, name, jsonb) is
-  'Creates the function arbiter.<p_name> from a template, with its attributes. p_words: word to SQL text, already quoted. Error XX000 when a word is left over.';
+  'Creates the function arbiter.<p_name> from a template (_filled_in), with its parameters and attributes.';
 
 -- A view is bound to its tables and columns by identity: it follows a table that is renamed, and does not turn to
 -- another one that takes over the name. It is made again only when it would change, because that waits for every

@@ -1,4 +1,4 @@
--- The guard of a protected table: first its two templates, then the slow path that they call.
+-- The guard of a protected table: first its templates, then the slow path that they call.
 --
 -- protect() makes a copy of the templates for each table (_instantiate, 20_generate.sql) and puts the table's own names
 -- and options in the place of these words (_guard_words):
@@ -10,7 +10,9 @@
 --   __is_broken(x)  whether the path of x names a row that does not exist; false where rows without a user are rejected
 --   __is_ours(x)    whether arbiter_xid of x is this transaction; true on a table without that column
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
---   __is_fresh(m)   whether the machine m has sent a heartbeat in time
+--   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away to _provenance_template,
+--                   which sees the old row, too
+--   __writer(x)     what the rows of one writer have in common: key and machine
 --   __updates       whether updates are arbitrated, too: true or false
 --   __protection, __mode, __unowned   the table's row in arbiter.protections
 --
@@ -19,6 +21,40 @@
 --
 -- Definer: they lock leases and read the registry and the path to the user, which the client may not be allowed to.
 -- With row security off a hidden row is an error, not a missing one.
+
+-- An array, because two nulls in an array are equal. The text of a number or a string says exactly which it is, in any
+-- session; for other types null sends the rows to the second query, which asks the types themselves.
+create or replace function arbiter._writer_expression(p_protection arbiter.protections, p_row text)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format(
+           case
+             when a.atttypid = 'uuid'::regtype then 'array[%1$s.%2$I, %1$s.%3$I]'
+             when a.atttypid = any ('{smallint,integer,bigint,text,varchar}'::regtype[])
+               then 'array[%1$s.%2$I::text collate "C", %1$s.%3$I::text]'
+             else 'null::text[]'
+           end, p_row, a.attname, (p_protection).machine_column)
+    from pg_catalog.pg_attribute a
+   where a.attrelid = (p_protection).protected_table
+     and a.attname = (parse_ident((p_protection).user_path))[1];
+end;
+comment on function arbiter._writer_expression(arbiter.protections, text) is
+  'SQL for what the rows of one writer have in common: where the path to the user begins, and the machine.';
+
+create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+return case when 'update' = any ((p_protection).verbs)
+  then format('(tg_op = ''INSERT'' or %1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null)',
+    p_row, (p_protection).machine_column)
+  else 'true' end;
+comment on function arbiter._judged_expression(arbiter.protections, text) is
+  'SQL for whether the guard judges a row.';
 
 create or replace function arbiter._guard_words(p_protection arbiter.protections)
 returns jsonb
@@ -44,8 +80,10 @@ begin atomic
       then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
     '__keeps_xid', case when (p_protection).evidence
       then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
-    '__is_fresh(m)', arbiter._fresh_expression(
-      'm.heartbeat_at', '(select s.heartbeat_timeout from arbiter.settings s where s.singleton)', 'clock_timestamp()'));
+    '__is_judged(d)', arbiter._judged_expression(p_protection, 'd'),
+    '__is_judged(n)', arbiter._judged_expression(p_protection, 'n'),
+    '__writer(d)', arbiter._writer_expression(p_protection, 'd'),
+    '__writer(n)', arbiter._writer_expression(p_protection, 'n'));
 end;
 comment on function arbiter._guard_words(arbiter.protections) is
   'What the words of the two templates stand for in the guard of this table.';
@@ -60,52 +98,59 @@ set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
-  v_held record;
   v_write record;
   v_error arbiter.error;
-  v_is_common boolean := true;
-  -- At a higher level the lock may wait (_share_lease_bounded).
-  v_shares constant boolean := current_setting('transaction_isolation') = 'read committed';
+  v_several boolean := false;
 begin
-  -- The common case: the environment, and machine, that writes holds the lease and no drain is under way. This is the
-  -- lock of _share_lease() (14_lease.sql) without a call. The rows are made distinct before their users are looked up.
-  if v_shares then
-    for v_held in
-      select w.arbiter_machine, w.arbiter_user
-        from (
-          select d.arbiter_machine,
-                 (select l.user_id
-                    from arbiter.leases l
-                   where l.user_id = __user_of(d)
-                     and l.machine_id is not distinct from d.arbiter_machine
-                     and l.draining_since is null
-                     for key share skip locked) as arbiter_user
-            from (
-              -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
-              -- A row whose source and machine disagree gets no key, hence no user, and so leaves the common case.
-              select distinct
-                     case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n)
-                       then n.__key end as __key,
-                     n.__machine as arbiter_machine
-                from __rows as n
-               -- An update that took the machine away is judged by _provenance_template, which sees the old row, too.
-               where not __updates
-                  or tg_op = 'INSERT'
-                  or n.source is distinct from 'cloud'
-                  or n.__machine is not null) d
-          offset 0) w
-       where w.arbiter_user is null or w.arbiter_machine is not null
-    loop
-      perform
-         from arbiter.machines m
-        where m.machine_id = v_held.arbiter_machine
-          and m.user_id = v_held.arbiter_user
-          and m.state = 'running'
-          and __is_fresh(m);
-      v_is_common := found;
-      exit when not v_is_common;
-    end loop;
-    if v_is_common then
+  -- The common case: one environment, or machine, of one user has written all rows, holds the lease, and no drain is
+  -- under way. The lease is that of the first row, with the lock of _share_lease() (14_lease.sql); the other rows only
+  -- have to be like it. One query, without a sort or a loop: to set these up is most of what a single row costs.
+  perform
+     -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
+     from __rows as n
+    where __is_judged(n)
+      and (case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n)
+            then __writer(n) = (
+              select (select __writer(d)
+                        from arbiter.leases l
+                       where l.user_id = __user_of(d)
+                         and l.machine_id is not distinct from d.__machine
+                         and l.draining_since is null
+                         -- At a higher level the lock may wait (_share_lease_bounded). The second argument changes
+                         -- nothing; without it the condition is on no table, which is a plan node of its own.
+                         and current_setting('transaction_isolation', l.user_id is null) = 'read committed'
+                         and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
+                         for key share skip locked)
+                from __rows as d
+               where __is_judged(d)
+               limit 1) end) is not true;
+  if not found then
+    return null;
+  end if;
+
+  -- The same for rows of several who all hold. The rows are made distinct before their users are looked up.
+  if current_setting('transaction_isolation') = 'read committed' then
+    perform from __rows offset 1 limit 1;
+    v_several := found;
+  end if;
+  if v_several then
+    perform
+       from (
+         -- A row whose source and machine disagree gets no key, hence no user, and so leaves this case.
+         select distinct
+                case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n)
+                  then n.__key end as __key,
+                n.__machine
+           from __rows as n
+          where __is_judged(n)) d
+      where (select l.user_id
+               from arbiter.leases l
+              where l.user_id = __user_of(d)
+                and l.machine_id is not distinct from d.__machine
+                and l.draining_since is null
+                and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
+                for key share skip locked) is null;
+    if not found then
       return null;
     end if;
   end if;
@@ -119,11 +164,11 @@ begin
            n.__machine as machine_id,
            case when (__is_ours(n)) is not true then 'evidence' when __is_broken(n) then 'parent' end as flaw
       from __rows as n
-     where not __updates or tg_op = 'INSERT' or n.source is distinct from 'cloud' or n.__machine is not null
+     where __is_judged(n)
      order by 1, 2, 3, 4
   loop
     -- One user without a lease sends the whole statement here; keep the others cheap.
-    if v_shares and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
+    if v_several and v_write.flaw is null and v_write.source = 'local' and v_write.machine_id is null then
       continue when arbiter._share_lease(v_write.user_id, 'local', null);
     end if;
     v_error := arbiter._admit(__protection, __mode, __unowned,
@@ -247,6 +292,12 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- A query of its own: as a branch of the CASE it would be planned for each call, because the plan for arguments that
+  -- need no query costs next to nothing, and so the server never settles on a plan for all.
+  if p_source = 'cloud' and p_machine_id is not null and p_user_id is not null and p_flaw is null then
+    perform from arbiter.machines m where m.machine_id = p_machine_id and m.user_id = p_user_id;
+    return case when not found then 'The registry has no such machine of this user.' end;
+  end if;
   return case
     when p_flaw = 'evidence' then 'arbiter_xid is not the transaction that writes the row: leave it to its default.'
     when p_flaw = 'parent' then 'The row does not lead to a user: the row that it names does not exist.'
@@ -258,9 +309,6 @@ begin
     when p_user_id is null and p_machine_id is not null then 'A row without a user cannot have a machine.'
     when p_user_id is null then null
     when p_source = 'cloud' and p_machine_id is null then 'A cloud write names its machine.'
-    when p_source = 'cloud' and not exists (
-      select from arbiter.machines m where m.machine_id = p_machine_id and m.user_id = p_user_id)
-    then 'The registry has no such machine of this user.'
   end;
 end
 $$;

@@ -39,6 +39,21 @@ $$;
 comment on function arbiter.tg_announce() is
   'Notifies the channel arbiter, and broadcasts to the private topic arbiter:<user_id> where Supabase''s realtime.send exists: JSON with event (handover, drain), user_id, epoch, holder, machine_id, draining, draining_to.';
 
+-- Definer: a role that may change the settings need not be able to replace arbiter's functions.
+create or replace function arbiter.tg_settings()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+begin
+  perform arbiter._build_machine_may_write();
+  return null;
+end
+$$;
+comment on function arbiter.tg_settings() is 'Generates anew the function that holds a setting.';
+
 create or replace function arbiter._own_triggers()
 returns table (table_name regclass, trigger_name name, definition text, meaning text)
 language sql
@@ -55,7 +70,13 @@ begin atomic
     ('arbiter.leases', 'arbiter_announce',
       'after update on {table} for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
         'execute function arbiter.tg_announce()',
-      'Announces handovers and drains.');
+      'Announces handovers and drains.'),
+    ('arbiter.settings', 'arbiter_settings',
+      'after insert or update or delete on {table} for each row execute function arbiter.tg_settings()',
+      'A function holds heartbeat_timeout.'),
+    ('arbiter.settings', 'arbiter_settings_truncate',
+      'after truncate on {table} for each statement execute function arbiter.tg_settings()',
+      'A function holds heartbeat_timeout.');
 end;
 comment on function arbiter._own_triggers() is
   'The triggers that arbiter''s own tables must have. definition has {table} in the place of the table.';

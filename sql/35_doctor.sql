@@ -173,6 +173,14 @@ begin
      where p.pronamespace = 'arbiter'::regnamespace
        and obj_description(p.oid, 'pg_proc') ~ '[[][0-9a-f]{32}]$'
        and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
+  -- The settings can be changed past their trigger, for example by a restore that disables triggers.
+  return query
+    select 'generated function arbiter._machine_may_write', s.state,
+           case s.state when 'missing' then 'Every write fails.'
+                        else 'It does not hold the heartbeat_timeout of arbiter.settings.' end,
+           'Run: arbiter-db install'
+      from (select arbiter._machine_may_write_state() as state) s
+     where s.state <> 'ok';
   -- confirm_takeover() writes the registry as arbiter's owner, so the registry's triggers run with its rights.
   return query
     select format('triggers of %s on %s', r.rolname, v_registry.registry), 'foreign',

@@ -7,6 +7,7 @@
 --   confirm_takeover       the user may confirm, but may write neither lease nor registry
 --   register_machines,     what they create must belong to arbiter's owner, who alone may execute them
 --   protect, unprotect
+--   tg_settings            replaces a function of arbiter's owner
 --   tg_registry_note       writes notes, which no client may
 --   tg_registry_activate   marks leases, which no client may
 --   _guard_N, _guard_row_N, _provenance_N

@@ -12,6 +12,7 @@ begin
   perform arbiter._forget_dropped();
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._own_triggers() t;
+  perform arbiter._build_machine_may_write();
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
      from (select * from arbiter.protections order by protection_id) as p;

@@ -70,6 +70,8 @@ CASES = [
         "select arbiter.unprotect('public.signals')",
         by="owner",
     ),
+    # A statement that finds no row fires no row trigger.
+    Case("tg_settings()", "arbiter.settings", "truncate arbiter.settings", by="owner"),
     Case("tg_registry_note()", MACHINES, "truncate public.cloud_machines cascade"),
     # Another machine than the one that holds: is the holder still healthy?
     Case(

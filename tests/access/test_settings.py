@@ -186,6 +186,7 @@ SET = {
     "status(uuid)": ["row_security=off"],
     "tg_registry_activate()": GUARD,
     "tg_registry_note()": ["row_security=off"],
+    "tg_settings()": ["row_security=off"],
     "unprotect(regclass)": OWNERS,
 }
 

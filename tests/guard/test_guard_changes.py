@@ -172,7 +172,7 @@ CHANGES = {
         "drop trigger arbiter_provenance on public.orders;"
         "drop policy arbiter_claim on public.orders;"
         "alter table public.orders alter column machine_id type text",
-        OTHER_TYPE,
+        "42804",
         mend="alter table public.orders alter column machine_id type uuid using machine_id::uuid",
     ),
     "type changed, evidence": Change(

@@ -506,16 +506,13 @@ def _order(claim: Claim) -> tuple[tuple[bool, str], ...]:
 
 
 def _hold_all_the_same(world: World, tx: Tx, rival: Tx, claim: Claim, rejection: Rejected) -> Tx:
-    # The lease is locked before the machine's health is looked at, and before it turns out that
-    # this transaction is itself in the way. It stays only where a rejection is observed.
-    user, source, machine, forged = claim
+    # That this transaction is itself in the way turns out under the lock. It stays only where a
+    # rejection is observed.
+    user, _, _, _ = claim
     lease = tx.sees(world).leases.get(user) if user else None
-    if user is None or lease is None or user in rival.leases:
+    if user is None or lease is None or user in rival.leases or rejection.blockers != ("self",):
         return tx
-    if rejection.blockers == ("self",):
-        return replace(tx, leases={**tx.leases, user: lease})
-    holds = not lease.draining and lease.machine == machine and source == source_of(machine)
-    return replace(tx, shared=tx.shared | {user}) if holds and not forged else tx
+    return replace(tx, leases={**tx.leases, user: lease})
 
 
 def _admit(

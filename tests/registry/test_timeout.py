@@ -1,0 +1,179 @@
+"""heartbeat_timeout stands as a constant in the function by which guards ask for a machine.
+
+It must be the one of arbiter.settings after each change of them, and doctor() must see when not.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from sessions import TIMEOUT_S, wait_until_blocked
+from story import activate, add_machine, add_signal, add_user, age, backend, rejection, rows, value
+
+import arbiter_db
+
+if TYPE_CHECKING:
+    from conftest import Database
+
+Conn = psycopg.Connection[Any]
+
+STATE = "select arbiter._machine_may_write_state()"
+SECOND = timedelta(seconds=1)
+
+
+def set_timeout(conn: Conn, seconds: int) -> None:
+    conn.execute(
+        "update arbiter.settings set heartbeat_timeout = make_interval(secs => %s)", (seconds,)
+    )
+
+
+@pytest.mark.parametrize("state", ["running", "active", "error", "stopped", "a new word"])
+@pytest.mark.parametrize("beat", [None, -31, -29, 0, 29, 31], ids=lambda s: f"{s} s")
+def test_a_machine_may_write_as_the_verdict_says(
+    db: Database, state: str, beat: int | None
+) -> None:
+    """For a machine that runs; the slow path judges the others."""
+    conn = db.connect()
+    conn.execute("alter table public.cloud_machines drop constraint cloud_machines_status_check")
+    user, other = add_user(conn), add_user(conn)
+    machine = activate(conn, user)
+    add_signal(conn, user.trader, "cloud", machine)
+    conn.execute("alter table public.cloud_machines disable trigger user")
+    conn.execute(
+        "update public.cloud_machines set status = %s, last_health_check = clock_timestamp() + %s",
+        (state, None if beat is None else beat * SECOND),
+    )
+    verdict = value(
+        conn,
+        "select (arbiter._verdict('cloud', l.machine_id, l, arbiter._machine(l.user_id,"
+        " l.machine_id), s, clock_timestamp())).code from arbiter.leases l, arbiter.settings s"
+        " where l.user_id = %s",
+        user.id,
+    )
+    ask = "select arbiter._machine_may_write(%s, %s)"
+    runs = state not in ("error", "stopped")
+    assert value(conn, ask, machine, user.id) is (runs and verdict is None)
+    assert (verdict is None) is (beat is not None and abs(beat) < 30)
+    assert value(conn, ask, machine, other.id) is False
+
+
+def test_a_change_counts_from_the_next_statement_on(db: Database) -> None:
+    owner, machines = db.connect(), backend(db)
+    user = add_user(owner)
+    machine = activate(owner, user)
+    add_signal(machines, user.trader, "cloud", machine)
+    age(owner, machine, heartbeat=40 * SECOND)
+    assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
+    with owner.transaction():
+        set_timeout(owner, 60)
+        assert value(owner, STATE) == "ok"
+        # Not committed yet.
+        assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
+    add_signal(machines, user.trader, "cloud", machine)
+    with owner.transaction(force_rollback=True):
+        set_timeout(owner, 20)
+        assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "WX004"
+    add_signal(machines, user.trader, "cloud", machine)
+    set_timeout(owner, 20)
+    assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
+
+
+@pytest.mark.parametrize("statement", ["delete from arbiter.settings", "truncate arbiter.settings"])
+def test_without_settings_no_machine_is_admitted(db: Database, statement: str) -> None:
+    owner = db.connect()
+    user = add_user(owner)
+    machine = activate(owner, user)
+    add_signal(owner, user.trader, "cloud", machine)
+    owner.execute(statement.encode())
+    assert value(owner, STATE) == "ok"
+    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "P0002"
+    owner.execute("insert into arbiter.settings default values")
+    add_signal(owner, user.trader, "cloud", machine)
+
+
+def test_two_changes_at_once(db: Database) -> None:
+    """The second waits for the row, and both succeed."""
+    with db.session() as one, db.session() as two:
+        one.run("begin")
+        one.run("update arbiter.settings set heartbeat_timeout = '40 s'")
+        waiting = two.start("update arbiter.settings set heartbeat_timeout = '50 s'")
+        wait_until_blocked(two)
+        one.run("commit")
+        waiting.result(TIMEOUT_S)
+    assert value(db.connect(), STATE) == "ok"
+
+
+def test_an_install_beside_a_change(db: Database) -> None:
+    with db.session() as one, db.session() as two:
+        one.run("begin")
+        one.run("update arbiter.settings set heartbeat_timeout = '40 s'")
+        waiting = two.start("select arbiter._build_machine_may_write()")
+        wait_until_blocked(two)
+        one.run("commit")
+        waiting.result(TIMEOUT_S)
+    assert value(db.connect(), STATE) == "ok"
+
+
+def test_a_role_that_may_only_change_the_settings(db: Database) -> None:
+    owner = db.connect()
+    owner.execute("grant update on arbiter.settings to service_role")
+    set_timeout(backend(db), 40)
+    assert value(owner, STATE) == "ok"
+
+
+def test_a_replica_changes_it_too(db: Database) -> None:
+    conn = db.connect("postgres")
+    conn.execute("set session_replication_role = replica")
+    set_timeout(conn, 40)
+    assert value(conn, STATE) == "ok"
+
+
+@pytest.mark.parametrize("style", ["iso_8601", "sql_standard", "postgres_verbose"])
+def test_the_text_of_intervals_does_not_matter(db: Database, style: str) -> None:
+    owner = db.connect()
+    owner.execute(f"set intervalstyle = {style}".encode())
+    owner.execute(
+        "update arbiter.settings set heartbeat_timeout = '90.5 s', heartbeat_interval = '1 s'"
+    )
+    owner.execute("reset intervalstyle")
+    assert value(owner, STATE) == "ok"
+
+
+def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(db: Database) -> None:
+    owner = db.connect()
+    doctor = "select state, problem, remedy from arbiter.doctor() where object = %s"
+    row = (
+        "outdated",
+        "It does not hold the heartbeat_timeout of arbiter.settings.",
+        "Run: arbiter-db install",
+    )
+    function = "generated function arbiter._machine_may_write"
+    assert rows(owner, doctor, function) == []
+    owner.execute("alter table arbiter.settings disable trigger user")
+    set_timeout(owner, 40)
+    assert rows(owner, doctor, function) == [row]
+    arbiter_db.install(db.conninfo())
+    assert rows(owner, doctor, function) == []
+    # The trigger is enabled again, too.
+    set_timeout(owner, 50)
+    assert rows(owner, doctor, function) == []
+
+    owner.execute("drop function arbiter._machine_may_write(uuid, uuid)")
+    assert rows(owner, doctor, function) == [("missing", "Every write fails.", row[2])]
+    user = add_user(owner)
+    assert rejection(add_signal, owner, user.trader).sqlstate == "42883"
+    arbiter_db.install(db.conninfo())
+    assert rows(owner, doctor, function) == []
+    add_signal(owner, user.trader)
+
+
+def test_no_other_role_may_ask(db: Database) -> None:
+    """It has no search_path of its own: only a guard, which has one, calls it."""
+    machine = add_machine(db.connect(), add_user(db.connect()))
+    for role in ("anon", "authenticated", "service_role"):
+        conn = db.connect(role=role)
+        ask = "select arbiter._machine_may_write(%s, null)"
+        assert rejection(conn.execute, ask, (machine,)).sqlstate == "42501"
