@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from sessions import TIMEOUT_S, wait_until_blocked
-from story import activate, add_machine, add_user, beat, rows, value
+from story import activate, add_machine, add_signal, add_user, beat, rows, value
 
 import arbiter_db
 
@@ -182,6 +182,19 @@ def test_a_call_waits_for_a_write_in_flight(db: Database, call: str) -> None:
         writer.commit()
         called.result(TIMEOUT_S)
     is_well(owner)
+
+
+@pytest.mark.parametrize("call", [FEEDS, MACHINES, "arbiter.unprotect('public.positions')"])
+def test_a_call_waits_for_no_write_to_another_table(db: Database, call: str) -> None:
+    """Not by arbiter's own tables, either, which each write reads and locks."""
+    owner = prepare(db)
+    owner.execute("select arbiter.protect('public.positions')")
+    user = add_user(owner)
+    writer = db.connect(autocommit=False)
+    add_signal(writer, user.trader)
+    owner.execute("set statement_timeout = '4 s'")  # before lock_timeout
+    owner.execute(f"select {call}".encode())
+    writer.rollback()
 
 
 @pytest.mark.parametrize(("call", "then"), [("install", SIGNALS), ("uninstall", MACHINES)])
