@@ -78,6 +78,7 @@ def is_well(conn: Conn) -> None:
     assert {parent for _, parent in keys} - {registry} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "end", "second"),
     [
