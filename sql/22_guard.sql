@@ -130,7 +130,7 @@ begin
 
   -- The same for rows of several who all hold. The rows are made distinct before their users are looked up.
   if current_setting('transaction_isolation') = 'read committed' then
-    perform from __rows offset 1 limit 1;
+    perform from __rows as n offset 1 limit 1;
     v_several := found;
   end if;
   if v_several then

@@ -12,70 +12,38 @@ comment on function arbiter.version() is 'The version of arbiter in this databas
 comment on type arbiter.execution_status is
   'What arbiter.status() returns: what a write in the instant as_of would get.';
 
-create or replace function arbiter._status(p_user_id uuid)
-returns arbiter.execution_status
+create or replace function arbiter._uncommon_status(
+  p_user_id uuid,
+  p_at timestamptz,
+  out environment text,
+  out code text,
+  out retry_at timestamptz,
+  out state text)
+returns record
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_now record;
   v_settings arbiter.settings;
   v_lease arbiter.leases;
   v_machine arbiter.machine;
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
 begin
-  select s.heartbeat_timeout, s.poll_interval, l.claimant, l.epoch, l.draining_since is not null as draining,
-         m.state, m.heartbeat_at, clock_timestamp() as as_of
-    into strict v_now
-    from arbiter.settings s
-    left join arbiter.leases l on l.user_id = p_user_id
-    left join arbiter.machines m on m.machine_id = l.claimant and m.user_id = l.user_id
-   where s.singleton;
-  v_machine := (v_now.claimant, p_user_id, v_now.state, v_now.heartbeat_at, null, null);
-
-  -- The two common answers come first, without the calls of _verdict(), which says the same (test_one_rule).
-  if v_now.claimant is null then
-    -- The browser holds: show the machine that is on its way.
-    select m.machine_id, m.state, m.heartbeat_at
-      into v_machine.machine_id, v_machine.state, v_machine.heartbeat_at
-      from arbiter.machines m
-     where m.user_id = p_user_id
-     order by m.heartbeat_at desc nulls last
-     limit 1;
-  elsif v_now.state = 'running' and arbiter._is_fresh(v_now.heartbeat_at, v_now.heartbeat_timeout, v_now.as_of) then
-    v_local.code := 'cloud_active';
-  else
-    v_machine := arbiter._machine(p_user_id, v_now.claimant);
-    select s.* into strict v_settings from arbiter.settings s where s.singleton;
-    select l.* into strict v_lease from arbiter.leases l where l.user_id = p_user_id;
-    v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_now.as_of);
-    v_cloud := arbiter._verdict('cloud', v_now.claimant, v_lease, v_machine, v_settings, v_now.as_of);
-  end if;
-
-  return (
-    case when v_local.code is null then 'local' when v_cloud.code is null then 'cloud' else 'none' end,
-    v_local.code is null,
-    v_local.code,
-    case
-      when v_local.code = 'cloud_active' then 'Cloud active'
-      when v_local.code = 'cooling_down' then 'Cooling down'
-      when v_local.code = 'takeover_unconfirmed' then 'Cloud failed'
-      when v_now.claimant is null and v_machine.state = 'starting' then 'Cloud starting'
-      else 'Browser mode'
-    end,
-    v_local.retry_at,
-    v_machine.machine_id,
-    v_machine.state,
-    v_now.as_of - v_machine.heartbeat_at,
-    v_now.epoch,
-    v_now.draining,
-    v_now.as_of,
-    v_now.poll_interval)::arbiter.execution_status;
+  select s.* into strict v_settings from arbiter.settings s where s.singleton;
+  select l.* into strict v_lease from arbiter.leases l where l.user_id = p_user_id;
+  v_machine := arbiter._machine(p_user_id, v_lease.claimant);
+  v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, p_at);
+  v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, p_at);
+  environment := case when v_local.code is null then 'local' when v_cloud.code is null then 'cloud' else 'none' end;
+  code := v_local.code;
+  retry_at := v_local.retry_at;
+  state := v_machine.state;
 end
 $$;
-comment on function arbiter._status(uuid) is 'The status of a user; arbiter.status() checks who asks.';
+comment on function arbiter._uncommon_status(uuid, timestamptz) is
+  'What the status of a user whose lease is for a machine says of an instant, by the verdicts.';
 
 -- Definer: a browser may ask, but may read neither leases nor machines.
 create or replace function arbiter.status(p_user_id uuid default null)
@@ -86,8 +54,71 @@ security definer
 set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
+declare
+  v_user_id uuid := arbiter._caller(p_user_id);
+  v_as_of timestamptz;
+  v_poll_interval interval;
+  v_epoch bigint;
+  v_draining boolean;
+  v_claimant uuid;
+  v_machine_id uuid;
+  v_state text;
+  v_heartbeat_at timestamptz;
+  v_is_active boolean;
+  v_code text;
+  v_retry_at timestamptz;
+  v_environment text := 'local';
 begin
-  return arbiter._status(arbiter._caller(p_user_id));
+  -- Whether the machine is active is _fresh_expression() written out; tests/registry/test_timeout.py compares them.
+  select clock_timestamp(), s.poll_interval, l.epoch, l.draining_since is not null, l.claimant,
+         l.claimant, m.state, m.heartbeat_at,
+         m.state = 'running'
+           and greatest(clock_timestamp() - m.heartbeat_at, m.heartbeat_at - clock_timestamp()) < s.heartbeat_timeout
+    into strict v_as_of, v_poll_interval, v_epoch, v_draining, v_claimant,
+         v_machine_id, v_state, v_heartbeat_at,
+         v_is_active
+    from arbiter.settings s
+    left join arbiter.leases l on l.user_id = v_user_id
+    left join arbiter.machines m on m.machine_id = l.claimant and m.user_id = l.user_id
+   where s.singleton;
+
+  -- The two common answers come first, without a call.
+  if v_claimant is null then
+    -- The browser holds: show the machine that is on its way.
+    select m.machine_id, m.state, m.heartbeat_at
+      into v_machine_id, v_state, v_heartbeat_at
+      from arbiter.machines m
+     where m.user_id = v_user_id
+     order by m.heartbeat_at desc nulls last
+     limit 1;
+  elsif v_is_active then
+    v_environment := 'cloud';
+    v_code := 'cloud_active';
+  else
+    select v.environment, v.code, v.retry_at, v.state
+      into v_environment, v_code, v_retry_at, v_state
+      from arbiter._uncommon_status(v_user_id, v_as_of) v;
+  end if;
+
+  return (
+    v_environment,
+    v_code is null,
+    v_code,
+    case
+      when v_code = 'cloud_active' then 'Cloud active'
+      when v_code = 'cooling_down' then 'Cooling down'
+      when v_code = 'takeover_unconfirmed' then 'Cloud failed'
+      when v_claimant is null and v_state = 'starting' then 'Cloud starting'
+      else 'Browser mode'
+    end,
+    v_retry_at,
+    v_machine_id,
+    v_state,
+    v_as_of - v_heartbeat_at,
+    v_epoch,
+    v_draining,
+    v_as_of,
+    v_poll_interval)::arbiter.execution_status;
 end
 $$;
 comment on function arbiter.status(uuid) is
@@ -191,7 +222,7 @@ begin
     begin
       execute format('update arbiter.machines set status = %L where machine_id = $1', v_word)
         using v_lease.claimant;
-      return arbiter._status(v_user_id);
+      return arbiter.status(v_user_id);
     exception
       when check_violation or invalid_text_representation or foreign_key_violation then
         null;

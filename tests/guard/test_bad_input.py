@@ -845,7 +845,7 @@ OWNERS_CALLS = [
     "arbiter._create_lease(gen_random_uuid(), 'registered')",
     "arbiter._activate(gen_random_uuid(), gen_random_uuid())",
     "arbiter._decide(gen_random_uuid(), 'local', null, false)",
-    "arbiter._status(gen_random_uuid())",
+    "arbiter._uncommon_status(gen_random_uuid(), now())",
     "arbiter._build_registry()",
     "arbiter._detach_all(true)",
 ]

@@ -514,6 +514,26 @@ def test_the_guard_probes_indexes_with_any_statistics(
         assert {table for table in PROBED if after[table][1] > before[table][1]} >= expected
 
 
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("whose", ["ada", "bob"])
+def test_status_probes_indexes_with_any_statistics(
+    many: Crowd, whose: str, statistics: str
+) -> None:
+    conn = many.conn
+    user = many.ada if whose == "ada" else many.bob
+    with conn.transaction(force_rollback=True):
+        for table in PROBED:
+            for statement in STATISTICS[statistics].format(table=table).split(";"):
+                conn.execute(statement.encode())
+        conn.execute("discard plans")
+        before = scans(conn)
+        environment = value(conn, "select (arbiter.status(%s)).environment", user.id)
+        after = scans(conn)
+    assert environment == {"ada": "local", "bob": "cloud"}[whose]
+    assert [table for table in PROBED if after[table][0] != before[table][0]] == []
+    assert after["arbiter.leases"][1] > before["arbiter.leases"][1]
+
+
 def scans_of_a_plan_made_while_the_table_was_small(conn: Conn, user: User) -> int:
     """Scans of the owners' table by a write whose guard made its plans when there was one owner."""
     conn.execute("set session_replication_role = replica")

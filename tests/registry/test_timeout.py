@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from sessions import TIMEOUT_S, wait_until_blocked
-from story import activate, add_machine, add_signal, add_user, age, backend, rejection, rows, value
+from story import (
+    activate,
+    add_machine,
+    add_signal,
+    add_user,
+    age,
+    backend,
+    one,
+    rejection,
+    rows,
+    status,
+    value,
+)
 
 import arbiter_db
 
@@ -58,6 +70,21 @@ def test_a_machine_may_write_as_the_verdict_says(
     assert value(conn, ask, machine, user.id) is (runs and verdict is None)
     assert (verdict is None) is (beat is not None and abs(beat) < 30)
     assert value(conn, ask, machine, other.id) is False
+
+    # Status answers without the verdict while the machine is active.
+    said = status(conn, user.id)
+    at = "arbiter._machine(l.user_id, l.machine_id), s, %s)"
+    local, cloud, retry_at = one(
+        conn,
+        f"select (arbiter._verdict('local', null, l, {at}).code,"
+        f" (arbiter._verdict('cloud', l.machine_id, l, {at}).code,"
+        f" (arbiter._verdict('local', null, l, {at}).retry_at"
+        "  from arbiter.leases l, arbiter.settings s where l.user_id = %s",
+        *[said["as_of"]] * 3,
+        user.id,
+    )
+    environment = "local" if local is None else "cloud" if cloud is None else "none"
+    assert (said["environment"], said["code"], said["retry_at"]) == (environment, local, retry_at)
 
 
 def test_a_change_counts_from_the_next_statement_on(db: Database) -> None:
