@@ -1,8 +1,6 @@
-"""Mutants of SQL and PL/pgSQL, made from the tokens of PostgreSQL's own scanner (pglast).
+"""Mutants of SQL and PL/pgSQL, by operators of our own on the tokens of ``tokens``.
 
-Code is mutated wherever it stands: at the top of a file, in a dollar-quoted body, and in a literal
-that holds generated SQL (``format('select ...')``). Comments and the texts of ``comment on`` are
-left alone. Templates are code like any other.
+Comments and the texts of ``comment on`` are left alone. Templates are code like any other.
 
 The edits are of the text, so that a mutant differs in one place and nothing else; whether the
 server accepts it is found out by an install.
@@ -12,37 +10,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-from pglast.parser import ParseError, scan
 
 from .mutants import Mutant
+from .tokens import Code, is_plpgsql, unquoted, words
 
 __all__ = ["sql_mutants"]
 
 
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-#: A literal with generated SQL begins like this.
-GENERATED = re.compile(
-    r"\(?(?:select|update|insert into|delete from|create|alter|drop|lock|grant|revoke|on \{table\}"
-    r"|before|after|coalesce\(|case|using|with check|and |new\.|old\.|null::|r\.|\(select|\(%"
-    r"|%1\$s)(?=[ (%a-z{])"
-)
-PLACEHOLDER = re.compile(r"%(?:\d+\$)?[sIL]")
-PLPGSQL = re.compile(r"\s*(?:#\w+[^\n]*\s*)*(?:--[^\n]*\s*)*(?:begin(?! atomic)|declare)\b")
 MESSAGE = re.compile(r"'.*[A-Za-z%]+ [A-Za-z%,.]+ [A-Za-z%].*'", re.DOTALL)
 LOCKS = re.compile(r"\b_lock|\block_|\block table|advisory")
 DURATION = re.compile(r"'(\d+) ?(ms|s|min|h|day|days|seconds?|minutes?)'")
 
 #: Where an operand of and/or ends, and where one begins, at the depth of the operator.
-AFTER = _set(
+AFTER = words(
     "and or then loop ; , order group limit else when union offset returning having window left"
     " right full cross join inner as into using do set from where for"
 )
-BEFORE = _set(
+BEFORE = words(
     "and or where on if elsif when select := return , having while then else perform using values"
     " =>"
 )
@@ -85,8 +69,8 @@ ROW_LOCKS = (
     (("for", "update"), "for no key update"),
     (("for", "share"), "for key share"),
 )
-EVENTS = _set("insert update delete truncate")
-STATEMENTS = _set("perform execute insert update delete return raise continue exit")
+EVENTS = words("insert update delete truncate")
+STATEMENTS = words("perform execute insert update delete return raise continue exit")
 
 
 def sql_mutants(path: str, text: str) -> list[Mutant]:
@@ -97,17 +81,6 @@ def sql_mutants(path: str, text: str) -> list[Mutant]:
         for area, kind, start, end, new in piece.edits()
         if text[start:end] != new
     ]
-
-
-@dataclass(frozen=True)
-class Token:
-    text: str
-    #: In lower case; of a literal only its quotes.
-    word: str
-    start: int
-    end: int
-    #: How many brackets, cases and blocks are open around it.
-    depth: int
 
 
 #: area, kind, where from and to in the file, what instead
@@ -122,129 +95,14 @@ def pieces(root: str, text: str, offset: int = 0, outer: str = "file") -> Iterat
         if token.word == "$$" and not piece.is_documentation(token):
             quotes = token.text.index("$", 1) + 1
             inner = token.text[quotes:-quotes]
-            kind = "plpgsql" if PLPGSQL.match(inner) else "body"
+            kind = "plpgsql" if is_plpgsql(inner) else "body"
             yield from pieces(root, inner, token.start + quotes, kind)
         elif token.word == "''" and piece.holds_sql(token):
             yield from pieces(root, unquoted(token.text[1:-1]), token.start + 1, "literal")
 
 
-def unquoted(text: str) -> str:
-    """The content of a literal as code, in which everything stays where it is."""
-    halves = re.split("''", text)
-    return "".join(
-        half + ("" if n == len(halves) - 1 else " '" if n % 2 == 0 else "' ")
-        for n, half in enumerate(halves)
-    )
-
-
-class Piece:
-    """Code of one level of quoting: its tokens, and the edits of them."""
-
-    def __init__(self, root: str, text: str, offset: int, outer: str) -> None:
-        self.root = root
-        self.offset = offset
-        self.outer = outer
-        self.tokens = list(self._scan(text))
-        self.words = [token.word for token in self.tokens]
-
-    def _scan(self, text: str) -> Iterator[Token]:
-        # The scanner does not know the placeholders of format().
-        code = PLACEHOLDER.sub(lambda found: "x" * len(found[0]), text)
-        try:
-            found = [t for t in scan(code) if t.name not in ("SQL_COMMENT", "C_COMMENT")]
-        except ParseError:
-            return
-        opened: list[str] = []
-        previous = ""
-        for number, token in enumerate(found):
-            part = text[token.start : token.end + 1]
-            word = part.lower()
-            if token.name == "SCONST":
-                word = "$$" if part.startswith("$") else "''"
-            follows = found[number + 1 : number + 2]
-            next_word = code[follows[0].start : follows[0].end + 1].lower() if follows else ""
-            is_end = word == "end" and next_word not in ("if", "loop")
-            if opened and (is_end or word in (")", "]")):
-                opened.pop()
-            yield Token(
-                part, word, token.start + self.offset, token.end + 1 + self.offset, len(opened)
-            )
-            if word in ("(", "[", "begin") or (word == "case" and previous != "end"):
-                opened.append(word)
-            previous = word
-
-    # What is around a token ----------------------------------------------------------------------
-
-    def at(self, number: int) -> str:
-        return self.words[number] if 0 <= number < len(self.words) else ""
-
-    def statement(self, number: int) -> tuple[int, int]:
-        """The numbers of the statement's first token and of the one after its last."""
-        first = number
-        while first > 0 and self.at(first - 1) != ";":
-            first -= 1
-        end = number
-        while end < len(self.words) and self.at(end) != ";":
-            end += 1
-        return first, end
-
-    def text_of(self, first: int, end: int) -> str:
-        return " ".join(token.text for token in self.tokens[first:end])
-
-    def is_documentation(self, token: Token) -> bool:
-        """The text of a comment on an object."""
-        number = self.tokens.index(token)
-        return self.at(self.statement(number)[0]) == "comment"
-
-    def holds_sql(self, token: Token) -> bool:
-        return bool(GENERATED.match(token.text[1:-1])) and not self.is_documentation(token)
-
-    def back(self, number: int, stops: frozenset[str]) -> int:
-        """The number of the nearest token before at this depth that is one of the stops, or -1."""
-        depth = self.tokens[number].depth
-        for n in range(number - 1, -1, -1):
-            if self.tokens[n].depth < depth:
-                return n
-            if self.tokens[n].depth == depth and self.words[n] in stops | {";"}:
-                return n
-        return -1
-
-    def ahead(self, number: int, stops: frozenset[str]) -> int:
-        """The number of the nearest token after it at this depth that is one of the stops."""
-        depth = self.tokens[number].depth
-        for n in range(number + 1, len(self.words)):
-            if self.tokens[n].depth < depth:
-                return n
-            is_part = self.words[n] == "from" and self.words[n - 1] == "distinct"
-            if self.tokens[n].depth == depth and self.words[n] in stops | {";"} and not is_part:
-                return n
-        return len(self.words)
-
-    def call_of(self, number: int) -> str:
-        """The function in whose arguments the token stands."""
-        depth = self.tokens[number].depth
-        for n in range(number - 1, 0, -1):
-            if self.tokens[n].depth < depth:
-                return self.at(n - 1) if self.words[n] == "(" else ""
-        return ""
-
-    def branch_end(self, number: int) -> int:
-        """Where the branch that begins with this `elsif` or `else` ends."""
-        depth, nested = self.tokens[number].depth, 0
-        for n in range(number + 1, len(self.words)):
-            if self.tokens[n].depth != depth:
-                continue
-            if self.words[n] == "end" and self.at(n + 1) == "if":
-                if nested == 0:
-                    return n
-                nested -= 1
-            elif self.words[n] == "if" and self.at(n - 1) != "end":
-                nested += 1
-            elif self.words[n] in ("elsif", "else") and nested == 0:
-                return n
-        return len(self.words)
-
-    # Edits ---------------------------------------------------------------------------------------
+class Piece(Code):
+    """Code of one level of quoting, and the edits of it."""
 
     def edits(self) -> Iterator[Edit]:
         """All edits of this piece's own tokens."""
@@ -310,7 +168,7 @@ class Piece:
         """Whether this = is not a comparison: `update ... set`, a setting, an option of raise."""
         clause = self.back(
             number,
-            _set("set where on and or if when select having using elsif return"),
+            words("set where on and or if when select having using elsif return"),
         )
         return self.at(clause) in ("set", "using")
 
@@ -327,13 +185,13 @@ class Piece:
 
     def _joins(self, number: int) -> bool:
         """Whether this joins conditions: no `between`, `create or replace`, events of a trigger."""
-        if self.at(self.back(number, _set("and or between"))) == "between":
+        if self.at(self.back(number, words("and or between"))) == "between":
             return False
         return not {self.at(number - 1), self.at(number + 1)} & {"replace", *EVENTS}
 
     def _is_position(self, number: int) -> bool:
         """A column's number in `order by 1, 2`."""
-        return self.at(self.back(number, _set("by limit select"))) == "by"
+        return self.at(self.back(number, words("by limit select"))) == "by"
 
     def _null_test(self, number: int) -> Iterator[Edit]:
         """`is null`, `is distinct from`, `is true`, with and without not."""
@@ -354,10 +212,10 @@ class Piece:
             if self.at(first - 1) not in ("and", "or") and first < number:
                 yield self._cut("sql", "condition", first, number + 1)
         elif word == "coalesce" and follows == "(":
-            comma = self.ahead(number + 2, _set(","))
-            end = self.ahead(comma, _set(",")) if self.at(comma) == "," else comma
+            comma = self.ahead(number + 2, words(","))
+            end = self.ahead(comma, words(",")) if self.at(comma) == "," else comma
             if self.at(comma) == ",":
-                one, other = self._source(number + 2, comma), self._source(comma + 1, end)
+                one, other = self.source(number + 2, comma), self.source(comma + 1, end)
                 unclear = "'" if self.outer == "literal" else "--"
                 if unclear not in one + other:
                     yield self._cut("sql", "coalesce", number + 2, end, f"{other}, {one}")
@@ -379,30 +237,15 @@ class Piece:
             elif previous == "or":
                 yield self._cut("sql", "event", number - 1, number + 1)
         elif word == "order" and follows == "by":
-            stops = _set("limit for loop offset union into rows filter")
+            stops = words("limit for loop offset union into rows filter")
             end = self.ahead(number, stops)
             yield self._cut("sql-locks", "order", number, end)
         elif word == "desc":
             yield self._cut("sql-locks", "order", number, number + 1)
-        elif (
-            word == "when"
-            and previous != "end"
-            and self.at(self._case(number)) in ("case", "begin")
-        ):
-            end = self.ahead(number, _set("when else end"))
-            if "when" in (self.at(end), self.at(self.back(number, _set("when")))):
+        elif word == "when" and self.at(self.enclosing(number)) in ("case", "begin"):
+            end = self.ahead(number, words("when else end"))
+            if "when" in (self.at(end), self.at(self.back(number, words("when")))):
                 yield self._cut("sql", "branch", number, end)
-
-    def _case(self, number: int) -> int:
-        depth = self.tokens[number].depth
-        for n in range(number - 1, -1, -1):
-            if self.tokens[n].depth < depth:
-                return n
-        return -1
-
-    def _source(self, first: int, end: int) -> str:
-        """The tokens as they stand in the file."""
-        return self.root[self.tokens[first].start : self.tokens[end - 1].end]
 
     def _security(self, number: int) -> Iterator[Edit]:
         """Attributes of functions, settings, privileges, policies."""
@@ -411,34 +254,22 @@ class Piece:
             yield self._cut("sql-locks", "definer", number, number + 2)
         elif word == "set" and follows == "local":
             yield self._cut("sql-locks", "local setting", number, number + 2, "set")
-        elif word == "set" and self.at(number + 2) == "=" and self._is_header(number):
-            end = self.ahead(number, _set("set as begin return language"))
+        elif word == "set" and self.at(number + 2) == "=" and self.is_header(number):
+            end = self.ahead(number, words("set as begin return language"))
             yield self._cut("sql-locks", f"set {follows}", number, end)
         elif word in ("grant", "revoke") and previous in ("", ";", "then", "begin", "else"):
             end = self.statement(number)[1]
-            new = "null" if self.outer == "plpgsql" else ""
+            nothing = "null" if self.outer == "plpgsql" else "select"
             if self.outer != "literal":
-                yield self._cut("sql-locks", "privilege", number, end, new or "select")
+                yield self._cut("sql-locks", "privilege", number, end, nothing)
         elif word == "as" and follows == "restrictive":
             yield self._cut("sql-locks", "policy", number, number + 2)
         elif word == "with" and follows == "check" and self.at(number + 2) == "(":
-            yield self._cut("sql-locks", "policy", number + 2, self._closed(number + 2), "(true)")
+            yield self._cut("sql-locks", "policy", number + 2, self.closed(number + 2), "(true)")
         elif word == "using" and follows == "(" and self.outer == "literal":
-            yield self._cut("sql-locks", "policy", number + 1, self._closed(number + 1), "(true)")
+            yield self._cut("sql-locks", "policy", number + 1, self.closed(number + 1), "(true)")
         elif word == "always" and previous == "enable":
             yield self._cut("sql-locks", "enable always", number, number + 1)
-
-    def _closed(self, number: int) -> int:
-        """The number after the bracket that closes this one."""
-        depth = self.tokens[number].depth
-        for n in range(number + 1, len(self.words)):
-            if self.tokens[n].depth == depth:
-                return n + 1
-        return len(self.words)
-
-    def _is_header(self, number: int) -> bool:
-        first, _ = self.statement(number)
-        return self.at(first) == "create" and "function" in self.words[first : first + 5]
 
     def _lock(self, number: int) -> Iterator[Edit]:
         """Locks on rows and tables."""
@@ -465,26 +296,23 @@ class Piece:
         word, previous, follows = self.words[number], self.at(number - 1), self.at(number + 1)
         begins = previous in (";", "then", "else", "loop", "begin")
         if begins and (word in STATEMENTS or follows == ":=" or self._assigns_field(number)):
-            end = self.ahead(number, _set(""))
+            end = self.ahead(number, words(""))
             last = self.words[end + 1 : end + 3] in (["end"], ["end", ";"])
             if not (word == "return" and last):
-                text = self.text_of(number, end)
-                locks = LOCKS.search(text) is not None
-                area = "sql-locks" if locks else "sql"
-                yield self._cut(
-                    area, "lock statement" if locks else "statement", number, end, "null"
-                )
+                locks = LOCKS.search(self.text_of(number, end)) is not None
+                area, kind = ("sql-locks", "lock statement") if locks else ("sql", "statement")
+                yield self._cut(area, kind, number, end, "null")
         if (word == "if" and begins) or word == "elsif":
-            then = self.ahead(number, _set("then"))
-            condition = self._source(number + 1, then)
+            then = self.ahead(number, words("then"))
+            condition = self.source(number + 1, then)
             yield self._cut("sql", "negated if", number + 1, then, f"not ({condition})")
         if word == "elsif" or (word == "else" and self.at(self.branch_end(number)) == "end"):
             end = self.branch_end(number)
             if self.at(end + 1) == "if" or self.at(end) in ("elsif", "else"):
                 yield self._cut("sql", "branch", number, end)
         if word == "when" and previous in ("exit", "continue"):
-            end = self.ahead(number, _set(""))
-            condition = self._source(number + 1, end)
+            end = self.ahead(number, words(""))
+            condition = self.source(number + 1, end)
             yield self._cut("sql", "negated if", number + 1, end, f"not ({condition})")
 
     def _assigns_field(self, number: int) -> bool:
@@ -498,9 +326,7 @@ class Piece:
         if self.at(number + 1) == "::" and self.at(number + 2).startswith("reg"):
             return
         if found := DURATION.fullmatch(token.text):
-            area = (
-                "sql-locks" if "lock_timeout" in self.words[max(0, number - 3) : number] else "sql"
-            )
+            area = "sql-locks" if self.at(number - 2) == "lock_timeout" else "sql"
             new = f"'{int(found[1]) * 10}{found[2]}'"
             yield self._cut(area, "duration", number, number + 1, new)
         elif content in ("read committed", "repeatable read", "serializable"):
@@ -508,10 +334,7 @@ class Piece:
             yield self._cut("sql-locks", "isolation level", number, number + 1, new)
         elif content in WEAKER and "lock" in self.text_of(*self.statement(number)).lower():
             yield self._cut("sql-locks", "table lock", number, number + 1, f"'{WEAKER[content]}'")
-        elif (call == "_fail" and previous == "(") or self.words[number - 2 : number] == [
-            "errcode",
-            "=",
-        ]:
+        elif (call, previous) == ("_fail", "(") or self.at(number - 2) == "errcode":
             yield self._cut("sql", "condition name", number, number + 1, "'data_exception'")
         elif found := re.fullmatch(r"'\{(\w+(?:,\w+)+)\}'", token.text):
             shorter = ",".join(found[1].split(",")[:-1])
@@ -525,16 +348,12 @@ class Piece:
 
     def _is_name(self, number: int) -> bool:
         """The name of something in the catalog, which the server would not find."""
-        return self.at(number + 1) == "::" or self.call_of(number) in (
-            "obj_description",
-            "to_regrole",
-        )
+        of_catalog = words("obj_description to_regrole")
+        return self.at(number + 1) == "::" or self.call_of(number) in of_catalog
 
     def _is_message(self, number: int) -> bool:
         """A text of an error or its hint; not the meaning of something, which becomes a comment."""
         if not MESSAGE.fullmatch(self.tokens[number].text) or self.holds_sql(self.tokens[number]):
             return False
-        words = self.words[slice(*self.statement(number))]
-        return bool(
-            {"_fail", "raise", "_reject", "_rejection", "v_hint", "_identity_flaw"} & set(words)
-        )
+        said = words("_fail raise _reject message hint v_hint")
+        return not said.isdisjoint(self.words[slice(*self.statement(number))])
