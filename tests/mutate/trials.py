@@ -93,13 +93,13 @@ def stages(mutant: Mutant, jobs: int) -> list[list[str]]:
     if mutant.area.startswith("sql"):  # these run no SQL of arbiter's
         rest += [f"--ignore=tests/{path}" for path in ("bench", "servers", "proof/test_checker.py")]
     quick, slow = ["-m", "not slow"], ["-m", "slow"]
+    everything = [[*quick, *rest, "tests"], [*slow, *rest, "tests"], [*rest, "tests/supabase"]]
     if mutant.area == "js":
         runs = [near, [*rest, "tests/supabase"], [*rest, *_of_web()]]
-    elif near:
-        runs = [[*quick, *near], [*quick, *rest, "tests"], [*slow, *near], [*slow, *rest, "tests"]]
-        runs += [[*rest, "tests/supabase"]]
+    elif mutant.area.startswith("sql") and near:
+        runs = [[*quick, *near], everything[0], [*slow, *near], *everything[1:]]
     else:
-        runs = [[*quick, *rest, "tests"], [*slow, *rest, "tests"], [*rest, "tests/supabase"]]
+        runs = [near, *everything]
     return [["-n", str(jobs), *arguments] for arguments in runs if arguments]
 
 
