@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import log, sqrt
 
 __all__ = ["AREAS", "Mutant", "draw", "numbered"]
 
@@ -84,22 +84,26 @@ def numbered(mutants: Iterable[Mutant]) -> list[Mutant]:
 def draw(mutants: Iterable[Mutant], seed: int) -> Iterator[Mutant]:
     """Mutants of one area in a random order, the same for the same seed, one for each site.
 
-    First a kind is drawn, then a site of it. The chance of a kind grows with the square root of its
-    sites, because some kinds are a hundred times as frequent as others and say the same each time.
+    Some kinds are a hundred times as frequent as others and say the same each time. So the chance
+    of a kind grows with the square root of its sites only. The place of a mutant in the order
+    depends on itself: a change elsewhere in the code leaves the others nearly as they are.
     """
-    # Not security, but repeatable: the same for every version of Python.
-    chance = random.Random(f"arbiter mutants {seed}")
-    sites: dict[str, dict[tuple[str, int, int], list[Mutant]]] = defaultdict(dict)
-    for mutant in sorted(mutants, key=lambda m: (m.kind, m.path, m.start, m.old, m.new)):
-        place = (mutant.path, mutant.start, len(mutant.old))
-        sites[mutant.kind].setdefault(place, []).append(mutant)
-    weights = {kind: len(found) ** 0.5 for kind, found in sites.items()}
-    orders = {}
-    for kind, found in sites.items():
-        orders[kind] = [chance.choice(found[place]) for place in sorted(found)]
-        chance.shuffle(orders[kind])
-    while weights:
-        (kind,) = chance.choices(list(weights), list(weights.values()))
-        yield orders[kind].pop()
-        if not orders[kind]:
-            del weights[kind]
+    found = list(mutants)
+    at_site = Counter(map(_site, found))
+    sites = Counter(kind for kind, *_ in at_site)
+
+    def rank(mutant: Mutant) -> float:
+        """A random number whose mean is larger the smaller the chance (Efraimidis, Spirakis)."""
+        digest = hashlib.sha256(f"{seed} {mutant.key}".encode()).digest()
+        chance = (int.from_bytes(digest[:8]) + 1) / 2**64
+        return -log(chance) * at_site[_site(mutant)] * sqrt(sites[mutant.kind])
+
+    seen = set()
+    for mutant in sorted(found, key=rank):
+        if _site(mutant) not in seen:
+            seen.add(_site(mutant))
+            yield mutant
+
+
+def _site(mutant: Mutant) -> tuple[str, str, int, int]:
+    return mutant.kind, mutant.path, mutant.start, len(mutant.old)

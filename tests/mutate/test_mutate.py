@@ -141,6 +141,13 @@ def test_a_draw_depends_on_its_seed_alone() -> None:
     assert drawn(7, found) != drawn(8, found)
 
 
+def test_a_draw_is_the_same_when_the_code_changes_elsewhere() -> None:
+    found = mutants()
+    rest = [mutant for mutant in found if mutant.kind != "word"]
+    drawn = [mutant for mutant in draw(found, 7) if mutant.kind != "word"]
+    assert list(draw(rest, 7)) == drawn != sorted(drawn, key=lambda mutant: mutant.start)
+
+
 def test_a_draw_takes_each_site_once_and_ends() -> None:
     drawn = list(draw(mutants(), 7))
     places = [(mutant.kind, mutant.start, len(mutant.old)) for mutant in drawn]
