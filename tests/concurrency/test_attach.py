@@ -63,7 +63,8 @@ def is_well(conn: Conn) -> None:
             " where starts_with(t.tgname, 'arbiter_') and t.tgparentid = 0"
             "   and t.tgrelid <> all (array(select protected_table from arbiter.protections))"
             "   and t.tgrelid <> (select registry from arbiter.registry)"
-            "   and t.tgrelid <> all ('{arbiter.leases,arbiter.handovers}'::regclass[])",
+            "   and t.tgrelid <> all"
+            "     ('{arbiter.leases,arbiter.handovers,arbiter.settings}'::regclass[])",
         )
         == []
     )

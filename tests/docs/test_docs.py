@@ -49,6 +49,10 @@ RUN = {"console", "sql", "python"}
 
 #: Blocks that are not run, by page and first line, and why.
 NOT_RUN = {
+    (
+        "CONTRIBUTING.md",
+        "$ make mutate ARGS='--area sql --seed 7 --number 40'",
+    ): "runs the tests for hours; test_mutate has the tool",
     ("docs/architecture.md", "flowchart LR"): "a drawing, which GitHub makes",
     ("docs/architecture.md", "stateDiagram-v2"): "a drawing, which GitHub makes",
     ("docs/cost.md", "$ make bench ARGS='instructions clients cpu'"): "measures for an hour",

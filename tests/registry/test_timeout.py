@@ -76,8 +76,8 @@ def test_a_machine_may_write_as_the_verdict_says(
     at = "arbiter._machine(l.user_id, l.machine_id), s, %s)"
     local, cloud, retry_at = one(
         conn,
-        f"select (arbiter._verdict('local', null, l, {at}).code,"
-        f" (arbiter._verdict('cloud', l.machine_id, l, {at}).code,"
+        f"select (arbiter._verdict('local', null, l, {at}).code as local,"
+        f" (arbiter._verdict('cloud', l.machine_id, l, {at}).code as cloud,"
         f" (arbiter._verdict('local', null, l, {at}).retry_at"
         "  from arbiter.leases l, arbiter.settings s where l.user_id = %s",
         *[said["as_of"]] * 3,
