@@ -211,7 +211,11 @@ begin
   end if;
   if exists (
     select from pg_catalog.pg_constraint k
-     where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey' and k.confrelid <> v_registry.registry)
+     where k.conrelid = p_table
+       and k.conname = 'arbiter_machine_id_fkey'
+       and (k.confrelid <> v_registry.registry or not exists (
+         select from pg_catalog.pg_attribute a
+          where a.attrelid = p_table and a.attname = p_machine_column and k.conkey = array[a.attnum])))
   then
     execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
   end if;

@@ -564,6 +564,32 @@ def test_a_naive_join_scans_the_owners_table(trading_db: Database) -> None:
     assert scans_of_a_plan_made_while_the_table_was_small(conn, user) > 0
 
 
+def test_another_machine_column_gets_the_foreign_key(db: Database) -> None:
+    """The column of before keeps its rows and loses the key, which has one name."""
+    owner = db.connect()
+    ada, bob = add_user(owner), add_user(owner)
+    machine = activate(owner, bob)
+    add_signal(owner, bob.trader, "cloud", machine)
+    add_signal(owner, ada.trader)
+    keys = (
+        "select a.attname, k.confrelid::regclass::text from pg_constraint k"
+        " join pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]"
+        " where k.conrelid = 'public.signals'::regclass and k.conname = 'arbiter_machine_id_fkey'"
+    )
+    assert rows(owner, keys) == [("machine_id", "cloud_machines")]
+    for column in ("fly_id", "machine_id", "fly_id"):
+        owner.execute(
+            "select arbiter.protect('public.signals', 'trader_id.user_id', p_machine_column => %s)",
+            (column,),
+        )
+        # On the column of before rows name machines already, so it gets no key again.
+        expected = [("fly_id", "cloud_machines")] if column == "fly_id" else []
+        assert rows(owner, keys) == expected
+    assert rows(owner, "select count(*) from public.signals where machine_id is not null") == [(1,)]
+    add_signal(owner, ada.trader)
+    assert rejection(add_signal, owner, bob.trader).sqlstate == "WX001"
+
+
 # Snapshots ---------------------------------------------------------------------------------------
 
 
