@@ -36,10 +36,10 @@ begin atomic
              when a.atttypid = any ('{smallint,integer,bigint,text,varchar}'::regtype[])
                then 'array[%1$s.%2$I::text collate "C", %1$s.%3$I::text]'
              else 'null::text[]'
-           end, p_row, a.attname, (p_protection).machine_column)
-    from pg_catalog.pg_attribute a
-   where a.attrelid = (p_protection).protected_table
-     and a.attname = (parse_ident((p_protection).user_path))[1];
+           end, p_row, s.key, (p_protection).machine_column)
+    from (select (parse_ident((p_protection).user_path))[1] as key) s
+    -- A column that was renamed fails writes, not the installation; doctor() names it.
+    left join pg_catalog.pg_attribute a on a.attrelid = (p_protection).protected_table and a.attname = s.key;
 end;
 comment on function arbiter._writer_expression(arbiter.protections, text) is
   'SQL for what the rows of one writer have in common: where the path to the user begins, and the machine.';

@@ -1027,3 +1027,15 @@ def test_the_script_rejects_an_older_server(trading_db: Database, server: Embedd
         conn.execute(text.replace(limit, f"{server.major + 1}0000").encode())
     assert server.version in str(caught.value)
     assert_same(before, dump(trading_db.conninfo()))
+
+
+def test_goes_on_where_the_column_of_a_user_was_renamed(db: Database) -> None:
+    """Writes to that table fail until protect() is called again, and doctor() says so."""
+    conn = db.connect()
+    conn.execute("select arbiter.protect('public.positions', 'user_id')")
+    conn.execute("alter table public.positions rename user_id to owner_id")
+    arbiter_db.install(db.conninfo())
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        conn.execute("insert into public.positions (owner_id, symbol) select id, '' from auth.users")
+    problem = "select problem from arbiter.doctor() where object = 'protection of public.positions'"
+    assert column(conn, problem) == ["arbiter: table public.positions has no column user_id"]
