@@ -12,7 +12,8 @@
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
 --   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away to _provenance_template,
 --                   which sees the old row, too
---   __writer(x)     what the rows of one writer have in common: key and machine
+--   __writer(x)     what the rows of one writer have in common: key and machine; null for a key that is not compared so
+--   __has_writer    whether keys are compared so: true or false
 --   __updates       whether updates are arbitrated, too: true or false
 --   __protection, __mode, __unowned   the table's row in arbiter.protections
 --
@@ -83,7 +84,8 @@ begin atomic
     '__is_judged(d)', arbiter._judged_expression(p_protection, 'd'),
     '__is_judged(n)', arbiter._judged_expression(p_protection, 'n'),
     '__writer(d)', arbiter._writer_expression(p_protection, 'd'),
-    '__writer(n)', arbiter._writer_expression(p_protection, 'n'));
+    '__writer(n)', arbiter._writer_expression(p_protection, 'n'),
+    '__has_writer', (arbiter._writer_expression(p_protection, 'n') <> 'null::text[]')::text);
 end;
 comment on function arbiter._guard_words(arbiter.protections) is
   'What the words of the two templates stand for in the guard of this table.';
@@ -128,10 +130,11 @@ begin
     return null;
   end if;
 
-  -- The same for rows of several who all hold. The rows are made distinct before their users are looked up.
+  -- The same for rows of several who all hold, and where the query above compares no keys. The rows are made distinct
+  -- before their users are looked up.
   if current_setting('transaction_isolation') = 'read committed' then
     perform from __rows as n offset 1 limit 1;
-    v_several := found;
+    v_several := found or not __has_writer;
   end if;
   if v_several then
     perform

@@ -67,6 +67,25 @@ def test_a_row_of_another_user_is_found(db: Database, kind: str, order: str) -> 
     assert count_rows(conn, "public.orders") == 2
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", KEYS)
+def test_who_holds_is_admitted_without_the_slow_path(db: Database, kind: str, rows: int) -> None:
+    """That takes the lock in a savepoint, which costs several times as much."""
+    conn = db.connect()
+    adas, _ = stage(conn, kind)
+    conn.execute(
+        "create or replace function arbiter._admit(p_protection_id integer, p_mode text,"
+        " p_unowned text, p_user_id uuid, p_source text, p_machine_id uuid, p_flaw text)"
+        " returns arbiter.error language plpgsql as $$ begin raise exception 'slow path'; end $$"
+    )
+    conn.execute(
+        "insert into public.orders (bot_id)"
+        " select b.id from public.bots b, generate_series(1, %s) where b.id = %s",
+        (rows, adas),
+    )
+    assert count_rows(conn, "public.orders") == rows
+
+
 #: What the third row says of itself, beside two of a machine that holds.
 OTHERS = {
     "local": ("local", "null", "WX001"),
