@@ -148,7 +148,8 @@ $$;
 comment on function arbiter._machine_may_write_template(uuid, uuid) is
   'Whether a machine of a user runs and has sent a heartbeat in time, as a template.';
 
--- In seconds, because the text of an interval depends on the session. Without settings no machine is fresh.
+-- In seconds, because the text of an interval depends on the session. A year counts 360 days in comparisons and 365.25
+-- in seconds, so it is made days first. Without settings no machine is fresh.
 create or replace function arbiter._machine_may_write_words()
 returns jsonb
 language sql
@@ -157,7 +158,8 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_build_object('__is_fresh(m)', arbiter._fresh_expression(
            'm.heartbeat_at',
-           format('make_interval(secs => %s)', coalesce(extract(epoch from max(s.heartbeat_timeout))::text, 'null')),
+           format('make_interval(secs => %s)',
+             coalesce(extract(epoch from justify_interval(max(s.heartbeat_timeout)))::text, 'null')),
            'clock_timestamp()'))
     from arbiter.settings s;
 end;

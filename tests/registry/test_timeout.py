@@ -87,6 +87,23 @@ def test_a_machine_may_write_as_the_verdict_says(
     assert (said["environment"], said["code"], said["retry_at"]) == (environment, local, retry_at)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "hours"), [("1 year -359 days", 24), ("24 hours", 24), ("1 mon -30 days 5 hours", 5)]
+)
+def test_any_interval_is_the_one_that_the_verdict_compares(
+    db: Database, timeout: str, hours: int
+) -> None:
+    """A year counts 360 days when intervals are compared, and more in seconds."""
+    owner = db.connect()
+    machine = activate(owner, user := add_user(owner))
+    owner.execute("update arbiter.settings set heartbeat_timeout = %s::interval", (timeout,))
+    ask = "select arbiter._machine_may_write(%s, %s)"
+    for ago, fresh in ((3600 * hours * SECOND - 9 * SECOND, True), (3600 * hours * SECOND, False)):
+        age(owner, machine, heartbeat=ago)
+        assert value(owner, ask, machine, user.id) is fresh
+        assert status(owner, user.id)["environment"] == ("cloud" if fresh else "local")
+
+
 def test_a_change_counts_from_the_next_statement_on(db: Database) -> None:
     owner, machines = db.connect(), backend(db)
     user = add_user(owner)
