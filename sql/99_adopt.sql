@@ -5,8 +5,9 @@ do $adopt$
 declare
   v_adopt record;
 begin
-  -- Before any table of the app, as protect() and register_machines() do.
-  lock table arbiter.protections, arbiter.registry in share row exclusive mode;
+  -- Before any table of the app, as protect() and register_machines() do. _build_machine_may_write() waits for a change
+  -- of the settings in flight, and no write of the app must wait with it.
+  lock table arbiter.protections, arbiter.registry, arbiter.settings in share row exclusive mode;
   perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
   perform arbiter._forget_dropped();

@@ -217,6 +217,24 @@ def test_an_installation_waits_before_it_locks_a_table(db: Database, call: str, 
         is_well(owner)
 
 
+def test_no_write_waits_with_an_installation_for_a_change_of_the_settings(db: Database) -> None:
+    owner = prepare(db)
+    user = add_user(owner)
+    owner.execute("drop policy arbiter_claim on public.signals")  # an install locks all tables
+    conninfo = make_conninfo(db.conninfo(), application_name="installer")
+    with db.session() as one, ThreadPoolExecutor(max_workers=1) as pool:
+        one.run("begin")
+        one.run("update arbiter.settings set heartbeat_timeout = '40 s'")
+        done: Future[object] = pool.submit(arbiter_db.install, conninfo)
+        wait_until_waiting(owner, "installer")
+        owner.execute("set lock_timeout = '1 s'")  # before the one of the installation
+        add_signal(owner, user.trader)
+        one.run("commit")
+        done.result(TIMEOUT_S)
+    is_well(owner)
+    assert value(owner, "select arbiter._machine_may_write_state()") == "ok"
+
+
 def wait_until_waiting(conn: Conn, application: str) -> None:
     """Wait until a session of that name waits for a lock."""
     query = (
