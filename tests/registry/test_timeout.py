@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import psycopg
 import pytest
 from sessions import TIMEOUT_S, wait_until_blocked
 from story import (
+    User,
     activate,
     add_machine,
     add_signal,
     add_user,
     age,
     backend,
+    count_rows,
     one,
     rejection,
     rows,
@@ -104,7 +107,7 @@ def test_any_interval_is_the_one_that_the_verdict_compares(
         assert status(owner, user.id)["environment"] == ("cloud" if fresh else "local")
 
 
-def test_a_change_counts_from_the_next_statement_on(db: Database) -> None:
+def test_a_change_counts_from_the_next_transaction_on(db: Database) -> None:
     owner, machines = db.connect(), backend(db)
     user = add_user(owner)
     machine = activate(owner, user)
@@ -123,6 +126,39 @@ def test_a_change_counts_from_the_next_statement_on(db: Database) -> None:
     add_signal(machines, user.trader, "cloud", machine)
     set_timeout(owner, 20)
     assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
+
+
+def test_a_transaction_that_knows_the_timeout_of_before_excludes_the_browser(db: Database) -> None:
+    """It may not hear of the change before it ends; who holds a lease it always sees."""
+    owner, machines, browsers = db.connect(), db.connect(), db.connect()
+    owner.execute(
+        "create table public.orders (user_id uuid, source text not null default 'local',"
+        " machine_id uuid)"
+    )
+    owner.execute("select arbiter.protect('public.orders')")
+    owner.execute("update arbiter.settings set drain_timeout = '100 ms', heartbeat_interval = '1 s'")
+    ada, bob = add_user(owner), add_user(owner)
+    adas, bobs = activate(owner, ada), activate(owner, bob)
+    for machine in (adas, bobs):
+        age(owner, machine, heartbeat=15 * SECOND)
+
+    local = "insert into public.orders (user_id) values (%s)"
+    cloud = "insert into public.orders values (%s, 'cloud', %s)"
+
+    def write(user: User, machine: UUID) -> None:
+        with machines.transaction():
+            machines.execute(cloud, (user.id, machine))
+
+    with machines.transaction():
+        for _ in range(12):  # from now on its plans and locks are there
+            machines.execute(cloud, (ada.id, adas))
+        set_timeout(owner, 10)
+        browsers.execute(local, (bob.id,))
+        assert rejection(write, bob, bobs).sqlstate == "WX004"
+        assert rejection(browsers.execute, local, (ada.id,)).sqlstate == "WX007"
+    assert rejection(write, ada, adas).sqlstate == "WX004"
+    browsers.execute(local, (ada.id,))
+    assert count_rows(owner, "public.orders") == 14
 
 
 @pytest.mark.parametrize("statement", ["delete from arbiter.settings", "truncate arbiter.settings"])
