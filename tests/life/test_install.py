@@ -1036,6 +1036,8 @@ def test_goes_on_where_the_column_of_a_user_was_renamed(db: Database) -> None:
     conn.execute("alter table public.positions rename user_id to owner_id")
     arbiter_db.install(db.conninfo())
     with pytest.raises(psycopg.errors.UndefinedColumn):
-        conn.execute("insert into public.positions (owner_id, symbol) select id, '' from auth.users")
+        conn.execute(
+            "insert into public.positions (owner_id, symbol) select id, '' from auth.users"
+        )
     problem = "select problem from arbiter.doctor() where object = 'protection of public.positions'"
     assert column(conn, problem) == ["arbiter: table public.positions has no column user_id"]

@@ -91,7 +91,8 @@ def test_a_machine_may_write_as_the_verdict_says(
 
 
 @pytest.mark.parametrize(
-    ("timeout", "hours"), [("1 year -359 days", 24), ("24 hours", 24), ("1 mon -30 days 5 hours", 5)]
+    ("timeout", "hours"),
+    [("1 year -359 days", 24), ("24 hours", 24), ("1 mon -30 days 5 hours", 5)],
 )
 def test_any_interval_is_the_one_that_the_verdict_compares(
     db: Database, timeout: str, hours: int
@@ -136,7 +137,9 @@ def test_a_transaction_that_knows_the_timeout_of_before_excludes_the_browser(db:
         " machine_id uuid)"
     )
     owner.execute("select arbiter.protect('public.orders')")
-    owner.execute("update arbiter.settings set drain_timeout = '100 ms', heartbeat_interval = '1 s'")
+    owner.execute(
+        "update arbiter.settings set drain_timeout = '100 ms', heartbeat_interval = '1 s'"
+    )
     ada, bob = add_user(owner), add_user(owner)
     adas, bobs = activate(owner, ada), activate(owner, bob)
     for machine in (adas, bobs):
