@@ -130,12 +130,12 @@ comment on function arbiter._activate_template() is 'Gives the lease to a machin
 -- A function, so that a browser's write does not pay for what only a machine's needs. The timeout is a constant in it,
 -- because to read it from arbiter.settings would cost more than to read the machine. A transaction that has already
 -- written may still use the old constant, because the server looks for replaced functions only when it takes a lock;
--- the lease excludes all the same. It has no search_path of its own, because only guards call it, under theirs,
--- and setting it again costs 2 % of a machine's write.
+-- the lease excludes all the same.
 create or replace function arbiter._machine_may_write_template(p_machine_id uuid, p_user_id uuid)
 returns boolean
 language plpgsql
 stable
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform

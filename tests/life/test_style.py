@@ -57,16 +57,9 @@ def test_attributes_stand_one_a_line_and_say_what_is_not_the_default(function: F
     assert body.startswith(("as $", "begin atomic\n", "return "))
 
 
-#: Only guards call what is made from it, under the search_path that they pin. No other role may.
-ASKED_BY_GUARDS = {"arbiter._machine_may_write_template"}
-
-
 @by_function
 def test_a_function_pins_its_search_path(function: Function) -> None:
     """With '' a caller's temporary table still shadows the catalog."""
-    if function.name in ASKED_BY_GUARDS:
-        assert all(name != "set" for name, _, _ in function.options())
-        return
     paths = [
         [item.val.sval for item in value.args]
         for name, value, _ in function.options()
@@ -135,7 +128,7 @@ def test_names_say_what_they_are(function: Function) -> None:
             assert name.startswith("v_"), name
     is_trigger = function.returns == "trigger"
     is_named = re.fullmatch(r"arbiter\.(tg_\w+|_\w+_template)", function.name) is not None
-    assert is_trigger is (is_named and function.name not in ASKED_BY_GUARDS)
+    assert is_trigger is (is_named and function.name != "arbiter._machine_may_write_template")
 
 
 def declared(body: str) -> Iterator[str]:

@@ -254,7 +254,7 @@ def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(db: Database
 
 
 def test_no_other_role_may_ask(db: Database) -> None:
-    """It has no search_path of its own: only a guard, which has one, calls it."""
+    """Only a guard calls it, as arbiter's owner."""
     machine = add_machine(db.connect(), add_user(db.connect()))
     for role in ("anon", "authenticated", "service_role"):
         conn = db.connect(role=role)
