@@ -177,23 +177,19 @@ def test_without_settings_no_machine_is_admitted(db: Database, statement: str) -
     add_signal(owner, user.trader, "cloud", machine)
 
 
-def test_two_changes_at_once(db: Database) -> None:
-    """The second waits for the row, and both succeed."""
+@pytest.mark.parametrize(
+    "other",
+    [
+        "update arbiter.settings set heartbeat_timeout = '50 s'",
+        "select arbiter._build_machine_may_write()",  # as an installation does
+    ],
+)
+def test_two_at_once(db: Database, other: str) -> None:
+    """The second waits for the row of settings, and both succeed."""
     with db.session() as one, db.session() as two:
         one.run("begin")
         one.run("update arbiter.settings set heartbeat_timeout = '40 s'")
-        waiting = two.start("update arbiter.settings set heartbeat_timeout = '50 s'")
-        wait_until_blocked(two)
-        one.run("commit")
-        waiting.result(TIMEOUT_S)
-    assert value(db.connect(), STATE) == "ok"
-
-
-def test_an_install_beside_a_change(db: Database) -> None:
-    with db.session() as one, db.session() as two:
-        one.run("begin")
-        one.run("update arbiter.settings set heartbeat_timeout = '40 s'")
-        waiting = two.start("select arbiter._build_machine_may_write()")
+        waiting = two.start(other)
         wait_until_blocked(two)
         one.run("commit")
         waiting.result(TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from uuid import UUID, uuid4
 
@@ -19,6 +20,14 @@ LEASES = {
     "cloud, draining to local": ("cloud", "mine", None, True),
     "cloud, draining to the machine": ("cloud", "other", "mine", True),
 }
+
+#: A row of the user's, and one of a user whose browser holds.
+TWO = """
+insert into public.signals (trader_id, symbol, interval, signal, bar_time, source, machine_id)
+values (%(hers)s, 'TWO', '1m', 'buy', now(), 'local', null),
+       (%(ours)s, 'TWO', '1m', 'buy', now(),
+        case when %(machine)s::uuid is null then 'local' else 'cloud' end, %(machine)s)
+"""
 
 WRITERS = {"local": ("local", None), "cloud": ("cloud", "mine")}
 
@@ -38,8 +47,9 @@ def put_lease(conn: psycopg.Connection[object], user: User, machine: UUID, lease
 @pytest.mark.parametrize(("lease", "writer"), list(product(LEASES, WRITERS)))
 def test_the_guard_takes_the_lock_of_share_lease(db: Database, lease: str, writer: str) -> None:
     owner, app = db.connect(), backend(db)
-    user = add_user(owner)
+    user, eve = add_user(owner), add_user(owner)
     add_signal(owner, user.trader)
+    add_signal(owner, eve.trader)
     machine = add_machine(owner, user, "running")
     beat(owner, machine)
     put_lease(owner, user, machine, lease)
@@ -60,11 +70,17 @@ def test_the_guard_takes_the_lock_of_share_lease(db: Database, lease: str, write
         " p_unowned text, p_user_id uuid, p_source text, p_machine_id uuid, p_flaw text)"
         " returns arbiter.error language plpgsql as $$ begin raise exception 'slow path'; end $$"
     )
-    if shared:
-        add_signal(app, user.trader, source, mine)
-    else:
-        with pytest.raises(psycopg.errors.RaiseException, match="slow path"):
-            add_signal(app, user.trader, source, mine)
+    writes: list[Callable[[], object]] = [
+        lambda: add_signal(app, user.trader, source, mine),
+        # Rows of several writers take a query of their own, with the same lock.
+        lambda: app.execute(TWO, {"ours": user.trader, "hers": eve.trader, "machine": mine}),
+    ]
+    for write in writes:
+        if shared:
+            write()
+        else:
+            with pytest.raises(psycopg.errors.RaiseException, match="slow path"):
+                write()
 
 
 def test_the_settled_machine_is_the_one_of_each_heartbeat(db: Database) -> None:
