@@ -29,6 +29,7 @@ __all__ = [
     "confirm_takeover",
     "handovers",
     "heartbeat",
+    "lost_protections",
     "protect",
     "protected_tables",
     "register_machines",
@@ -227,6 +228,14 @@ def audit(
 def protected_tables(conn: psycopg.Connection[Any]) -> dict[str, bool]:
     """The tables under arbitration, and whether their rows carry evidence (`arbiter_xid`)."""
     return dict(_all(conn, tuple_row, "protected_tables"))
+
+
+def lost_protections(conn: psycopg.Connection[Any]) -> list[str]:
+    """Protected tables that are not guarded any more: dropped, or another one has their name.
+
+    A line for each, with the remedy; none when all is well.
+    """
+    return [str(line) for (line,) in _all(conn, tuple_row, "lost_protections")]
 
 
 def protect(

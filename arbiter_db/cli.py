@@ -217,7 +217,11 @@ def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: b
 @main.command("audit")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
 @_dsn
-@click.option("--strict", is_flag=True, help="Exit 1 also when something is not provable.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit 1 also when something is not provable, or a table is not protected any more.",
+)
 @_as_json
 def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool) -> None:
     """Prove from the data that exclusion held.
@@ -226,6 +230,7 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
     write, and flaws of the handover history. Exits 1 when there are any.
     """
     with _connected(dsn) as conn, _progress() as progress:
+        lost = api.lost_protections(conn)
         without = []
         if not tables:
             known = api.protected_tables(conn)
@@ -248,8 +253,10 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
             click.echo(f"{name}: not audited, because it is protected without evidence")
         if not audits and not without:
             click.echo("no table is protected")
+    for line in lost:
+        click.echo(line, err=as_json)
     failed = any(audit.findings or (strict and audit.not_provable) for audit in audits)
-    if failed or (strict and without):
+    if failed or (strict and (without or lost or not audits)):
         sys.exit(1)
 
 

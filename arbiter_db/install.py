@@ -2,9 +2,9 @@
 
 An install is four steps, each of which can be repeated:
 
-1. `sql/0*.sql` in a transaction of its own: refuses, before anything is changed, when the app's
-   tables have columns that do not fit; rolled back where arbiter is installed already, so that
-   functions of two versions are never mixed;
+1. `sql/0*.sql` in a transaction of its own: refuses, before anything is changed, when another role
+   could have made objects in schema `arbiter`, or when the app's tables do not fit; rolled back
+   where arbiter is installed already, so that functions of two versions are never mixed;
 2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
 3. all `sql/*.sql`, in order, in one transaction: clients see the old functions or the new. What
    this version does not have any more is dropped; when an object of the app uses some of it, the
@@ -250,6 +250,8 @@ def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
             holder.execute(QUERIES["lock_settings"])
             holder.execute(QUERIES["lock"])
         with _connect(conninfo) as conn:
+            # Before any function of the schema is called.
+            _run(conn, _sql_files()[:1], on_step=lambda step: None, is_dry=True)
             yield conn
 
 

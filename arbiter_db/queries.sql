@@ -34,9 +34,13 @@ select finding, reason, user_id, row_table::text as row_table, row_key, source, 
   from arbiter.audit(%(table)s::text::regclass, p_verbose => true)
 
 -- name: protected_tables
-select protected_table::text as name, evidence
-  from arbiter.protections
- order by protection_id
+select p.protected_table::text as name, p.evidence
+  from arbiter.protections p
+  join pg_class c on c.oid = p.protected_table
+ order by p.protection_id
+
+-- name: lost_protections
+select concat(object, ': ', problem, ' Remedy: ', remedy) from arbiter._lost_protections()
 
 -- name: protect
 select arbiter.protect(

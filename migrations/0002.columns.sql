@@ -5,8 +5,8 @@
 -- local; their arbiter_xid stays null, which means older than protection.
 --
 -- A migration is frozen once it is released, so it calls no function that a later version may change. The columns are
--- those of arbiter._columns() and the lock is arbiter._lock_tables() (sql/00_basics.sql); test_migrations holds the
--- columns together.
+-- those of arbiter._columns() and the lock is arbiter._lock_tables() (sql/01_basics.sql), the record is
+-- arbiter._record() (sql/02_record.sql); test_migrations holds the columns together.
 
 set local lock_timeout = '5s';
 
@@ -63,8 +63,19 @@ begin
 
   foreach v_column slice 1 in array v_missing loop
     execute format('alter table public.%I add column %I %s', v_column[1], v_column[2], v_column[3]);
-    -- By this prefix an uninstall knows that the column is arbiter's.
     execute format('comment on column public.%I.%I is %L', v_column[1], v_column[2], 'arbiter: ' || v_column[4]);
+    insert into arbiter.attachments (kind, attached_to, name, shape, object_id, database_id, cluster)
+    select 'column', a.attrelid::regclass, a.attname, format_type(a.atttypid, a.atttypmod), a.attnum::integer::oid,
+           d.oid, c.system_identifier
+      from pg_catalog.pg_attribute a, pg_catalog.pg_database d, pg_catalog.pg_control_system() c
+     where a.attrelid = format('public.%I', v_column[1])::regclass
+       and a.attname = v_column[2]
+       and d.datname = current_database()
+    on conflict on constraint attachments_pkey do update
+      set shape = excluded.shape,
+          object_id = excluded.object_id,
+          database_id = excluded.database_id,
+          cluster = excluded.cluster;
   end loop;
 end
 $columns$;

@@ -1,7 +1,7 @@
 -- What arbiter generates: triggers, functions and views whose text depends on the app's names.
 --
--- The comment of each ends in a hash of its definition, so attaching twice changes nothing and takes no lock. For
--- triggers and functions the hash covers what the server has, so doctor() sees what was changed since.
+-- The comment of each ends in a hash of its definition, so attaching twice changes nothing and takes no lock. The hash
+-- covers what the server has, too, so doctor() sees what was changed since.
 
 -- Hashes both what was asked for and what the server has: a trigger that somebody replaces keeps its comment.
 create or replace function arbiter._trigger_comment(p_trigger_id oid, p_definition text, p_meaning text)
@@ -60,24 +60,21 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if arbiter._is_attached(p_table, p_trigger, p_definition, p_meaning) then
-    return;
+  if not arbiter._is_attached(p_table, p_trigger, p_definition, p_meaning) then
+    perform arbiter._need_free_name('trigger', p_table, p_trigger);
+    execute format('create or replace trigger %I %s', p_trigger, p_definition);
+    -- Always, because other triggers do not fire under session_replication_role = replica.
+    execute format('alter table %s enable always trigger %I', p_table, p_trigger);
+    execute (
+      select format('comment on trigger %I on %s is %L', p_trigger, p_table,
+               arbiter._trigger_comment(f.object_id, p_definition, p_meaning))
+        from arbiter._find('trigger', p_table, p_trigger) f);
   end if;
-  execute format('create or replace trigger %I ', p_trigger) || replace(p_definition, '{table}', p_table::text);
-  -- Always, because other triggers do not fire under session_replication_role = replica.
-  execute format('alter table %s enable always trigger %I', p_table, p_trigger);
-  execute (
-    select format('comment on trigger %I on %s is %L', p_trigger, p_table,
-             arbiter._trigger_comment(t.oid, p_definition, p_meaning))
-      from pg_catalog.pg_trigger t
-     where t.tgrelid = p_table and t.tgname = p_trigger
-     -- A snapshot that is older than the drop of its predecessor shows both.
-     order by t.oid desc
-     limit 1);
+  perform arbiter._record('trigger', p_table, p_trigger);
 end
 $$;
 comment on function arbiter._attach(regclass, name, text, text) is
-  'Creates or mends a trigger of arbiter, enabled always. p_definition has {table} in the place of the table.';
+  'Creates or mends a trigger of arbiter, enabled always, and records it. Error 42710 when the table has a trigger of this name that is not arbiter''s.';
 
 create or replace function arbiter._detach(p_table regclass, p_keep name[] default '{}')
 returns void
@@ -90,12 +87,13 @@ begin
   for v_trigger in
     select t.tgname
       from pg_catalog.pg_trigger t
+      join pg_catalog.pg_proc p on p.oid = t.tgfoid and p.pronamespace = 'arbiter'::regnamespace
      where t.tgrelid = p_table
-       and starts_with(t.tgname, 'arbiter_')
        and t.tgparentid = 0
        and t.tgname <> all (p_keep)
   loop
     execute format('drop trigger %I on %s', v_trigger, p_table);
+    perform arbiter._forget('trigger', p_table, v_trigger);
   end loop;
 end
 $$;
@@ -185,6 +183,19 @@ $$;
 comment on function arbiter._instantiate(regprocedure, name, jsonb) is
   'Creates the function arbiter.<p_name> from a template (_filled_in), with its parameters and attributes.';
 
+create or replace function arbiter._view_hash(p_view_id oid, p_query text)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select md5(concat_ws('|', p_query, pg_get_viewdef(c.oid), c.reloptions))
+    from pg_catalog.pg_class c
+   where c.oid = p_view_id;
+end;
+comment on function arbiter._view_hash(oid, text) is
+  'The hash of a view: of the query that was asked for, and of what the server has.';
+
 -- A view is bound to its tables and columns by identity: it follows a table that is renamed, and does not turn to
 -- another one that takes over the name. It is made again only when it would change, because that waits for every
 -- transaction that has read it.
@@ -201,24 +212,25 @@ begin atomic
      where c.relnamespace = 'arbiter'::regnamespace
        and c.relname = p_view
        and d.refobjid = p_parent
-       and obj_description(c.oid, 'pg_class') like '%[' || md5(p_query) || ']');
+       and obj_description(c.oid, 'pg_class') like '%[' || arbiter._view_hash(c.oid, p_query) || ']');
 end;
 comment on function arbiter._is_current_view(name, text, regclass) is
   'Whether a generated view was made from this query and still reads this table.';
 
-create or replace function arbiter._make_view(p_view name, p_query text, p_meaning text)
+create or replace function arbiter._make_view(p_view name, p_query text, p_meaning text, p_options text default '')
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
   execute format('drop view if exists arbiter.%I', p_view);
-  execute format('create view arbiter.%I as %s', p_view, p_query);
-  execute format('comment on view arbiter.%I is %L', p_view, format('%s [%s]', p_meaning, md5(p_query)));
+  execute format('create view arbiter.%I %s as %s', p_view, p_options, p_query);
+  execute format('comment on view arbiter.%I is %L', p_view,
+    format('%s [%s]', p_meaning, arbiter._view_hash(format('arbiter.%I', p_view)::regclass, p_query)));
   perform arbiter._close('table', format('arbiter.%I', p_view), c.relacl, c.relowner)
      from pg_catalog.pg_class c
     where c.relnamespace = 'arbiter'::regnamespace and c.relname = p_view;
 end
 $$;
-comment on function arbiter._make_view(name, text, text) is
+comment on function arbiter._make_view(name, text, text, text) is
   'Makes a generated view anew, gives it its comment with the hash of its query, and closes it (_close).';

@@ -259,6 +259,19 @@ end
 $$;
 comment on function arbiter.tg_stamp_xid() is 'Sets arbiter_xid to the transaction that updates the row.';
 
+-- Of a trigger whose condition is never true (_guard_triggers, 25_protect.sql).
+create or replace function arbiter.tg_no_parent()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return null;
+end
+$$;
+comment on function arbiter.tg_no_parent() is
+  'Is never called: a trigger that names it keeps a protected table from being attached to another one.';
+
 create or replace function arbiter._reject_or_record(
   p_protection_id integer,
   p_mode text,

@@ -32,10 +32,10 @@ begin
     for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
       policy_name := 'arbiter_claim';
       definition := format(
-        'on {table} as restrictive for all to anon, authenticated using (true) with check ('
+        'on %2$s as restrictive for all to anon, authenticated using (true) with check ('
         'case when (select arbiter.claimed_machine_id()) is null then source = ''local'' and %1$I is null '
         'else source = ''cloud'' and %1$I = (select arbiter.claimed_machine_id()) end)',
-        v_protection.machine_column);
+        v_protection.machine_column, table_name);
       meaning := 'Browsers write as local, a machine''s token as that machine.';
       return next;
     end loop;
@@ -45,20 +45,20 @@ begin
   if found then
     table_name := v_registry.registry;
     policy_name := 'arbiter_registry_insert';
-    definition := 'on {table} as restrictive for insert to anon, authenticated with check (false)';
+    definition := format('on %s as restrictive for insert to anon, authenticated with check (false)', table_name);
     meaning := 'Machines are added by the backend.';
     return next;
     policy_name := 'arbiter_registry_delete';
-    definition := 'on {table} as restrictive for delete to anon, authenticated using (false)';
+    definition := format('on %s as restrictive for delete to anon, authenticated using (false)', table_name);
     meaning := 'Machines are deleted by the backend.';
     return next;
     policy_name := 'arbiter_registry_update';
     -- A browser passes `using`, so that it gets an error: rows that `using` hides are left out without one.
     definition := format(
-      'on {table} as restrictive for update to anon, authenticated '
+      'on %3$s as restrictive for update to anon, authenticated '
       'using ((select arbiter.claimed_machine_id()) is null or %1$I = (select arbiter.claimed_machine_id())) '
       'with check (%1$I = (select arbiter.claimed_machine_id()) and %2$I = (select arbiter.claimed_user_id()))',
-      v_registry.id_column, v_registry.user_column);
+      v_registry.id_column, v_registry.user_column, table_name);
     meaning := 'A machine''s token changes that machine, and keeps its owner; browsers change none.';
     return next;
     -- Only where the app has no such policy of its own: two permissive policies are both checked for each row.
@@ -68,28 +68,28 @@ begin
          and p.polpermissive
          and p.polcmd in ('w', '*')
          and p.polroles && array[0::oid, to_regrole('authenticated')]
-         and p.polname <> 'arbiter_machine_update')
+         and arbiter._ownership('policy', p.polrelid, p.polname) <> 'ours')
     then
       policy_name := 'arbiter_machine_update';
       definition := format(
-        'on {table} for update to authenticated using (%1$I = (select arbiter.claimed_machine_id()) '
+        'on %3$s for update to authenticated using (%1$I = (select arbiter.claimed_machine_id()) '
         'and %2$I = (select arbiter.claimed_user_id()))',
-        v_registry.id_column, v_registry.user_column);
+        v_registry.id_column, v_registry.user_column, table_name);
       meaning := 'A machine''s token may send its heartbeat.';
       return next;
     end if;
   end if;
 
   policy_name := 'arbiter_own';
-  definition := 'on {table} for select to authenticated using (user_id = (select arbiter.claimed_user_id()))';
   meaning := 'Users read what is theirs.';
   foreach table_name in array array['arbiter.leases', 'arbiter.handovers']::regclass[] loop
+    definition := format('on %s for select to authenticated using (user_id = (select arbiter.claimed_user_id()))', table_name);
     return next;
   end loop;
 end
 $$;
 comment on function arbiter._policies() is
-  'The policies that must be there; none without the roles anon and authenticated. definition has {table} in the place of the table.';
+  'The policies that must be there; none without the roles anon and authenticated. definition: what follows the name in CREATE POLICY.';
 
 -- Hashes both what was asked for and what the server has, as for triggers.
 create or replace function arbiter._policy_comment(p_policy_id oid, p_definition text, p_meaning text)
@@ -106,6 +106,19 @@ end;
 comment on function arbiter._policy_comment(oid, text, text) is
   'The comment that a policy must have, with the hash of its definition.';
 
+create or replace function arbiter._is_current_policy(p_table regclass, p_policy name, p_definition text, p_meaning text)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select f.object_id is not null
+     and obj_description(f.object_id, 'pg_policy') is not distinct from arbiter._policy_comment(f.object_id, p_definition, p_meaning)
+    from arbiter._find('policy', p_table, p_policy) f;
+end;
+comment on function arbiter._is_current_policy(regclass, name, text, text) is
+  'Whether a table has this policy, made from this definition and not changed since.';
+
 -- Above read committed the snapshot may be older than another session's change, so there all policies of p_table count
 -- as wrong.
 create or replace function arbiter._wrong_policies(p_table regclass)
@@ -114,17 +127,18 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select coalesce(n.table_name, p.polrelid::regclass), coalesce(n.policy_name, p.polname), n.definition, n.meaning
+  select coalesce(n.table_name, p.table_name), coalesce(n.policy_name, p.policy_name), n.definition, n.meaning
     from arbiter._policies() n
-    full join (select * from pg_catalog.pg_policy where starts_with(polname, 'arbiter_')) p
-      on p.polrelid = n.table_name::oid and p.polname = n.policy_name
-   where (p_table is null or coalesce(n.table_name::oid, p.polrelid) in (select arbiter._family(p_table)))
-     and case
-     -- A policy of an earlier definition. The hash tells that arbiter made it.
-     when n.policy_name is null then obj_description(p.oid, 'pg_policy') ~ '[[][0-9a-f]{32}]$'
-     when p.oid is null then true
-     when p_table is not null and current_setting('transaction_isolation') <> 'read committed' then true
-     else obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning) end
+    full join (
+      select a.attached_to as table_name, a.name::name as policy_name
+        from arbiter.attachments a
+       where a.kind = 'policy' and arbiter._ownership('policy', a.attached_to, a.name) = 'ours') p
+      on p.table_name::oid = n.table_name::oid and p.policy_name = n.policy_name
+   where (p_table is null or coalesce(n.table_name, p.table_name) in (select arbiter._family(p_table)))
+     and (n.policy_name is null
+       or p.policy_name is null
+       or p_table is not null and current_setting('transaction_isolation') <> 'read committed'
+       or not arbiter._is_current_policy(n.table_name, n.policy_name, n.definition, n.meaning))
    order by 1, 2;
 end;
 comment on function arbiter._wrong_policies(regclass) is
@@ -141,18 +155,17 @@ declare
 begin
   for v_policy in select w.table_name, w.policy_name as name, w.definition, w.meaning from arbiter._wrong_policies(p_table) w
   loop
+    perform arbiter._need_free_name('policy', v_policy.table_name, v_policy.name);
     execute format('drop policy if exists %I on %s', v_policy.name, v_policy.table_name);
-    if v_policy.definition is not null then
-      execute format('create policy %I ', v_policy.name)
-        || replace(v_policy.definition, '{table}', v_policy.table_name::text);
+    if v_policy.definition is null then
+      perform arbiter._forget('policy', v_policy.table_name, v_policy.name);
+    else
+      execute format('create policy %I %s', v_policy.name, v_policy.definition);
       execute (
         select format('comment on policy %I on %s is %L', v_policy.name, v_policy.table_name,
-                 arbiter._policy_comment(p.oid, v_policy.definition, v_policy.meaning))
-          from pg_catalog.pg_policy p
-         where p.polrelid = v_policy.table_name and p.polname = v_policy.name
-         -- A snapshot that is older than the drop of its predecessor shows both.
-         order by p.oid desc
-         limit 1);
+                 arbiter._policy_comment(f.object_id, v_policy.definition, v_policy.meaning))
+          from arbiter._find('policy', v_policy.table_name, v_policy.name) f);
+      perform arbiter._record('policy', v_policy.table_name, v_policy.name);
     end if;
   end loop;
   for v_policy in

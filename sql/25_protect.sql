@@ -12,53 +12,68 @@ declare
   v_guard_row text := format('execute function arbiter.%I()', '_guard_row_' || p_protection.protection_id);
   v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
   v_updates boolean := 'update' = any (p_protection.verbs);
-  v_family oid[] := array(select f.member::oid from arbiter._family(p_protection.protected_table) as f (member));
+  v_family regclass[] := array(select f.member from arbiter._family(p_protection.protected_table) as f (member));
   v_member record;
 begin
   for v_member in
-    select c.oid::regclass as name, c.relkind, c.relispartition
+    select c.oid::regclass as name, c.relkind, c.relispartition,
+           exists (select from pg_catalog.pg_inherits i where i.inhrelid = c.oid) as is_child
       from unnest(v_family) as f (member)
       join pg_catalog.pg_class c on c.oid = f.member
   loop
     table_name := v_member.name;
     trigger_name := 'arbiter_guard_insert';
-    definition := 'after insert on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+    definition := format('after insert on %s referencing new table as arbiter_rows for each statement %s', table_name, v_guard);
     meaning := 'Arbitrates inserts.';
     return next;
     if v_updates then
       trigger_name := 'arbiter_guard_update';
-      definition := 'after update on {table} referencing new table as arbiter_rows for each statement ' || v_guard;
+      definition := format('after update on %s referencing new table as arbiter_rows for each statement %s', table_name, v_guard);
       meaning := 'Arbitrates updates.';
+      return next;
+    end if;
+    if v_member.relkind = 'r' and not v_member.is_child then
+      -- A write to a parent fires no statement trigger of its children. The server does not make a table with such a
+      -- trigger a child, not even when it is disabled, and its error names the trigger. The condition is never true,
+      -- and inserts and updates never come to it.
+      trigger_name := 'arbiter_unprotect_it_first_then_protect_what_it_is_attached_to';
+      definition := format('after delete on %s referencing old table as arbiter_rows for each row when (false) '
+        'execute function arbiter.tg_no_parent()', table_name);
+      meaning := 'Keeps the table from being attached to another one, whose writes would not be arbitrated.';
       return next;
     end if;
     -- The server copies row triggers of a partitioned table to its partitions, also to later ones.
     continue when v_member.relispartition;
     trigger_name := 'arbiter_provenance';
     -- Without a condition, because dropping a column drops the triggers whose condition names it.
-    definition := 'after update on {table} for each row ' || v_provenance;
+    definition := format('after update on %s for each row %s', table_name, v_provenance);
     meaning := 'Keeps who wrote a row.';
     return next;
     if v_updates or v_member.relkind = 'p' then
       -- Before the update, too: a row that moves to another partition fires no trigger after it, and what a foreign key
       -- does to a row can only be told before other triggers have changed more of it.
       trigger_name := 'arbiter_provenance_before';
-      definition := 'before update on {table} for each row ' || v_provenance;
+      definition := format('before update on %s for each row %s', table_name, v_provenance);
       return next;
     end if;
     if v_updates and p_protection.evidence then
       trigger_name := 'arbiter_stamp';
-      definition := format('before update on {table} for each row ' ||
-        $w$when (new.source is distinct from 'cloud' or new.%I is not null) execute function arbiter.tg_stamp_xid()$w$,
-        p_protection.machine_column);
+      definition := format('before update on %2$s for each row ' ||
+        $w$when (new.source is distinct from 'cloud' or new.%1$I is not null) execute function arbiter.tg_stamp_xid()$w$,
+        p_protection.machine_column, table_name);
       meaning := 'Names the transaction that last wrote a row.';
       return next;
     end if;
     if v_member.relkind = 'p' then
       trigger_name := 'arbiter_guard_row';
       -- A row that MERGE moves to another partition is in no transition table; it fires the trigger for inserts.
+      -- Below a root that is not protected no statement trigger fires. Tables stand in the condition as regclass,
+      -- because a dump then has their names; a number would be that of another table after a restore.
       definition := case when v_updates
-        then 'after insert or update on {table} for each row ' || v_guard_row
-        else format('after insert on {table} for each row when (new.tableoid <> all (%L::oid[])) %s', v_family, v_guard_row)
+        then format('after insert or update on %s for each row %s', table_name, v_guard_row)
+        else format('after insert on %s for each row when (new.tableoid <> all (%L::regclass[]) '
+          'or pg_partition_root(new.tableoid) <> %L::regclass) %s',
+          table_name, v_family, pg_partition_root(p_protection.protected_table), v_guard_row)
         end;
       meaning := 'Arbitrates what no statement trigger sees: partitions that have come since, rows that move.';
       return next;
@@ -67,7 +82,7 @@ begin
 end
 $$;
 comment on function arbiter._guard_triggers(arbiter.protections) is
-  'The triggers that a protected table and its partitions must have. definition has {table} in the place of the table.';
+  'The triggers that a protected table and its partitions must have. definition: what follows the name in CREATE TRIGGER.';
 
 create or replace function arbiter._drop_path_views(p_protection_id integer, p_keep name[] default '{}')
 returns void
@@ -171,8 +186,9 @@ end
 $$;
 comment on function arbiter._drop_guard(integer) is 'Drops the triggers, functions and views that were generated for a protected table.';
 
--- Dropping a table drops its triggers, but neither its row here nor the functions that were generated for it.
-create or replace function arbiter._forget_dropped()
+-- A protected table that was dropped keeps its row in arbiter.protections until it is unprotected, or another table of
+-- its name is protected: otherwise doctor() would find nothing wrong with a table that was swapped for a copy.
+create or replace function arbiter._forget_dropped(p_declared_as text default null)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -182,64 +198,20 @@ declare
 begin
   delete from arbiter.registry r
    where not exists (select from pg_catalog.pg_class c where c.oid = r.registry);
+  delete from arbiter.attachments a
+   where a.kind <> 'function' and not exists (select from pg_catalog.pg_class c where c.oid = a.attached_to);
   for v_protection_id in
     delete from arbiter.protections p
-     where not exists (select from pg_catalog.pg_class c where c.oid = p.protected_table)
+     where p.declared_as = p_declared_as
+       and not exists (select from pg_catalog.pg_class c where c.oid = p.protected_table)
     returning p.protection_id
   loop
     perform arbiter._drop_guard(v_protection_id);
   end loop;
 end
 $$;
-comment on function arbiter._forget_dropped() is 'Forgets the registry and protected tables that do not exist any more.';
-
--- Only where the column is arbiter's and no row names a machine, which could be one of an earlier registry. A
--- partitioned table gets no foreign key, because before PostgreSQL 18 it cannot be `not valid` there; the guard checks
--- the machine in any case.
-create or replace function arbiter._add_machine_key(p_table regclass, p_machine_column name)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_registry arbiter.registry;
-  v_used boolean;
-begin
-  select r.* into v_registry from arbiter.registry r where r.singleton;
-  if v_registry.registry is null then
-    return;
-  end if;
-  if exists (
-    select from pg_catalog.pg_constraint k
-     where k.conrelid = p_table
-       and k.conname = 'arbiter_machine_id_fkey'
-       and (k.confrelid <> v_registry.registry or not exists (
-         select from pg_catalog.pg_attribute a
-          where a.attrelid = p_table and a.attname = p_machine_column and k.conkey = array[a.attnum])))
-  then
-    execute format('alter table %s drop constraint arbiter_machine_id_fkey', p_table);
-  end if;
-  if exists (
-    select from pg_catalog.pg_class c
-      join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = p_machine_column
-     where c.oid = p_table
-       and c.relkind = 'r'
-       and col_description(c.oid, a.attnum) like 'arbiter: %'
-       and not exists (
-         select from pg_catalog.pg_constraint k
-          where k.conrelid = c.oid and k.contype = 'f' and k.conkey = array[a.attnum]))
-  then
-    execute format('select exists (select from %s where %I is not null)', p_table, p_machine_column) into v_used;
-    if not v_used then
-      execute format(
-        'alter table %s add constraint arbiter_machine_id_fkey foreign key (%I) references %s (%I) on delete set null not valid',
-        p_table, p_machine_column, v_registry.registry, v_registry.id_column);
-    end if;
-  end if;
-end
-$$;
-comment on function arbiter._add_machine_key(regclass, name) is
-  'Adds the foreign key from arbiter''s own machine column of a protected table to the registry, not validated yet.';
+comment on function arbiter._forget_dropped(text) is
+  'Forgets what was attached to tables that do not exist any more, a registry that does not, and a protected table that had this name and does not.';
 
 -- Without a guard nothing reads the column, and its default would cost each insert a transaction id.
 create or replace function arbiter._drop_xid_default(p_table regclass)
@@ -294,7 +266,7 @@ begin
       'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow; nothing is null.');
   end if;
   lock table arbiter.protections in share row exclusive mode;
-  perform arbiter._forget_dropped();
+  perform arbiter._forget_dropped(p_table::text);
   select r.* into v_registry from arbiter.registry r where r.singleton;
   if p_table = v_registry.registry or p_table in (
     select c.oid from pg_catalog.pg_class c where c.relnamespace = 'arbiter'::regnamespace)
@@ -314,17 +286,18 @@ begin
       format('Unprotect %s first: one guard is enough for both.', v_relative));
   end if;
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
+  perform arbiter._need_owner(f.member) from arbiter._family(p_table) as f (member);
   perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
 
   -- No write is in flight under the old rules, and every later one is judged by the new ones. Take the strongest lock
   -- at once, which a default and a policy need: a later upgrade can deadlock with a reader.
   execute format('lock table %s in access exclusive mode', p_table);
   perform arbiter._add_column(p_table, 'source', 'source');
-  if not arbiter._source_is_checked(p_table) and not exists (
-    select from pg_catalog.pg_constraint k where k.conrelid = p_table and k.conname = 'arbiter_source_check')
-  then
+  if not arbiter._source_is_checked(p_table) and arbiter._ownership('constraint', p_table, 'arbiter_source_check') <> 'ours' then
+    perform arbiter._need_free_name('constraint', p_table, 'arbiter_source_check');
     execute format($sql$alter table %s add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid$sql$,
       p_table);
+    perform arbiter._record('constraint', p_table, 'arbiter_source_check');
   end if;
   perform arbiter._add_column(p_table, p_machine_column, 'machine');
   perform arbiter._add_machine_key(p_table, p_machine_column);
@@ -335,10 +308,11 @@ begin
     perform arbiter._drop_xid_default(p_table);
   end if;
 
-  insert into arbiter.protections (protected_table, user_path, verbs, machine_column, mode, unowned, evidence)
-  values (p_table, v_path, v_verbs, p_machine_column, p_mode, p_unowned, p_evidence)
+  insert into arbiter.protections (protected_table, declared_as, user_path, verbs, machine_column, mode, unowned, evidence)
+  values (p_table, p_table::text, v_path, v_verbs, p_machine_column, p_mode, p_unowned, p_evidence)
   on conflict on constraint protections_protected_table_key do update
-    set user_path = excluded.user_path,
+    set declared_as = excluded.declared_as,
+        user_path = excluded.user_path,
         verbs = excluded.verbs,
         machine_column = excluded.machine_column,
         mode = excluded.mode,

@@ -1,6 +1,17 @@
 -- register_machines() and heartbeat(): the view arbiter.machines, which triggers the registry needs, and the copies of
 -- the templates of their functions.
 
+create or replace function arbiter._machines_query(p_registry arbiter.registry)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return format(
+  'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, %6$s as state, r.%4$I as heartbeat_at from %5$s r',
+  (p_registry).id_column, (p_registry).user_column, (p_registry).status_column, (p_registry).heartbeat_column,
+  (p_registry).registry, arbiter._state_expression(p_registry, 'r'));
+comment on function arbiter._machines_query(arbiter.registry) is 'The query of the view arbiter.machines.';
+
 create or replace function arbiter._make_machines_view(p_query text)
 returns void
 language plpgsql
@@ -8,9 +19,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform arbiter._make_view('machines', p_query,
-    'The registry under fixed names, with its status mapped to a machine state.');
-  -- With the rights of its reader: a grant here opens nothing that the registry itself does not open.
-  alter view arbiter.machines set (security_invoker = true);
+    'The registry under fixed names, with its status mapped to a machine state.',
+    -- With the rights of its reader: a grant here opens nothing that the registry itself does not open.
+    'with (security_invoker = true)');
   grant select, update (heartbeat_at) on arbiter.machines to public;
   comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
   comment on column arbiter.machines.user_id is 'Its owner.';
@@ -31,44 +42,44 @@ begin atomic
     from arbiter.registry r
     cross join lateral (values
       ('arbiter_stamp_insert',
-       format('before insert on {table} for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
-         r.heartbeat_column),
+       format('before insert on %s for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
+         r.registry, r.heartbeat_column),
        'A heartbeat is stamped with the database''s clock.'),
       ('arbiter_stamp_update',
-       format('before update of %I on {table} for each row execute function arbiter.tg_registry_stamp()',
-         r.heartbeat_column),
+       format('before update of %I on %s for each row execute function arbiter.tg_registry_stamp()',
+         r.heartbeat_column, r.registry),
        'A heartbeat is any update that names the column; it is stamped with the database''s clock.'),
       ('arbiter_note',
-       'after insert or delete on {table} for each row execute function arbiter.tg_registry_note()',
+       format('after insert or delete on %s for each row execute function arbiter.tg_registry_note()', r.registry),
        'Notes machines that come and go.'),
       -- After any update, whichever columns it names, because a trigger of the app may change the status. Two triggers:
       -- the server parses a condition in every statement, so this one is short, and the other names its columns.
       ('arbiter_note_update',
-       format('after update on {table} for each row when (old.%1$I is distinct from new.%1$I) '
+       format('after update on %2$s for each row when (old.%1$I is distinct from new.%1$I) '
          'execute function arbiter.tg_registry_note()',
-         r.status_column),
+         r.status_column, r.registry),
        'Notes when a machine changes its state.'),
       ('arbiter_note_owner',
-       format('after update of %1$I, %2$I on {table} for each row '
+       format('after update of %1$I, %2$I on %4$s for each row '
          'when ((old.%1$I is distinct from new.%1$I or old.%2$I is distinct from new.%2$I) and old.%3$I is not distinct from new.%3$I) '
          'execute function arbiter.tg_registry_note()',
-         r.id_column, r.user_column, r.status_column),
+         r.id_column, r.user_column, r.status_column, r.registry),
        'Notes when a machine changes its owner, and not its state.'),
       ('arbiter_note_truncate',
-       'after truncate on {table} for each statement execute function arbiter.tg_registry_note()',
+       format('after truncate on %s for each statement execute function arbiter.tg_registry_note()', r.registry),
        'Notes that all machines are gone.'),
       ('arbiter_activate_insert',
-       'after insert on {table} referencing new table as arbiter_rows for each statement '
-         'execute function arbiter.tg_registry_activate()',
+       format('after insert on %s referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()', r.registry),
        'A healthy machine gets the lease.'),
       ('arbiter_activate_update',
-       'after update on {table} referencing new table as arbiter_rows for each statement '
-         'execute function arbiter.tg_registry_activate()',
+       format('after update on %s referencing new table as arbiter_rows for each statement '
+         'execute function arbiter.tg_registry_activate()', r.registry),
        'A healthy machine gets the lease.')
     ) as t (trigger_name, definition, meaning);
 end;
 comment on function arbiter._registry_triggers() is
-  'The triggers that the registry must have. definition has {table} in the place of the table.';
+  'The triggers that the registry must have. definition: what follows the name in CREATE TRIGGER.';
 
 create or replace function arbiter._take_machines()
 returns void
@@ -153,11 +164,7 @@ begin
   end if;
 
   v_words := arbiter._registry_words(v_registry);
-  v_view := format(
-    'select r.%1$I as machine_id, r.%2$I as user_id, r.%3$I as status, %6$s as state, '
-    'r.%4$I as heartbeat_at from %5$s r',
-    v_registry.id_column, v_registry.user_column, v_registry.status_column, v_registry.heartbeat_column,
-    v_registry.registry, arbiter._state_expression(v_registry, 'r'));
+  v_view := arbiter._machines_query(v_registry);
   if not arbiter._is_current_view('machines', v_view, v_registry.registry) then
     perform arbiter._make_machines_view(v_view);
   end if;
@@ -274,10 +281,11 @@ begin
       p_registry, p_heartbeat_column);
   end if;
 
-  insert into arbiter.registry (registry, id_column, user_column, status_column, heartbeat_column, states)
-  values (p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states)
+  insert into arbiter.registry (registry, declared_as, id_column, user_column, status_column, heartbeat_column, states)
+  values (p_registry, p_registry::text, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states)
   on conflict on constraint registry_pkey do update
     set registry = excluded.registry,
+        declared_as = excluded.declared_as,
         id_column = excluded.id_column,
         user_column = excluded.user_column,
         status_column = excluded.status_column,

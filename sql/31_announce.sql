@@ -62,21 +62,21 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   values
     ('arbiter.handovers'::regclass, 'arbiter_append_only'::name,
-      'before update or delete on {table} for each row execute function arbiter.tg_append_only()',
+      'before update or delete on arbiter.handovers for each row execute function arbiter.tg_append_only()',
       'The history of handovers is append-only.'),
     ('arbiter.handovers', 'arbiter_append_only_truncate',
-      'before truncate on {table} for each statement execute function arbiter.tg_append_only()',
+      'before truncate on arbiter.handovers for each statement execute function arbiter.tg_append_only()',
       'The history of handovers is append-only.'),
     ('arbiter.leases', 'arbiter_announce',
-      'after update on {table} for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
+      'after update on arbiter.leases for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
         'execute function arbiter.tg_announce()',
       'Announces handovers and drains.'),
     ('arbiter.settings', 'arbiter_settings',
-      'after insert or update or delete on {table} for each row execute function arbiter.tg_settings()',
+      'after insert or update or delete on arbiter.settings for each row execute function arbiter.tg_settings()',
       'A function holds heartbeat_timeout.'),
     ('arbiter.settings', 'arbiter_settings_truncate',
-      'after truncate on {table} for each statement execute function arbiter.tg_settings()',
+      'after truncate on arbiter.settings for each statement execute function arbiter.tg_settings()',
       'A function holds heartbeat_timeout.');
 end;
 comment on function arbiter._own_triggers() is
-  'The triggers that arbiter''s own tables must have. definition has {table} in the place of the table.';
+  'The triggers that arbiter''s own tables must have. definition: what follows the name in CREATE TRIGGER.';

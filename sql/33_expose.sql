@@ -8,12 +8,11 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select p.oid::regprocedure, n.nspname
-    from pg_catalog.pg_proc p
-    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-   where p.proname in ('execution_status', 'confirm_takeover')
-     and n.nspname <> 'arbiter'
-     and obj_description(p.oid, 'pg_proc') like 'arbiter: %';
+  select p.oid::regprocedure, p.pronamespace::regnamespace::name
+    from arbiter.attachments a
+    join pg_catalog.pg_proc p on p.oid = to_regprocedure(a.name)
+   where a.kind = 'function'
+     and arbiter._ownership('function', a.attached_to, a.name) = 'ours';
 end;
 comment on function arbiter._exposed() is 'The functions that arbiter.expose() has made.';
 
@@ -73,6 +72,8 @@ begin
   execute format('comment on function %I.confirm_takeover(uuid) is %L', p_schema,
     'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
 
+  perform arbiter._record('function', '-', format('%I.%I(uuid)', p_schema, f.name)::regprocedure::text)
+     from unnest('{execution_status,confirm_takeover}'::text[]) as f (name);
   -- Supabase's default privileges open every new function of public, also to anon.
   perform arbiter._close('routine', e.function_name::text, p.proacl, p.proowner)
      from arbiter._exposed() e
@@ -100,6 +101,7 @@ declare
 begin
   for v_function in select e.function_name from arbiter._exposed() e where e.schema_name = p_schema loop
     execute format('drop function %s', v_function);
+    perform arbiter._forget('function', '-', v_function::text);
   end loop;
   perform pg_notify('pgrst', 'reload schema');
 end

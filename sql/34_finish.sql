@@ -9,24 +9,16 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select s.statement
     from (
-      -- The foreign key needs it: without an index, deleting a machine reads the whole table.
-      select 1, k.conrelid, k.conname,
-             format('create index %I on %s (%I) where %3$I is not null',
-               format('arbiter_%s_machine_idx', left(c.relname, 40)), k.conrelid::regclass, a.attname)
-        from pg_catalog.pg_constraint k
-        join pg_catalog.pg_class c on c.oid = k.conrelid
-        join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
-       where k.conname = 'arbiter_machine_id_fkey'
-         and k.coninhcount = 0
-         and not exists (
-           select from pg_catalog.pg_index i where i.indrelid = k.conrelid and i.indkey[0] = k.conkey[1])
+      select 1, t.id, null, format('select arbiter._add_machine_index(%L)', t.id)
+        from (select p.protected_table from arbiter.protections p) as t (id)
+       where arbiter._lacks_machine_index(t.id)
       union all
-      select 2, k.conrelid, k.conname, format('alter table %s validate constraint %I', k.conrelid::regclass, k.conname)
-        from pg_catalog.pg_constraint k
-       where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
+      select 2, a.attached_to, a.name, format('alter table %s validate constraint %I', a.attached_to, a.name)
+        from arbiter.attachments a
+        join pg_catalog.pg_constraint k on k.conrelid = a.attached_to and k.conname = a.name
+       where a.kind = 'constraint'
          and not k.convalidated
-         and k.conparentid = 0
-         and k.coninhcount = 0
+         and arbiter._ownership('constraint', a.attached_to, a.name) = 'ours'
     ) as s (step, table_id, constraint_name, statement)
    order by s.step, s.table_id, s.constraint_name;
 end;

@@ -24,6 +24,43 @@ begin atomic
 end;
 comment on function arbiter._protect_statement(arbiter.protections) is 'The call that protects the table again.';
 
+-- A name is not guarded any more when its table was dropped, or renamed, and another table has it now.
+create or replace function arbiter._lost_protections()
+returns table (object text, state text, problem text, remedy text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protection arbiter.protections;
+  v_namesake regclass;
+  v_exists boolean;
+begin
+  for v_protection in select p.* from arbiter.protections p order by p.protection_id loop
+    v_namesake := to_regclass(v_protection.declared_as);
+    v_exists := exists (select from pg_catalog.pg_class c where c.oid = v_protection.protected_table);
+    object := format('protection of %s', v_protection.declared_as);
+    state := 'missing';
+    if v_namesake is null and not v_exists then
+      problem := 'The table was dropped.';
+      remedy := format('select arbiter.unprotect(%s::regclass)', v_protection.protected_table::oid);
+      return next;
+    elsif v_namesake <> v_protection.protected_table
+      and v_namesake not in (
+        select f.member from arbiter.protections p cross join lateral arbiter._family(p.protected_table) as f (member))
+    then
+      problem := format('The protected table was %s, and writes to the table that has its name now are not arbitrated.',
+        case when v_exists then 'renamed to ' || v_protection.protected_table else 'dropped' end);
+      v_protection.protected_table := v_namesake;
+      remedy := arbiter._protect_statement(v_protection);
+      return next;
+    end if;
+  end loop;
+end
+$$;
+comment on function arbiter._lost_protections() is
+  'Protected tables that were dropped, and tables that have taken the name of a protected one and are not guarded.';
+
 -- disabled: not `enable always`; outdated: another definition; foreign: calls a function that is not arbiter's.
 create or replace function arbiter._check_trigger(
   p_table regclass,
@@ -53,6 +90,7 @@ begin
   elsif not v_trigger.ours then
     state := 'foreign';
     problem := 'A trigger of this name calls a function that is not arbiter''s.';
+    remedy := 'Drop or rename it first. ' || p_mend;
   elsif arbiter._is_disabled_below(p_table, p_trigger) then
     state := 'disabled';
     problem := 'It does not fire always.';
@@ -102,6 +140,10 @@ begin
     end;
     return next;
     return query
+      select 'view arbiter.machines', 'outdated', 'Its query is not the one that arbiter generated.', 'Run: arbiter-db install'
+       where state = 'ok'
+         and not arbiter._is_current_view('machines', arbiter._machines_query(v_registry), v_registry.registry);
+    return query
       select c.* from arbiter._registry_triggers() t
        cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
          arbiter._register_statement(v_registry)) c;
@@ -112,7 +154,10 @@ begin
         from arbiter._heartbeat_indexes(v_registry.registry, v_registry.heartbeat_column) as i (indexrelid);
   end if;
 
-  for v_protection in select p.* from arbiter.protections p order by p.protection_id loop
+  return query select l.* from arbiter._lost_protections() l;
+  for v_protection in
+    select p.* from arbiter.protections p join pg_catalog.pg_class c on c.oid = p.protected_table order by p.protection_id
+  loop
     object := format('protection of %s', v_protection.protected_table);
     remedy := arbiter._protect_statement(v_protection);
     begin
@@ -208,6 +253,17 @@ begin
         or (not c.relrowsecurity
           and (has_any_column_privilege('anon', c.oid, 'insert,update')
             or has_any_column_privilege('authenticated', c.oid, 'insert,update')));
+  -- Triggers, policies and columns are compared above, and whether an index is missing.
+  return query
+    select concat_ws(' ', a.kind, a.name, case when a.kind <> 'function' then 'of ' || a.attached_to end), o.ownership,
+           case o.ownership when 'missing' then 'It was dropped.'
+                            else 'It was dropped, and the one that has its name now is not arbiter''s.' end,
+           'Run: arbiter-db install'
+      from arbiter.attachments a
+     cross join lateral (select arbiter._ownership(a.kind, a.attached_to, a.name) as ownership) o
+     where a.kind in ('constraint', 'function')
+       and o.ownership <> 'ours'
+       and (a.kind = 'function' or exists (select from pg_catalog.pg_class c where c.oid = a.attached_to));
   return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
       from arbiter._finish_statements() as u (statement)

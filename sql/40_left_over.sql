@@ -2,7 +2,7 @@
 -- parameters, which makes calls ambiguous. 99_adopt.sql calls these first.
 
 -- An object that this version defines was given its comment in this transaction. So the row of that comment in
--- pg_description is not one of those that 00_basics.sql has noted at the start. 99_adopt.sql generates functions and
+-- pg_description is not one of those that 01_basics.sql has noted at the start. 99_adopt.sql generates functions and
 -- views anew only later, so these are left out, as is what belongs to an extension or to a type.
 create or replace function arbiter._left_over()
 returns table (kind text, object text, object_id oid)
@@ -62,8 +62,7 @@ begin atomic
     from arbiter._left_over() o
     join pg_catalog.pg_trigger t on t.tgfoid = o.object_id
    where o.kind = 'routine'
-     and t.tgparentid = 0
-     and starts_with(t.tgname, 'arbiter_');
+     and t.tgparentid = 0;
 end;
 comment on function arbiter._left_over_triggers() is
   'Triggers of arbiter that call a function which this version does not define.';
@@ -116,6 +115,7 @@ declare
 begin
   for v_trigger in select t.table_name, t.trigger_name from arbiter._left_over_triggers() t loop
     execute format('drop trigger %I on %s', v_trigger.trigger_name, v_trigger.table_name);
+    perform arbiter._forget('trigger', v_trigger.table_name, v_trigger.trigger_name);
   end loop;
   -- A kind may use the later ones. Without cascade, so that nothing else goes with them.
   foreach v_kind in array '{view,routine,type}'::text[] loop

@@ -8,7 +8,7 @@ set lock_timeout = '5s'
 as $$
 declare
   v_table regclass;
-  v_constraint name;
+  v_object record;
 begin
   -- Before any table of the app, as protect() and register_machines() do.
   lock table arbiter.protections, arbiter.registry in share row exclusive mode;
@@ -23,20 +23,19 @@ begin
   perform arbiter.unexpose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   -- The registry's columns cannot be dropped while this view uses them.
   drop view if exists arbiter.machines;
-  for v_table, v_constraint in
-    select k.conrelid::regclass, k.conname
-      from pg_catalog.pg_constraint k
-     where k.conname in ('arbiter_source_check', 'arbiter_machine_id_fkey')
-       and k.coninhcount = 0
+  for v_object in
+    select a.kind, a.attached_to, a.name
+      from arbiter.attachments a
+     where a.kind in ('constraint', 'index')
+       and arbiter._ownership(a.kind, a.attached_to, a.name) = 'ours'
   loop
-    execute format('alter table %s drop constraint %I', v_table, v_constraint);
-  end loop;
-  for v_table in
-    select c.oid::regclass
-      from pg_catalog.pg_class c
-     where c.relkind = 'i' and c.relname ~ '^arbiter_.*_machine_idx$'
-  loop
-    execute format('drop index %s', v_table);
+    if v_object.kind = 'constraint' then
+      execute format('alter table %s drop constraint %I', v_object.attached_to, v_object.name);
+    else
+      execute (
+        select format('drop index %s', i.object_id::regclass)
+          from arbiter._find('index', v_object.attached_to, v_object.name) i);
+    end if;
   end loop;
   return query select arbiter._leave_columns(p_drop_columns);
 end

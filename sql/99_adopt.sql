@@ -11,14 +11,21 @@ begin
   perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
   perform arbiter._forget_dropped();
+  perform arbiter._renew_record();
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._own_triggers() t;
   perform arbiter._build_machine_may_write();
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
-     from (select * from arbiter.protections order by protection_id) as p;
+     from (
+       select r.protection_id
+         from arbiter.protections r
+         join pg_catalog.pg_class c on c.oid = r.protected_table
+        order by r.protection_id) as p;
   perform arbiter._build_policies();
-  perform arbiter.expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
+  -- Not where the app has taken one of the two names since.
+  perform arbiter.expose(s.schema_name)
+     from (select e.schema_name from arbiter._exposed() e group by e.schema_name having count(*) = 2) as s;
   v_adopt := arbiter._to_adopt();
   perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null), 'access exclusive');
   if v_adopt.registry is not null then

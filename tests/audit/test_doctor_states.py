@@ -31,6 +31,7 @@ select arbiter.protect('public.bars', p_evidence => false);
 create function public.tg_of_the_app() returns trigger language plpgsql
   as $$ begin return null; end $$;
 revoke trigger on public.cloud_machines from service_role;
+select arbiter.expose();
 """
 
 INSTALL = "Run: arbiter-db install"
@@ -119,8 +120,14 @@ def test_each_trigger(shared: Conn, wrong: str) -> None:
         found = ill(shared)
         assert set(found) == {f"trigger {name} on {table}" for name, table, _ in triggers}
         assert {(said[0], said[1]) for said in found.values()} == {(state, problem)}
+        if state == "foreign":
+            for name, table, _ in triggers:
+                shared.execute(f"drop trigger {name} on {table}".encode())
         for name, table, _ in triggers:
             remedy = found[f"trigger {name} on {table}"][2]
+            if state == "foreign":
+                assert remedy.startswith("Drop or rename it first. ")
+                remedy = remedy.removeprefix("Drop or rename it first. ")
             if state == "disabled":
                 assert remedy == f"alter table {table} enable always trigger {name}"
             elif table.startswith("arbiter."):
@@ -185,6 +192,28 @@ def renamed(column: str, argument: str) -> Damage:
     )
 
 
+#: As protect() leaves a constraint to the end of an installation.
+UNVALIDATED = """
+do $unvalidated$
+declare
+  v_definition text := (
+    select pg_get_constraintdef(oid) from pg_constraint
+     where conrelid = 'public.positions'::regclass and conname = '{0}');
+begin
+  alter table public.positions drop constraint {0};
+  execute 'alter table public.positions add constraint {0} ' || v_definition || ' not valid';
+  perform arbiter._record('constraint', 'public.positions', '{0}');
+end
+$unvalidated$
+"""
+
+
+#: Go with what they lead to.
+KEYS = (
+    "constraint arbiter_machine_id_fkey of public.signals",
+    "constraint arbiter_machine_id_fkey of public.positions",
+)
+
 DAMAGES = {
     "no registry": Damage(
         "delete from arbiter.registry",
@@ -204,6 +233,7 @@ DAMAGES = {
         alter table public.fly_apps enable row level security;
         select arbiter.register_machines('public.fly_apps');
         """,
+        besides=KEYS,
     ),
     "id renamed": renamed("id", "p_id_column"),
     "user renamed": renamed("user_id", "p_user_column"),
@@ -216,11 +246,9 @@ DAMAGES = {
         "arbiter: column id of table public.cloud_machines is not unique",
         REGISTER,
         "alter table public.cloud_machines add primary key (id);"
-        + "".join(
-            f"alter table public.{table} add constraint arbiter_machine_id_fkey"
-            " foreign key (machine_id) references public.cloud_machines (id) on delete set null;"
-            for table in ("signals", "positions")
-        ),
+        "select arbiter.protect('public.signals');"
+        "select arbiter.protect('public.positions', p_verbs => '{insert,update}')",
+        besides=KEYS,
     ),
     "heartbeat indexed": Damage(
         "create index hot on public.cloud_machines (last_health_check)",
@@ -349,21 +377,41 @@ DAMAGES = {
         "alter table public.positions enable row level security",
     ),
     "source not validated": Damage(
-        "alter table public.positions drop constraint arbiter_source_check,"
-        " add constraint arbiter_source_check check (source in ('local', 'cloud')) not valid",
+        UNVALIDATED.format("arbiter_source_check"),
         "alter table public.positions",
         "outdated",
         "A constraint is not validated.",
         "alter table public.positions validate constraint arbiter_source_check",
     ),
     "machine not validated": Damage(
-        "alter table public.positions drop constraint arbiter_machine_id_fkey,"
-        " add constraint arbiter_machine_id_fkey foreign key (machine_id)"
-        " references public.cloud_machines (id) on delete set null not valid",
+        UNVALIDATED.format("arbiter_machine_id_fkey"),
         "alter table public.positions",
         "outdated",
         "A constraint is not validated.",
         "alter table public.positions validate constraint arbiter_machine_id_fkey",
+    ),
+    "constraint dropped": Damage(
+        "alter table public.positions drop constraint arbiter_source_check",
+        "constraint arbiter_source_check of public.positions",
+        "missing",
+        "It was dropped.",
+        INSTALL,
+    ),
+    "constraint of the app": Damage(
+        "alter table public.positions drop constraint arbiter_machine_id_fkey,"
+        " add constraint arbiter_machine_id_fkey check (machine_id is null)",
+        "constraint arbiter_machine_id_fkey of public.positions",
+        "foreign",
+        "It was dropped, and the one that has its name now is not arbiter's.",
+        INSTALL,
+    ),
+    "function of the app": Damage(
+        "drop function public.confirm_takeover(uuid);"
+        " create function public.confirm_takeover(uuid) returns integer language sql return 1",
+        "function public.confirm_takeover(uuid)",
+        "foreign",
+        "It was dropped, and the one that has its name now is not arbiter's.",
+        INSTALL,
     ),
     "history's trigger dropped": Damage(
         "drop trigger arbiter_append_only_truncate on arbiter.handovers",
@@ -405,7 +453,7 @@ def test_what_an_installation_mends(db: Database) -> None:
     owner = db.connect()
     by_install = [damage for damage in DAMAGES.values() if damage.remedy == INSTALL]
     concurrent = [damage for damage in DAMAGES.values() if " concurrently " in damage.remedy]
-    assert (len(by_install), len(concurrent)) == (4, 2)
+    assert (len(by_install), len(concurrent)) == (7, 2)
     for damage in by_install:
         with owner.transaction(force_rollback=True):
             owner.execute(damage.ddl.encode())

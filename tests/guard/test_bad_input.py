@@ -603,7 +603,7 @@ PROTECT = [
     ("'pg_catalog.pg_class', 'oid'", "42501", "pg_class belongs to", "."),
     ("'public.not_ours'", "42501", "not_ours belongs to postgres, not to app_owner", "."),
     ("'public.missing'", "42P01", "missing", ""),
-    ("0::regclass", "22023", "table - has no obvious way", "p_user_path"),
+    ("0::regclass", "42P01", "no table with the number 0", "Name the table"),
     # options
     ("null", "22023", r"protect\(null\)", "nothing is null"),
     ("'public.wide', p_verbs => '{delete}'", "22023", r"\{delete\}", "{insert}"),

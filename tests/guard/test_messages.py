@@ -100,23 +100,23 @@ PROTECT_HINT = (
 RENAME = "Rename that column; nothing was changed."
 
 
-def basics() -> str:
-    return FILES[0].read_text("ascii")
-
-
-def checks() -> str:
-    return FILES[1].read_text("ascii")
+def until(name: str) -> str:
+    """The files of an install up to this one."""
+    assert name in [path.name for path in FILES]
+    return "".join(path.read_text("ascii") for path in FILES if path.name <= name)
 
 
 FAILURES = {
-    # 00_basics
+    # 00_owner
     "another owner": Failure(
-        basics(),
+        until("00_owner.sql"),
         "42501",
-        "arbiter: in this database it belongs to app_owner, not to postgres",
-        "Connect as app_owner; nothing was changed.",
+        "arbiter: schema arbiter belongs to app_owner, who has not the rights of postgres",
+        "If arbiter was installed as app_owner, connect as app_owner. If not, find out who made it,"
+        " and drop it. Nothing was changed.",
         by="postgres",
     ),
+    # 01_basics
     "another type": Failure(
         "select arbiter.protect('public.words')",
         "42804",
@@ -139,13 +139,51 @@ FAILURES = {
         "arbiter: table public.wide has no column nobody",
         "Name the column in the call; nothing was changed.",
     ),
-    # 01_checks
+    # 02_record
+    "a name that is taken": Failure(
+        "select arbiter.protect('public.wide', 'user_id')",
+        "42710",
+        "arbiter: table public.wide has a trigger arbiter_guard_insert that arbiter has not made",
+        "Drop that trigger, or rename it; nothing was changed.",
+        setup="create trigger arbiter_guard_insert before insert on public.wide"
+        " for each row execute function suppress_redundant_updates_trigger()",
+    ),
+    # 03_trust
+    "no such table": Failure(
+        "select arbiter.protect(0::regclass)",
+        "42P01",
+        "arbiter: there is no table with the number 0",
+        "Name the table in the call; nothing was changed.",
+    ),
     "not ours": Failure(
         "select arbiter.protect('public.not_ours')",
         "42501",
         "arbiter: table public.not_ours belongs to postgres, not to app_owner",
-        "Connect as postgres or as a member of it.",
+        "Connect as postgres; nothing was changed.",
     ),
+    "of a role with fewer rights": Failure(
+        "select arbiter.protect('public.theirs')",
+        "42501",
+        "arbiter: table public.theirs belongs to anon, who has not the rights of app_owner,"
+        " arbiter's owner",
+        "What anon writes into its triggers and checks could run as app_owner. Give the table to"
+        " app_owner, or install arbiter as anon; nothing was changed.",
+        setup="grant anon to app_owner; create table public.theirs (user_id uuid);"
+        " alter table public.theirs owner to anon",
+        by="postgres",
+    ),
+    "a type of a role with fewer rights": Failure(
+        "select arbiter.register_machines('public.moody')",
+        "42501",
+        "arbiter: column status of table public.moody has the type public.mood of anon, who has not"
+        " the rights of app_owner, arbiter's owner",
+        "Run as anon: alter type public.mood owner to app_owner; nothing was changed.",
+        setup="create type public.mood as enum ('running');"
+        " create table public.moody (id uuid primary key, user_id uuid, status public.mood);"
+        " alter table public.moody owner to app_owner; alter type public.mood owner to anon",
+        by="postgres",
+    ),
+    # 04_checks
     "no foreign key": Failure(
         "select arbiter.protect('public.wide', 'plain.user_id')",
         "22023",
@@ -256,14 +294,14 @@ FAILURES = {
         "p_machine_column is a column of its own; it is added when it is missing.",
     ),
     "not one transaction": Failure(
-        checks(),
+        until("04_checks.sql").removeprefix(until("03_trust.sql")),
         "55000",
         "arbiter: the files of an installation do not run in one transaction",
         "Run them all between begin and commit, in order; nothing of the app was changed.",
     ),
     # No such server is here: the same code asks for a later one.
     "an old server": Failure(
-        basics() + checks().replace("150000", "990000"),
+        until("04_checks.sql").replace("150000", "990000"),
         "0A000",
         "arbiter: needs PostgreSQL 15 or later, this is {version}",
         "Upgrade the server first; nothing was changed.",

@@ -121,7 +121,7 @@ def test_the_wheel_holds_the_package_and_its_sql(wheel: Path) -> None:
             "arbiter_db/demo/trading.sql",
             "arbiter_db/migrations/0001.schema.sql",
             "arbiter_db/migrations/0001.schema.rollback.sql",
-            "arbiter_db/sql/00_basics.sql",
+            "arbiter_db/sql/01_basics.sql",
         } <= ours
         for name in ours:
             source = name if (REPOSITORY / name).exists() else name.removeprefix("arbiter_db/")

@@ -187,7 +187,7 @@ PASSED_ON = (
 UNDO = "exception using errcode = 'WX000' , message = 'undo the lock'"
 
 #: Of these two files one comes before _fail() and defines it, the other makes errors with DETAIL.
-MAKE_ERRORS = {"00_basics.sql", "10_errors.sql"}
+MAKE_ERRORS = {"00_owner.sql", "01_basics.sql", "10_errors.sql"}
 
 
 def raised(code: str) -> Iterator[str]:

@@ -196,7 +196,7 @@ def test_missing_rights(db: Database) -> None:
 
 def test_an_install_without_rights_names_the_step(bare_db: Database) -> None:
     lines = not_fine("install", "--dsn", bare_db.conninfo("authenticator"))
-    assert re.match(r"arbiter-db: 00_basics\.sql: permission denied ", lines[0])
+    assert re.match(r"arbiter-db: 01_basics\.sql: permission denied ", lines[0])
 
 
 def test_a_rejection_is_one_line_with_its_code(db: Database, dsn: str) -> None:
@@ -231,7 +231,7 @@ def test_a_server_that_the_demo_does_not_find() -> None:
 def test_install_says_its_steps(trading_db: Database) -> None:
     lines = fine("install", "--dsn", trading_db.conninfo()).splitlines()
 
-    assert lines[0] == "00_basics.sql"
+    assert lines[0] == "00_owner.sql"
     assert "0001.schema" in lines
     assert lines[-1] == f"arbiter {arbiter_db.__version__} is installed"
     assert api.status(trading_db.connect(), ADA).environment == "local"

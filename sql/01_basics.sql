@@ -1,29 +1,16 @@
 -- What all other files need: how a wrong call fails, the columns of the app's tables that arbiter reads or adds, locks.
 --
--- This file and 01_checks.sql run before any migration, so that a database that arbiter cannot adopt is refused before
--- anything is changed, and again with all the others. A first install commits them in between. PUBLIC may then execute
--- their functions, which does no harm: they have the rights of their caller.
+-- The files whose names begin with 0 run before any migration, so that a database that arbiter cannot adopt is refused
+-- before anything is changed, and again with all the others. A first install commits them in between. PUBLIC may then
+-- execute their functions, which does no harm: they have the rights of their caller.
 
 set local lock_timeout = '5s';
 
 do $schema$
-declare
-  v_owner name;
 begin
   -- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
   if to_regnamespace('arbiter') is null then
     create schema arbiter;
-  end if;
-  -- Another role's functions would be closed to the owner of those that call them.
-  select pg_get_userbyid(c.relowner)
-    into v_owner
-    from pg_catalog.pg_class c
-   where c.oid = to_regclass('arbiter.settings');
-  if v_owner <> current_user then
-    raise exception using
-      errcode = 'insufficient_privilege',
-      message = format('arbiter: in this database it belongs to %I, not to %I', v_owner, current_user),
-      hint = format('Connect as %I; nothing was changed.', v_owner);
   end if;
 end
 $schema$;
@@ -130,55 +117,6 @@ end
 $$;
 comment on function arbiter._need_column(regclass, name, text) is
   'Error 42703 when the column is missing, 42804 and 0A000 as _has_column().';
-
-create or replace function arbiter._add_column(p_table regclass, p_column name, p_kind text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_column record;
-begin
-  if not arbiter._has_column(p_table, p_column, p_kind) then
-    select c.definition, c.meaning into strict v_column from arbiter._columns() c where c.kind = p_kind;
-    execute format('alter table %s add column %I %s', p_table, p_column, v_column.definition);
-    execute format('comment on column %s.%I is %L', p_table, p_column, 'arbiter: ' || v_column.meaning);
-  end if;
-end
-$$;
-comment on function arbiter._add_column(regclass, name, text) is
-  'Adds a column to a table of the app unless it exists, and marks it as arbiter''s by its comment.';
-
--- Here and not with the rest of the uninstall, because an installation that was cut short has left columns, too.
-create or replace function arbiter._leave_columns(p_drop boolean)
-returns setof text
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_column record;
-begin
-  for v_column in
-    select a.attrelid::regclass as table_name, a.attname as name
-      from pg_catalog.pg_attribute a
-      join pg_catalog.pg_class c on c.oid = a.attrelid and c.relkind in ('r', 'p') and not c.relispartition
-     where a.attnum > 0
-       and not a.attisdropped
-       and a.attinhcount = 0
-       and col_description(a.attrelid, a.attnum) like 'arbiter: %'
-     order by c.relnamespace::regnamespace::text, c.relname, a.attnum
-  loop
-    if p_drop then
-      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
-      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
-    else
-      return next format('left column %I of %s', v_column.name, v_column.table_name);
-    end if;
-  end loop;
-end
-$$;
-comment on function arbiter._leave_columns(boolean) is
-  'Drops the columns that arbiter has added to tables of the app, or leaves them; one line for each.';
 
 -- While one table is locked the wait for the next is shorter than deadlock_timeout: clients that write both would
 -- deadlock with a longer wait.

@@ -1,30 +1,6 @@
 -- What a table must be like: the questions that protect() and register_machines() ask before they change anything.
 -- At the end the preflight asks them of the tables that an installation adopts.
 
--- Only an owner may attach triggers and policies. Asked first, so that nothing is half done.
-create or replace function arbiter._need_owner(p_table regclass)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_owner name;
-begin
-  select pg_get_userbyid(c.relowner)
-    into v_owner
-    from pg_catalog.pg_class c
-   where c.oid = p_table;
-  if not pg_has_role(v_owner, 'usage') then
-    perform arbiter._fail('insufficient_privilege',
-      format('table %s belongs to %I, not to %I', p_table, v_owner, current_user),
-      format('Connect as %I or as a member of it.', v_owner));
-  end if;
-end
-$$;
-comment on function arbiter._need_owner(regclass) is
-  'Error 42501 when the current role does not own the table.';
-
 create or replace function arbiter._need_foreign_key(
   p_table regclass,
   p_column name,
@@ -77,7 +53,7 @@ begin
    where k.conrelid = p_table
      and k.contype = 'f'
      and k.confrelid <> p_registry
-     and k.conname <> 'arbiter_machine_id_fkey'
+     and arbiter._ownership('constraint', p_table, k.conname) <> 'ours'
    limit 1;
   if found then
     perform arbiter._fail('invalid_foreign_key',
@@ -114,7 +90,8 @@ begin
      and cardinality(k.conkey) = 1
      and u.atttypid = 'uuid'::regtype
      and not u.attisdropped
-     and a.attname <> p_machine_column;
+     and a.attname <> p_machine_column
+     and arbiter._ownership('constraint', p_table, k.conname) <> 'ours';
   if cardinality(v_paths) = 1 then
     return v_paths[1];
   end if;
@@ -236,6 +213,7 @@ begin
   perform arbiter._need_column(p_registry, p_id_column, 'machine id');
   perform arbiter._need_column(p_registry, p_user_column, 'user');
   perform arbiter._need_column(p_registry, p_status_column, 'status');
+  perform arbiter._need_trusted_type(p_registry, p_status_column);
   perform arbiter._has_column(p_registry, p_heartbeat_column, 'heartbeat');
   if not exists (
     select from pg_catalog.pg_index i
@@ -303,6 +281,9 @@ begin
   for i in 1 .. cardinality(v_steps) - 1 loop
     v_step := v_steps[i];
     v_next := arbiter._need_foreign_key(v_table, v_step, v_path);
+    perform arbiter._need_trusted_type(v_table, v_step);
+    perform arbiter._need_trusted_owner(v_next.parent);
+    perform arbiter._need_trusted_type(v_next.parent, v_next.parent_column);
     v_table := v_next.parent;
   end loop;
   perform arbiter._need_column(v_table, v_steps[cardinality(v_steps)], 'user');
@@ -347,7 +328,7 @@ do $preflight$
 declare
   v_adopt record;
 begin
-  -- Set by 00_basics.sql, for one transaction.
+  -- Set by 01_basics.sql, for one transaction.
   if coalesce(current_setting('arbiter.documented_before', true), '') = '' then
     perform arbiter._fail('object_not_in_prerequisite_state',
       'the files of an installation do not run in one transaction',
