@@ -100,8 +100,8 @@ declare
   v_function regprocedure;
 begin
   for v_function in select e.function_name from arbiter._exposed() e where e.schema_name = p_schema loop
-    execute format('drop function %s', v_function);
     perform arbiter._forget('function', '-', v_function::text);
+    execute format('drop function %s', v_function);
   end loop;
   perform pg_notify('pgrst', 'reload schema');
 end
