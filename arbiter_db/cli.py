@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 not fine (one line on stderr says why), 2 wrong usage.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from uuid import UUID
 
 import click
 import psycopg
+from click.core import ParameterSource
 from psycopg.conninfo import conninfo_to_dict
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,7 +32,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from . import api
@@ -38,11 +39,17 @@ from ._version import __version__
 from .errors import ArbiterError, InstallError
 from .install import check_version, finish, install, sql_text, uninstall
 from .supabase import export
+from .terminal import DataTable, data, make_console, say, say_file, show_all_characters
+from .text import one_line, printable, without_password
 
 __all__ = ["main"]
 
 #: How many findings of a kind are printed without --json.
 _SHOWN = 20
+
+#: --watch looks no more and no less often.
+_SHORTEST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 60.0
 
 _COLOURS = {"local": "green", "cloud": "cyan", "none": "yellow"}
 
@@ -51,23 +58,41 @@ class _Failure(click.ClickException):
     """Exit code 1, with one line on stderr and another one for the hint."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(_one_line(message).removeprefix("arbiter: "))
+        super().__init__(one_line(message).removeprefix("arbiter: "))
         self.hint = hint
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"arbiter-db: {self.message}", file=file, err=True)
+        say(f"arbiter-db: {self.message}", err=True)
         if self.hint:
-            click.echo(f"hint: {_one_line(self.hint)}", file=file, err=True)
+            say(f"hint: {one_line(self.hint)}", err=True)
 
 
 class _Commands(click.Group):
     """Turns an error of the database into one line, for every command."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        show_all_characters()
+        with _printable_usage():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except (ArbiterError, InstallError, psycopg.Error) as exc:
             raise _failure(exc) from exc
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """A wrong word of the command line is quoted, too, and may be a connection string."""
+    try:
+        yield
+    except click.UsageError as exc:
+        message = exc.format_message()
+        if (shown := printable(without_password(message), lines=True)) != message:
+            raise click.UsageError(shown, exc.ctx) from None
+        raise
 
 
 def _failure(exc: ArbiterError | InstallError | psycopg.Error) -> _Failure:
@@ -85,15 +110,28 @@ def _failure(exc: ArbiterError | InstallError | psycopg.Error) -> _Failure:
     return _Failure(message or str(exc), exc.diag.message_hint)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _checked_dsn(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A connection string that libpq takes. No message quotes it, since it may hold a password."""
     try:
-        conninfo_to_dict(value)
-    except psycopg.ProgrammingError as exc:
-        raise click.BadParameter(_one_line(str(exc))) from exc
+        parts = {name: str(part) for name, part in conninfo_to_dict(value).items()}
+    except psycopg.ProgrammingError:
+        raise click.BadParameter(
+            "not a connection string: a URI (postgresql://user@host/dbname) or key=value pairs."
+        ) from None
+    # A password's @ and / end up there when they are written as they are.
+    strays = "@" in parts.get("host", "") + parts.get("dbname", "")
+    if "://" in value and (strays or not re.fullmatch(r"[\d,]*", parts.get("port", ""))):
+        raise click.BadParameter(
+            "this URI has no valid host, port and dbname:"
+            " write the @ : / ? # % of a user or password as %40 %3A %2F %3F %23 %25."
+        )
+    typed = ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+    if typed and {"password", "sslpassword"} & parts.keys():
+        say(
+            "arbiter-db: while this runs, other users of this machine can see the password in"
+            " --dsn: put it into DATABASE_URL, PGPASSWORD or PGPASSFILE instead",
+            err=True,
+        )
     return value
 
 
@@ -113,8 +151,12 @@ _dsn = click.option(
     "--dsn",
     default="",
     metavar="DSN",
+    envvar="DATABASE_URL",
+    show_envvar=True,
     callback=_checked_dsn,
-    help="A URI or key=value pairs. The rest comes from PGHOST, PGUSER, PGPASSWORD and so on.",
+    help="A URI or key=value pairs. The rest comes from PGHOST, PGUSER, PGPASSWORD, PGPASSFILE,"
+    " PGSERVICE and so on. Other users of this machine can see what is written here, so leave a"
+    " password to these variables.",
 )
 _user = click.argument("user", type=click.UUID, required=False)
 _as_json = click.option("--json", "as_json", is_flag=True, help="JSON; intervals in seconds.")
@@ -141,8 +183,8 @@ def install_command(dsn: str) -> None:
 
     Also mends an install that was cut short. Connect as the owner of the tables to be protected.
     """
-    install(dsn, on_step=click.echo)
-    click.echo(f"arbiter {__version__} is installed")
+    install(dsn, on_step=say)
+    say(f"arbiter {__version__} is installed")
 
 
 @main.command("uninstall")
@@ -155,14 +197,14 @@ def uninstall_command(dsn: str, drop_columns: bool, yes: bool) -> None:
         columns = " and the columns that arbiter added to your tables" if drop_columns else ""
         click.confirm(f"Drop the handover history{columns}?", abort=True)
     for line in uninstall(dsn, drop_columns=drop_columns):
-        click.echo(line)
-    click.echo("arbiter is not installed any more")
+        say(line)
+    say("arbiter is not installed any more")
 
 
 @main.command("sql")
 def sql_command() -> None:
     """Print what install runs, as a script for psql."""
-    click.echo(sql_text(), nl=False)
+    say_file(sql_text().encode())
 
 
 @main.command("status")
@@ -198,7 +240,7 @@ def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: b
     with _connected(dsn) as conn:
         rows = api.handovers(conn, user, limit=limit)
     if as_json:
-        click.echo(_to_json([asdict(row) for row in rows]))
+        say(_to_json([asdict(row) for row in rows]))
         return
     table = _plain_table("when", "user", "epoch", "from", "to", "reason", "exact")
     for row in rows:
@@ -238,7 +280,7 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
             without = [name for name, evidence in known.items() if not evidence]
         audits = []
         for table in tables:
-            task = progress.add_task(table, total=None)
+            task = progress.add_task(printable(table), total=None)
 
             def show(done: int, total: int, task: TaskID = task) -> None:
                 progress.update(task, completed=done, total=total)
@@ -246,15 +288,15 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
             audits.append(api.audit(conn, table, on_progress=show))
             progress.remove_task(task)
     if as_json:
-        click.echo(_to_json([asdict(audit) for audit in audits]))
+        say(_to_json([asdict(audit) for audit in audits]))
     else:
         _show_audits(audits)
         for name in without:
-            click.echo(f"{name}: not audited, because it is protected without evidence")
+            say(f"{name}: not audited, because it is protected without evidence")
         if not audits and not without:
-            click.echo("no table is protected")
+            say("no table is protected")
     for line in lost:
-        click.echo(line, err=as_json)
+        say(line, err=as_json)
     failed = any(audit.findings or (strict and audit.not_provable) for audit in audits)
     if failed or (strict and (without or lost or not audits)):
         sys.exit(1)
@@ -291,8 +333,8 @@ def protect_command(
             unowned=unowned,
             evidence=not no_evidence,
         )
-        click.echo(f"{table} is protected")
-        finish(conn, on_step=click.echo)
+        say(f"{table} is protected")
+        finish(conn, on_step=say)
 
 
 @main.command("unprotect")
@@ -305,7 +347,7 @@ def unprotect_command(table: str, dsn: str) -> None:
     """
     with _connected(dsn) as conn:
         api.unprotect(conn, table)
-    click.echo(f"{table} is not protected any more")
+    say(f"{table} is not protected any more")
 
 
 @main.command("register-machines")
@@ -342,7 +384,7 @@ def register_machines_command(
             heartbeat_column=heartbeat_column,
             states=states,
         )
-    click.echo(f"{table} is the registry of machines")
+    say(f"{table} is the registry of machines")
 
 
 @main.group("supabase", cls=_Commands)
@@ -365,15 +407,15 @@ def supabase_export(directory: Path, expose: str | None) -> None:
     """
     written = export(directory, expose=expose)
     for path in written:
-        click.echo(path)
+        say(path)
     if not written:
-        click.echo(f"{directory} has arbiter {__version__} already")
+        say(f"{directory} has arbiter {__version__} already")
 
 
 @main.command("web")
 def web_command() -> None:
     """Print arbiter.js, the browser's module: > src/arbiter.js"""
-    click.echo(files(__package__).joinpath("web", "arbiter.js").read_text("utf-8"), nl=False)
+    say_file(files(__package__).joinpath("web", "arbiter.js").read_bytes())
 
 
 @main.command("demo")
@@ -433,18 +475,23 @@ def _watch(conn: psycopg.Connection[Any], user: UUID | None, as_json: bool) -> N
     if as_json or not console.is_terminal:
         while True:
             status = api.status(conn, user)
-            click.echo(_to_json(asdict(status)) if as_json else _badge(status).plain)
-            time.sleep(status.poll_interval.total_seconds())
+            say(_to_json(asdict(status)) if as_json else _badge(status).plain)
+            time.sleep(_pause(status))
     with Live(console=console, auto_refresh=False) as live:
         while True:
             status = api.status(conn, user)
             live.update(_panel(status), refresh=True)
-            time.sleep(status.poll_interval.total_seconds())
+            time.sleep(_pause(status))
+
+
+def _pause(status: api.Status) -> float:
+    """Seconds to the next look: what the database says, within reason."""
+    return min(max(status.poll_interval.total_seconds(), _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
 
 
 def _show(status: api.Status, as_json: bool) -> None:
     if as_json:
-        click.echo(_to_json(asdict(status)))
+        say(_to_json(asdict(status)))
     else:
         _console().print(_panel(status))
 
@@ -459,24 +506,24 @@ def _badge(status: api.Status) -> Text:
     if status.retry_at:
         parts.append(f"retry at {_instant(status.retry_at)}")
     colour = _COLOURS.get(status.environment, "")
-    return Text.assemble((status.message, f"bold {colour}"), ": ", ", ".join(parts))
+    return Text.assemble(data(status.message, f"bold {colour}"), ": ", data(", ".join(parts)))
 
 
 def _panel(status: api.Status) -> Group:
     """The badge's text and everything else, one line each."""
-    grid = Table.grid(padding=(0, 2))
+    grid = DataTable.grid(padding=(0, 2))
     for name, value in asdict(status).items():
         if name != "message":
-            grid.add_row(Text(name.replace("_", " "), style="dim"), _text(value))
+            grid.add_row(data(name.replace("_", " "), "dim"), _text(value))
     colour = _COLOURS.get(status.environment, "")
-    return Group(Text(status.message, style=f"bold {colour}"), grid)
+    return Group(data(status.message, f"bold {colour}"), grid)
 
 
 def _progress() -> Progress:
     """A bar on stderr, if that is a terminal; gone at the end."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = (
-        TextColumn("auditing {task.description}"),
+        TextColumn("auditing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -489,7 +536,7 @@ def _show_audits(audits: list[api.Audit]) -> None:
         rows = [f for f in audit.findings if f.finding == "contradiction"]
         parts = [f"{audit.proved:,} rows proved", f"{len(rows):,} contradict the handovers"]
         parts += [f"{n:,} not provable ({reason})" for reason, n in audit.not_provable.items()]
-        click.echo(f"{audit.table}: {', '.join(parts)}")
+        say(f"{audit.table}: {', '.join(parts)}")
         if rows:
             table = _plain_table("row", "source", "epoch", "holder", "reason", "user")
             for row in rows[:_SHOWN]:
@@ -506,7 +553,7 @@ def _show_audits(audits: list[api.Audit]) -> None:
     # Each audit has looked at the whole history.
     flaws = {f: None for audit in audits for f in audit.findings if f.finding == "history"}
     if audits:
-        click.echo(f"handover history: {len(flaws):,} flaws")
+        say(f"handover history: {len(flaws):,} flaws")
     if flaws:
         table = _plain_table("user", "epoch", "holder", "reason")
         for flaw in list(flaws)[:_SHOWN]:
@@ -516,8 +563,8 @@ def _show_audits(audits: list[api.Audit]) -> None:
         _say_more(len(flaws))
 
 
-def _plain_table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _plain_table(*headings: str) -> DataTable:
+    table = DataTable(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, no_wrap=True)
     return table
@@ -525,12 +572,12 @@ def _plain_table(*headings: str) -> Table:
 
 def _say_more(found: int) -> None:
     if found > _SHOWN:
-        click.echo(f"... and {found - _SHOWN:,} more: --json lists them all")
+        say(f"... and {found - _SHOWN:,} more: --json lists them all")
 
 
 def _console() -> Console:
     # A pipe has no width, so its lines are not wrapped.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    return make_console(width=None if sys.stdout.isatty() else 1000)
 
 
 def _holder(holder: str | None, machine_id: UUID | None) -> str:
@@ -569,4 +616,5 @@ def _to_json(value: object) -> str:
             case _:
                 return str(item)
 
-    return json.dumps(value, default=encode)
+    # All but ASCII is escaped already; DEL is the one control character in it that is not.
+    return json.dumps(value, default=encode).replace("\x7f", "\\u007f")

@@ -18,6 +18,7 @@ from psycopg.rows import args_row
 
 from . import api
 from .queries import QUERIES
+from .text import one_line
 
 __all__ = ["Machine"]
 
@@ -228,7 +229,7 @@ class Machine:
                 failures = 0
             except Exception as exc:
                 failures += 1
-                _logger.warning("machine %s: heartbeat failed: %s", self.machine_id, exc)
+                _logger.warning("machine %s: heartbeat failed: %s", self.machine_id, one_line(exc))
 
     def _pause(self, failures: int) -> float:
         """Seconds to the next heartbeat: intervals count from begin to begin."""

@@ -41,7 +41,7 @@ import arbiter_db
 from arbiter_db.demo.embedded import EmbeddedServer, EmbeddedServerError, find_installation
 
 # The tests must not depend on how the shell that runs them reaches some other server.
-for _name in [n for n in os.environ if n.startswith("PG") and n != "PG"]:
+for _name in [n for n in os.environ if (n.startswith("PG") and n != "PG") or n == "DATABASE_URL"]:
     del os.environ[_name]
 
 # Nor on whether that shell runs them in the background: what they start would inherit an interrupt

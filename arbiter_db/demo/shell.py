@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 
-import click
 import psycopg
 
 import arbiter_db
+from arbiter_db.terminal import say
 
 from .embedded import EmbeddedServer, EmbeddedServerError
 from .stage import STATEMENTS, sql_file
@@ -35,7 +35,7 @@ def run(major: int = 18) -> int:
             conn.execute(sql_file("people.sql"))
             provisioned = {"machine": MACHINE, "user": USER, "provider_id": "e286de4f711e86"}
             conn.execute(STATEMENTS["provision"], provisioned)
-        click.echo(_GREETING.format(version=server.version))
+        say(_GREETING.format(version=server.version), lines=True)
         # Ctrl-C is psql's: it cancels a statement, and must not end the server below it.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:

@@ -16,11 +16,13 @@ import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.syntax import Syntax
-from rich.table import Table
 from rich.text import Text
 
 import arbiter_db
+from arbiter_db import terminal
 from arbiter_db.queries import cut
+from arbiter_db.terminal import DataTable, data
+from arbiter_db.text import printable
 
 WIDTH = 100
 MARGIN = 9  # the widest client name, its prompt and a space
@@ -85,11 +87,10 @@ class Stage:
     def title(self, title: str, why: str = "") -> None:
         self.title_count += 1
         self.console.print()
-        self.console.rule(
-            f"[bold]{self.title_count}. {title}", align="left", characters="-", style="dim"
-        )
+        heading = data(f"{self.title_count}. {title}", "bold")
+        self.console.rule(heading, align="left", characters="-", style="dim")
         if why:
-            _print_block(self.console, "", Text(why, style="italic"), indent=0)
+            _print_block(self.console, "", data(why, "italic"), indent=0)
 
     def busy(self, text: str) -> AbstractContextManager[object]:
         """A spinner while something takes its time, on a terminal."""
@@ -97,21 +98,21 @@ class Stage:
 
     def headline(self, text: str) -> None:
         self.console.print()
-        _print_block(self.console, "", Text(text, style="bold"), indent=0)
+        _print_block(self.console, "", data(text, "bold"), indent=0)
 
     def failure(self, text: str) -> None:
         self.console.print()
-        _print_block(self.console, "", Text(text, style="bold red"), indent=0)
+        _print_block(self.console, "", data(text, "bold red", lines=True), indent=0)
 
     def called(self, client: Client, call: str, result: str) -> None:
         """A call of the Python package, and its result in words."""
         self.console.print()
-        _print_block(self.console, f"{client.name}> ", Text(call), style=f"bold {client.color}")
-        _print_block(self.console, "", Text(result, style="green"))
+        _print_block(self.console, f"{client.name}> ", data(call), style=f"bold {client.color}")
+        _print_block(self.console, "", data(result, "green"))
 
     def note(self, text: str) -> None:
         self.console.print()
-        _print_block(self.console, "", Text(text, style="italic"), indent=0)
+        _print_block(self.console, "", data(text, "italic"), indent=0)
 
     def do(self, client: Client, name: str, rows: int | None = None, **params: Any) -> list[Row]:
         """A statement that must succeed and, when `rows` is given, affect that many rows."""
@@ -158,9 +159,9 @@ class Stage:
         """What `arbiter.status()` tells the browser to show."""
         status = arbiter_db.status(self.browser.connection)
         color = {"local": "green", "cloud": "cyan"}.get(status.environment, "yellow")
-        text = Text(status.message, style=f"bold {color}")
+        text = data(status.message, f"bold {color}")
         for name in ("environment", "can_write_local", "epoch"):
-            text.append(f"   {name} {_shown(getattr(status, name))}", style="not bold default")
+            text += data(f"   {name} {_shown(getattr(status, name))}", "not bold default")
         _print_block(self.console, "badge: ", text)
         self.check(status.message == expected, f"badge {status.message!r}, expected {expected!r}")
 
@@ -169,19 +170,19 @@ class Stage:
             raise UnexpectedError(otherwise)
 
     def table(self, columns: Sequence[str], rows: Sequence[Row], indent: int = MARGIN) -> None:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table = DataTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for number, column in enumerate(columns):
             numeric = all(type(row[number]) is int for row in rows)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(_shown(value)) for value in row))
+            table.add_row(*(_shown(value) for value in row))
         lines = self.console.render_lines(
             table, self.console.options.update_width(self.console.width - indent), pad=False
         )
         for line in lines:
             text = Text.assemble(*((segment.text, segment.style or "") for segment in line))
             text.rstrip()
-            self.console.print(Text(" " * indent) + text, soft_wrap=True)
+            self.console.print(data(" " * indent) + text, soft_wrap=True)
 
     # Waits ---------------------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class Stage:
 
     def _print_statement(self, client: Client, name: str, params: Mapping[str, Any]) -> None:
         self.console.print()
-        sql = SQL_COLORS.highlight(client.statement(name, params))
+        sql = SQL_COLORS.highlight(printable(client.statement(name, params), lines=True))
         sql.rstrip()
         sql.no_wrap = False
         _print_block(self.console, f"{client.name}> ", sql, style=f"bold {client.color}")
@@ -238,19 +239,20 @@ class Stage:
             rows = cursor.fetchall()
             if any(value not in (None, "") for row in rows for value in row):
                 self.table([column.name for column in cursor.description], rows)
-        _print_block(self.console, "", Text(cursor.statusmessage or "", style="green"))
+        _print_block(self.console, "", data(cursor.statusmessage or "", "green"))
         return rows
 
     def _print_error(self, error: psycopg.Error) -> None:
         diag = error.diag
         head = Text.assemble(
-            (f"ERROR {error.sqlstate}: ", "bold red"), (diag.message_primary or str(error), "red")
+            data(f"ERROR {error.sqlstate}: ", "bold red"),
+            data(diag.message_primary or error, "red", lines=True),
         )
         _print_block(self.console, "", head)
         if diag.message_detail:
-            _print_block(self.console, "", Text.assemble(("DETAIL: ", "bold"), diag.message_detail))
+            _print_block(self.console, "", _labelled("DETAIL", diag.message_detail))
         if diag.message_hint:
-            _print_block(self.console, "", Text.assemble(("HINT: ", "bold"), diag.message_hint))
+            _print_block(self.console, "", _labelled("HINT", diag.message_hint))
 
     def _count_signals(self, params: Mapping[str, Any]) -> int:
         trader = params["trader"]
@@ -259,6 +261,10 @@ class Stage:
     def _expect_signals(self, expected: int, params: Mapping[str, Any]) -> None:
         count = self._count_signals(params)
         self.check(count == expected, f"{count} signals in the table, expected {expected}")
+
+
+def _labelled(label: str, text: str) -> Text:
+    return Text.assemble(data(f"{label}: ", "bold"), data(text, lines=True))
 
 
 def _shown(value: object) -> str:
@@ -288,8 +294,8 @@ def _print_block(
 
 def make_console() -> Console:
     """At most 100 columns wide, so that the output can be pasted; exactly 100 when piped."""
-    console = Console(highlight=False)
+    console = terminal.make_console()
     if not console.is_terminal:
-        return Console(highlight=False, width=WIDTH, file=sys.stdout)
+        return terminal.make_console(width=WIDTH, file=sys.stdout)
     console.width = min(console.width, WIDTH)
     return console

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 import arbiter_db
+from arbiter_db.terminal import data
 
 from .embedded import EmbeddedServer
 from .gateway import Gateway, GatewayError
@@ -49,10 +50,11 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
                     site(lambda user: server.conninfo(DATABASE, user), port, real_time)
                 )
             with suppress(KeyboardInterrupt):
-                console.print(f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)")
+                said = f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)"
+                console.print(data(said))
                 until_interrupted()
     except (GatewayError, arbiter_db.InstallError) as error:
-        console.print(f"This must not happen: {error}", style="red")
+        console.print(data(f"This must not happen: {error}", "red", lines=True))
         return 1
     return 0
 
