@@ -35,6 +35,10 @@ def _uptime() -> float:
     return time.monotonic()
 
 
+def _shown(period: timedelta) -> str:
+    return f"{period.total_seconds():g} s"
+
+
 class _Settings(NamedTuple):
     """The part of `arbiter.settings` that machines need; read with every heartbeat."""
 
@@ -75,13 +79,17 @@ class Machine:
 
     * `connect` opens a connection, for the heartbeats alone: give it a `connect_timeout`. It is
       called again, with growing pauses, when a connection failed.
-    * `margin` must cover the time between `may_execute()` and the order's arrival at the exchange.
+    * `margin` must cover the time between `may_execute()` and the order's arrival at the exchange,
+      so it is more than zero.
     * `on_loss` is called once each time `may_execute()` turns false by itself, also while a
       heartbeat hangs; from a thread of its own, whose exceptions are logged. After a loss the
       heartbeats go on, and `may_execute()` turns true again with the next success.
     * `clock` returns seconds; for tests.
 
     The periods come from `arbiter.settings`, read anew with each heartbeat.
+
+    Raises `ValueError` when `margin` is not more than zero or `machine_id` is no uuid, and
+    `TypeError` for a parameter of another type.
     """
 
     def __init__(
@@ -93,6 +101,15 @@ class Machine:
         on_loss: Callable[[], None] | None = None,
         clock: Callable[[], float] = _uptime,
     ) -> None:
+        if not isinstance(margin, timedelta):
+            raise TypeError(f"margin is a timedelta, not {margin!r}")
+        if margin <= timedelta():
+            # Otherwise may_execute() would be true while the browser may write already.
+            raise ValueError(f"margin must be more than zero, it is {_shown(margin)}")
+        if not callable(connect):
+            raise TypeError("connect is a function that opens a connection")
+        if on_loss is not None and not callable(on_loss):
+            raise TypeError("on_loss is a function, or None")
         self.machine_id = UUID(str(machine_id))
         self._connect = connect
         self._margin = margin
@@ -114,19 +131,12 @@ class Machine:
     def start(self) -> None:
         """Send the first heartbeat, then go on from a thread.
 
-        Raises what the first heartbeat raises (an unknown machine, no database), and `ValueError`
-        when `margin` leaves less than a heartbeat interval to trade in.
+        Raises what the first heartbeat raises: an unknown machine, no database, or `ValueError`,
+        without a heartbeat, when `margin` leaves less than a heartbeat interval to trade in.
         """
         if self._threads or self._stopped:
             raise RuntimeError("a Machine starts once")
         self.beat_now()
-        if self._margin > self._settings.heartbeat_timeout - self._settings.heartbeat_interval:
-            self.stop()
-            raise ValueError(
-                f"margin is {self._margin}, more than heartbeat_timeout "
-                f"{self._settings.heartbeat_timeout} less heartbeat_interval "
-                f"{self._settings.heartbeat_interval}"
-            )
         for work in (self._beat_on, self._watch):
             name = f"arbiter {work.__name__.strip('_')} {self.machine_id}"
             self._threads.append(threading.Thread(target=work, name=name, daemon=True))
@@ -193,8 +203,10 @@ class Machine:
                 with link.conn.transaction():
                     with psycopg.Cursor(link.conn, row_factory=args_row(_Settings)) as cur:
                         settings = cur.execute(QUERIES["machine_settings"]).fetchone()
+                    assert settings is not None  # a constraint keeps that row
+                    if self._began is None:
+                        self._need_time_to_trade(settings)
                     stored = api.heartbeat(link.conn, self.machine_id)
-                assert settings is not None  # a constraint keeps that row
             except BaseException:
                 self._hang_up()
                 raise
@@ -207,6 +219,15 @@ class Machine:
                 self._armed = self._is_fresh()
                 self._state.notify_all()
             return stored
+
+    def _need_time_to_trade(self, settings: _Settings) -> None:
+        """Before the first heartbeat: it could take the lease for a machine that cannot trade."""
+        if self._margin > settings.heartbeat_timeout - settings.heartbeat_interval:
+            raise ValueError(
+                f"margin is {_shown(self._margin)}, more than heartbeat_timeout "
+                f"{_shown(settings.heartbeat_timeout)} less heartbeat_interval "
+                f"{_shown(settings.heartbeat_interval)}"
+            )
 
     def _is_fresh(self) -> bool:
         if self._stopped or self._began is None:

@@ -351,11 +351,56 @@ def test_an_unknown_machine_is_an_error_at_the_start(connect: Connector) -> None
     assert not machine.may_execute()
 
 
-def test_a_margin_that_leaves_no_time_is_an_error_at_the_start(connect: Connector) -> None:
+def test_a_margin_that_leaves_no_time_is_an_error_before_the_first_heartbeat(
+    owner: Connection, connect: Connector
+) -> None:
+    """A heartbeat would take the lease for a machine that cannot use it."""
     machine = Machine(connect, ADAS_MACHINE, margin=timedelta(seconds=21))
-    with pytest.raises(ValueError, match="margin"):
-        machine.start()
-    assert not machine.may_execute()
+    for call in (machine.start, machine.beat_now):
+        with pytest.raises(ValueError, match="margin"):
+            call()
+        assert not machine.may_execute()
+        assert owner.execute(STORED).fetchone() == (None,)
+
+
+@pytest.mark.parametrize("seconds", [-3, -0.000001, 0, -1e9])
+def test_a_margin_that_is_none_is_an_error(seconds: float) -> None:
+    """may_execute() would be true while the browser may write."""
+    with pytest.raises(ValueError, match=r"^margin must be more than zero, it is -?[\de+.-]+ s$"):
+        Machine(psycopg.connect, ADAS_MACHINE, margin=timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "options"),
+    [
+        (TypeError, "margin is a timedelta, not 5", {"margin": 5}),
+        (TypeError, "margin is a timedelta, not None", {"margin": None}),
+        (TypeError, "margin is a timedelta, not '5 s'", {"margin": "5 s"}),
+        (TypeError, "connect is a function that opens a connection", {"connect": "host=x"}),
+        (TypeError, "on_loss is a function, or None", {"on_loss": True}),
+        (ValueError, "badly formed hexadecimal UUID string", {"machine_id": "e286de4f711e86"}),
+        (ValueError, "badly formed hexadecimal UUID string", {"machine_id": None}),
+    ],
+)
+def test_parameters_of_another_kind_are_errors(
+    error: type[Exception], said: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(error) as caught:
+        Machine(**{"connect": psycopg.connect, "machine_id": ADAS_MACHINE, **options})
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("margin", [timedelta(microseconds=1), timedelta(seconds=20)])
+def test_it_stops_before_the_browser_may_write(
+    db: Database, owner: Connection, connect: Connector, margin: timedelta
+) -> None:
+    """At the very end of the heartbeat's time, however small the margin."""
+    clock = Clock()
+    with Machine(connect, ADAS_MACHINE, margin=margin, clock=clock) as machine:
+        clock.advance(30 - margin.total_seconds() - 0.0000005)
+        assert machine.may_execute()
+        clock.advance(0.000001)
+        assert not machine.may_execute()
 
 
 def test_an_exception_in_on_loss_is_logged_and_the_next_loss_reported(
@@ -638,9 +683,10 @@ def test_what_it_says_when_it_is_started_wrongly(connect: Connector) -> None:
     with pytest.raises(ValueError, match="margin") as caught:
         machine.start()
     assert str(caught.value) == (
-        "margin is 0:00:20.001000, more than heartbeat_timeout 0:00:30 less heartbeat_interval"
-        " 0:00:10"
+        "margin is 20.001 s, more than heartbeat_timeout 30 s less heartbeat_interval 10 s"
     )
+    with Machine(connect, ADAS_MACHINE) as machine, pytest.raises(RuntimeError, match="once"):
+        machine.start()
     with pytest.raises(RuntimeError, match=r"^a Machine starts once$"):
         machine.start()
 

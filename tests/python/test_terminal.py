@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -332,7 +333,7 @@ def test_a_machines_log_has_one_line_for_an_error(
             " create trigger fail before update on public.cloud_machines"
             " for each row execute function public.tg_fail()".encode()
         )
-        waited = arbiter_db.machine.threading.Event()
+        waited = threading.Event()
         for _ in range(int(TIMEOUT_S / 0.01)):
             if caplog.records or waited.wait(0.01):
                 break
