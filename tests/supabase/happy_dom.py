@@ -25,7 +25,16 @@ from arbiter_db.demo.downloads import (
 __all__ = ["fetch", "find"]
 
 VERSION = "20.0.11"
-PACKAGES = {"happy-dom": VERSION, "whatwg-mimetype": "3.0.0"}
+PACKAGES = {
+    "happy-dom": (
+        VERSION,
+        "sha512-QsCdAUHAmiDeKeaNojb1OHOPF7NjcWPBR7obdu3NwH2a/oyQaLg5d0aaCy/9My6CdPChYF07dvz5chaXBGaD4g==",
+    ),
+    "whatwg-mimetype": (
+        "3.0.0",
+        "sha512-nt+N2dzIutVRxARx1nghPKGv1xHikU7HKdfafKkLNLindmPU/ch3U31NOCGGA/dmPcmb1VlofO0vnKAcsm0o/Q==",
+    ),
+}
 COMMAND = "PYTHONPATH=tests/supabase python -m happy_dom fetch"
 
 
@@ -47,10 +56,10 @@ def fetch() -> Path:
         with work_in(_folder().parent) as work:
             modules = work / "made" / "node_modules"
             modules.mkdir(parents=True)
-            for name, version in PACKAGES.items():
+            for name, (version, integrity) in PACKAGES.items():
                 packed = work / name
                 packed.mkdir()
-                archive = npm_pack(name, version, packed)
+                archive = npm_pack(name, version, integrity, packed)
                 unpack(archive, packed / "unpacked").rename(modules / name)
             put(work / "made", _folder())
     return find()

@@ -26,6 +26,7 @@ __all__ = ["CLI", "Project", "SupabaseError", "fetch", "find"]
 CLI = NpmFile(
     "@supabase/cli-linux-x64",
     "3.1.0",
+    "sha512-67aBVJQ5psQZ5ezM/uby+xjKlF2Er1GLH9EtQWpUkuOpR3uI7fQjQt9fXTfV6/oqLJA3I+X8O5Fhz/pa8lAiqg==",
     "bin/supabase",
     "PYTHONPATH=tests/supabase python -m supabase_cli fetch",
 )

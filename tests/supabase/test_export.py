@@ -23,6 +23,7 @@ from catalog import WITHOUT_YOYO, assert_same, dump, schema
 from click.testing import CliRunner, Result
 from conftest import OWNER, ROLES, Database
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from sessions import TIMEOUT_S
 from story import activate, add_machine, add_signal, add_user, backend, browser, rejection, value
 
@@ -64,9 +65,9 @@ class Hosted(NamedTuple):
 
     @property
     def url(self) -> str:
-        return (
-            f"postgresql://{OWNER}@127.0.0.1:{self.db.server.port}/{self.db.name}?sslmode=disable"
-        )
+        server, name = self.db.server, self.db.name
+        password = conninfo_to_dict(server.conninfo(name, OWNER, tcp=True))["password"]
+        return f"postgresql://{OWNER}:{password}@127.0.0.1:{server.port}/{name}?sslmode=disable"
 
     def migrations(self) -> list[tuple[str, str]]:
         """The numbers of the migrations: in the project, in the database."""
