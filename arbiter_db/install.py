@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -41,6 +42,11 @@ __all__ = ["check_version", "finish", "install", "migration_texts", "sql_text", 
 
 _OLDEST_SERVER = 15
 
+_DAMAGED = (
+    "Nothing was run. Install the package arbiter-db anew; who writes a migration lists its hash in"
+    " migrations/SHA256SUMS."
+)
+
 _DROPPED = re.compile(r"arbiter: (dropped .*)")
 
 
@@ -52,15 +58,16 @@ def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step:
     through a session pooler (a transaction pooler loses yoyo's session settings). `on_step` is
     called with the name of each step that has just been committed.
 
-    Raises `InstallError` when the database refuses, and `psycopg.OperationalError` when it cannot
-    be reached.
+    Raises `InstallError` when the database refuses, or a shipped migration is not as released, and
+    `psycopg.OperationalError` when it cannot be reached.
     """
+    migrations = _migrations()
     with _installer(conninfo) as conn:
         _refuse_newer(conn)
         is_first = _installed_version(conn) is None
         _run(conn, _checks(), on_step, is_dry=not is_first)
         with _yoyo(conninfo) as backend:
-            for migration in backend.to_apply(_migrations()):
+            for migration in backend.to_apply(migrations):
                 with _naming(migration.id):
                     backend.apply_one(migration)
                 on_step(migration.id)
@@ -81,6 +88,7 @@ def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
     line for each thing left in place or dropped, nothing when arbiter was not installed. Raises
     `InstallError`, with nothing changed, when objects of the app use arbiter.
     """
+    migrations = _migrations()
     with _installer(conninfo) as conn:
         if not _scalar(conn, "has_schema"):
             return []
@@ -88,7 +96,7 @@ def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
         report = _detach(conn, drop_columns)
         with _yoyo(conninfo) as backend:
             # All, and not only those marked: a crash may have prevented a mark.
-            for migration in reversed(_migrations()):
+            for migration in reversed(migrations):
                 with _naming(f"rollback of {migration.id}"):
                     backend.rollback_one(migration)
         with _naming("drop schema"), conn.transaction():
@@ -219,8 +227,29 @@ def _checks() -> list[Path]:
 
 
 def _migrations() -> Any:
-    source = read_migrations(escape(str(_folder("migrations"))))
+    """In order, each of them and each rollback as it was released."""
+    folder = _folder("migrations")
+    _check_hashes(folder)
+    source = read_migrations(escape(str(folder)))
     return source.replace(topological_sort(source))
+
+
+def _check_hashes(folder: Path) -> None:
+    """Raise `InstallError` unless the files that yoyo would run are those in SHA256SUMS."""
+    try:
+        sums = (folder / "SHA256SUMS").read_text(encoding="ascii")
+        there = {
+            path.name: sha256(path.read_bytes()).hexdigest()
+            for path in folder.iterdir()
+            if path.suffix in (".sql", ".py")
+        }
+    except (OSError, UnicodeError) as exc:
+        raise InstallError(f"the package is damaged: {exc}", hint=_DAMAGED) from exc
+    listed = {name: sum_ for sum_, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", sums, re.M)}
+    wrong = [n for n in sorted(listed | there) if listed.get(n) != there.get(n)]
+    if wrong or not listed:
+        names = ", ".join(wrong) or "SHA256SUMS"
+        raise InstallError(f"these migrations are not as released: {names}", hint=_DAMAGED)
 
 
 def _sql_files() -> list[Path]:

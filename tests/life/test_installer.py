@@ -4,6 +4,7 @@ records hold. What an install does to a database is in test_install.py."""
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ import arbiter_db
 from arbiter_db import InstallError, OutdatedSchema
 from arbiter_db.install import migration_texts, sql_text
 from arbiter_db.queries import QUERIES
+from arbiter_db.supabase import export
 
 if TYPE_CHECKING:
     from conftest import Database
@@ -284,3 +286,82 @@ def test_what_an_installed_package_has_inside_is_taken_from_there(
     inside.mkdir()
     (inside / "00_inside.sql").write_text("select 'inside'")
     assert re.findall(r"select '\w+'", migration_texts()[0]) == ["select 'inside'"]
+
+
+# The hashes of migrations -------------------------------------------------------------------------
+
+Damage = Callable[[Path], object]
+
+EVIL = "create table public.evil ()"
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "changed": (
+        lambda folder: _append(folder / "0001.schema.sql", f"\n{EVIL};\n"), "0001.schema.sql"
+    ),
+    "a rollback": (
+        lambda folder: _append(folder / "0002.columns.rollback.sql", " "),
+        "0002.columns.rollback.sql",
+    ),
+    "missing": (lambda folder: (folder / "0002.columns.sql").unlink(), "0002.columns.sql"),
+    "more": (lambda folder: (folder / "0003.evil.sql").write_text(EVIL), "0003.evil.sql"),
+    "code": (
+        lambda folder: (folder / "0003.evil.py").write_text("raise SystemExit('evil')"),
+        "0003.evil.py",
+    ),
+    "not listed": (
+        lambda folder: (folder / "SHA256SUMS").write_text(""),
+        "0001.schema.rollback.sql, 0001.schema.sql,",
+    ),
+    "no list": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS"),
+    "nothing": (lambda folder: list(map(Path.unlink, folder.glob("*.sql"))), "0001.schema"),
+}  # fmt: skip
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(path.read_text("ascii") + text, "ascii")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_migrations_that_are_not_as_released_are_not_run(
+    trading_db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Neither by an install nor by an export, and nothing before them is."""
+    damage, name = DAMAGES[kind]
+    real = installer._folder
+    folder = tmp_path / "migrations"
+    shutil.copytree(real("migrations"), folder)
+    monkeypatch.setattr(installer, "_folder", lambda n: folder if n == "migrations" else real(n))
+    arbiter_db.sql_text()
+    damage(folder)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    steps: list[str] = []
+    for call in (
+        lambda: arbiter_db.install(trading_db.conninfo(), on_step=steps.append),
+        lambda: arbiter_db.uninstall(trading_db.conninfo()),
+        lambda: export(exported),
+        arbiter_db.sql_text,
+        migration_texts,
+    ):
+        with pytest.raises(arbiter_db.InstallError) as caught:
+            call()
+        assert name in str(caught.value)
+        assert caught.value.hint is not None
+        assert "Nothing was run." in caught.value.hint
+    assert (steps, list(exported.iterdir())) == ([], [])
+    conn = trading_db.connect()
+    query = "select to_regnamespace('arbiter') is null and to_regclass('public.evil') is null"
+    assert conn.execute(query).fetchone() == (True,)
+
+
+def test_a_damaged_package_cannot_uninstall(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = installer._folder
+    folder = tmp_path / "migrations"
+    shutil.copytree(real("migrations"), folder)
+    _append(folder / "0001.schema.rollback.sql", f"\n{EVIL};\n")
+    monkeypatch.setattr(installer, "_folder", lambda n: folder if n == "migrations" else real(n))
+    with pytest.raises(arbiter_db.InstallError, match=r"0001\.schema\.rollback\.sql"):
+        arbiter_db.uninstall(db.conninfo())
+    assert arbiter_db.version(db.connect()) == arbiter_db.__version__
