@@ -36,10 +36,11 @@ from rich.text import Text
 
 from . import api
 from ._version import __version__
+from .console import DataTable, data, make_console
 from .errors import ArbiterError, InstallError
 from .install import check_version, finish, install, sql_text, uninstall
 from .supabase import export
-from .terminal import DataTable, data, make_console, say, say_file, show_all_characters
+from .terminal import say, say_file, show_all_characters
 from .text import one_line, printable, without_password
 
 __all__ = ["main"]

@@ -19,9 +19,9 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 import arbiter_db
-from arbiter_db import terminal
+import arbiter_db.console
+from arbiter_db.console import DataTable, data
 from arbiter_db.queries import cut
-from arbiter_db.terminal import DataTable, data
 from arbiter_db.text import printable
 
 WIDTH = 100
@@ -294,8 +294,8 @@ def _print_block(
 
 def make_console() -> Console:
     """At most 100 columns wide, so that the output can be pasted; exactly 100 when piped."""
-    console = terminal.make_console()
+    console = arbiter_db.console.make_console()
     if not console.is_terminal:
-        return terminal.make_console(width=WIDTH, file=sys.stdout)
+        return arbiter_db.console.make_console(width=WIDTH, file=sys.stdout)
     console.width = min(console.width, WIDTH)
     return console

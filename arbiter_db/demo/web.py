@@ -14,7 +14,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 import arbiter_db
-from arbiter_db.terminal import data
+from arbiter_db.console import data
 
 from .embedded import EmbeddedServer
 from .gateway import Gateway, GatewayError

