@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -122,8 +122,13 @@ class Gateway(ChildProcess):
     - ``/rest/v1/*``: PostgREST;
     - ``/supabase.js``: supabase-js, which defines the global ``supabase``;
     - ``/arbiter/*``: the package's files for browsers;
-    - ``/config.json``: ``url``, ``anonKey``, and the contents of ``config`` at that moment;
+    - ``/config.json``: ``url``, ``anonKey``, and the contents of ``config`` at that moment, which
+      may be secrets: only for a request with ``page_key`` as its bearer token, which a page gets
+      from ``page_url``;
     - ``/``, ``/*``: the files in ``pages``, if given.
+
+    It answers only what is asked under its own address: another name that leads to it, and a page
+    of another origin, get 421 and 403.
 
     After a change of the schema in the database: ``notify pgrst, 'reload schema'``, which PostgREST
     takes up a moment later, or ``reload_schema()``, which waits for it.
@@ -131,9 +136,9 @@ class Gateway(ChildProcess):
     One thread at a time may start and close it. Raises GatewayError when PostgREST or supabase-js
     is not on this machine.
 
-    Attributes: ``secret`` (which tokens are signed with); ``config``; after the start ``port``,
-    ``url``, ``rest_url``, ``postgrest_socket`` (PostgREST itself, without the server in front),
-    ``log_file`` and ``pid`` (of PostgREST).
+    Attributes: ``secret`` (which tokens are signed with); ``page_key``; ``config``; after the start
+    ``port``, ``url``, ``page_url``, ``rest_url``, ``postgrest_socket`` (PostgREST itself, without
+    the server in front), ``log_file`` and ``pid`` (of PostgREST).
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Gateway(ChildProcess):
             account=Account.current(),
         )
         self.secret = secrets.token_hex(32)
+        self.page_key = secrets.token_urlsafe(32)
         self.port = port
         self.pages = pages
         self.config = dict(config or {})
@@ -171,6 +177,12 @@ class Gateway(ChildProcess):
     def url(self) -> str:
         """The URL with which supabase-js is created."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def page_url(self) -> str:
+        """Where a person opens the page. A browser keeps the part after the # to itself and the
+        page: it goes into no request, no log and no other page's referrer."""
+        return f"{self.url}/#{self.page_key}"
 
     @property
     def rest_url(self) -> str:
@@ -326,10 +338,13 @@ class Gateway(ChildProcess):
         async def supabase_js(_: web.Request) -> web.StreamResponse:
             return web.FileResponse(self._supabase_js)
 
-        async def config(_: web.Request) -> web.StreamResponse:
+        async def config(request: web.Request) -> web.StreamResponse:
+            given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+            if not secrets.compare_digest(given, f"Bearer {self.page_key}".encode()):
+                raise web.HTTPUnauthorized(text="the page's own key is missing")
             return web.json_response({"url": self.url, "anonKey": self.anon_key, **self.config})
 
-        application = web.Application()
+        application = web.Application(middlewares=[_only_for_its_own_pages])
         application.router.add_route("*", "/rest/v1/{path:.*}", rest)
         application.router.add_get("/supabase.js", supabase_js)
         application.router.add_get("/config.json", config)
@@ -369,6 +384,25 @@ class Gateway(ChildProcess):
                 await response.write(chunk)
             await response.write_eof()
             return response
+
+
+@web.middleware
+async def _only_for_its_own_pages(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """A name of a stranger's can be made to lead here, so that the stranger's page is of the same
+    origin: the name must be ours. And pages of other origins have no business here."""
+    assert request.transport is not None  # nothing was answered yet
+    port = request.transport.get_extra_info("sockname")[1]
+    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    if port == 80:  # which browsers leave out
+        hosts += ["127.0.0.1", "localhost"]
+    if request.headers.get("Host", "").lower() not in hosts:
+        raise web.HTTPMisdirectedRequest(text="not the address of this server")
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() not in [f"http://{host}" for host in hosts]:
+        raise web.HTTPForbidden(text="not for pages of other origins")
+    return await handler(request)
 
 
 def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:

@@ -50,7 +50,7 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
                     site(lambda user: server.conninfo(DATABASE, user), port, real_time)
                 )
             with suppress(KeyboardInterrupt):
-                said = f"Open {gateway.url} (PostgreSQL {server.version}; Ctrl-C ends it)"
+                said = f"Open {gateway.page_url} (PostgreSQL {server.version}; Ctrl-C ends it)"
                 console.print(data(said))
                 until_interrupted()
     except (GatewayError, arbiter_db.InstallError) as error:

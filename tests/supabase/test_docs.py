@@ -33,7 +33,8 @@ HTML = """<!doctype html><meta charset="utf-8"><title>docs</title><body>
 <script type="module" src="app.js"></script>
 """
 MODULE = """
-const {{ url, anonKey, token }} = await (await fetch('/config.json')).json();
+const key = {{ Authorization: `Bearer ${{location.hash.slice(1)}}` }};
+const {{ url, anonKey, token }} = await (await fetch('/config.json', {{ headers: key }})).json();
 const headers = {{ Authorization: `Bearer ${{token}}` }};
 const supabase = window.supabase.createClient(url, anonKey, {{ global: {{ headers }} }});
 const signal = {{
@@ -94,7 +95,7 @@ def test_every_block_of_the_page_for_supabase_works(host: Host, tmp_path: Path) 
             (tmp_path / "src" / "app.js").write_text(code, encoding="utf-8")
             text = HTML.format(html=html.text)
             (tmp_path / "src" / "index.html").write_text(text, encoding="utf-8")
-            told = visit(gateway.url)
+            told = visit(gateway.page_url)
             assert (told["error"], told["data"][0]["source"]) == (None, "local")
             assert told["status"]["can_write_local"] is True
             assert count_rows(owner, "public.signals") == 1

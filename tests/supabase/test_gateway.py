@@ -75,11 +75,66 @@ def test_it_serves_what_a_page_needs(db: Database, tmp_path: Path) -> None:
             assert http.get("/%2e%2e/%2e%2e/etc/passwd").status_code in (403, 404)
             assert "javascript" in http.get("/supabase.js").headers["content-type"]
             assert "class Arbiter" in http.get("/arbiter/arbiter.js").text
-            config = http.get("/config.json").json()
+            own = {"Authorization": f"Bearer {gateway.page_key}"}
+            config = http.get("/config.json", headers=own).json()
             assert config.keys() == {"url", "anonKey", "a", "b"}
             assert (config["url"], config["a"], config["b"]) == (gateway.url, 1, 2)
             key = {"Authorization": f"Bearer {config['anonKey']}"}
             assert http.get("/rest/v1/signals", headers=key).json() == []
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost", "127.0.0.1.example:{port}",
+     "[::1]:{port}", "0.0.0.0:{port}", "", "localhost:{port}@evil.example", "evil.example"],
+)  # fmt: skip
+def test_another_name_that_leads_here_gets_nothing(app: App, host: str) -> None:
+    """DNS rebinding: a stranger's page asks under a name of its own, and so may read the answer."""
+    headers = {"Host": host.format(port=app.gateway.port)}
+    key = {"Authorization": f"Bearer {app.gateway.page_key}"}
+    for path in ("/", "/config.json", "/rest/v1/signals", "/supabase.js", "/arbiter/arbiter.js"):
+        answer = httpx.get(f"{app.gateway.url}{path}", headers={**headers, **key})
+        assert (answer.status_code, answer.text) == (421, "not the address of this server")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:{port}", "localhost:{port}", "LOCALHOST:{port}"])
+def test_its_own_names_are_answered(app: App, host: str) -> None:
+    own = host.format(port=app.gateway.port)
+    for headers in ({"Host": own}, {"Host": own, "Origin": f"http://{own}"}):
+        assert httpx.get(f"{app.gateway.url}/supabase.js", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://x"]
+)
+def test_a_page_of_another_origin_gets_nothing(app: App, origin: str) -> None:
+    for method in ("GET", "POST", "OPTIONS"):
+        answer = app.http.request(method, "/signals", headers={"Origin": origin})
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "key",
+    [None, "", "Bearer", "Bearer x", "{key}", "bearer {key}", "Bearer {key}x", "Bearer \u00e4"],
+)
+def test_what_the_page_is_told_is_for_who_has_its_key(app: App, key: str | None) -> None:
+    """Other users of this machine reach the port, too."""
+    url = f"{app.gateway.url}/config.json"
+    app.gateway.config["serviceKey"] = "secret"
+    try:
+        headers = []
+        if key is not None:
+            given = key.format(key=app.gateway.page_key)
+            headers = [(b"Authorization", given.encode("latin-1"))]
+        answer = httpx.get(url, headers=headers)
+        assert (answer.status_code, "secret" in answer.text) == (401, False)
+        right = {"Authorization": f"Bearer {app.gateway.page_key}"}
+        assert httpx.get(url, headers=right).json()["serviceKey"] == "secret"
+    finally:
+        del app.gateway.config["serviceKey"]
+    assert app.gateway.page_url == f"{app.gateway.url}/#{app.gateway.page_key}"
+    assert len(app.gateway.page_key) >= 32
 
 
 def test_a_dead_postgrest_is_a_502_that_says_so(db: Database) -> None:

@@ -44,7 +44,8 @@ def test_the_page_knows_the_periods_and_its_keys(
     db: Database, real_time: bool, periods: dict[str, str], interval: int, boot: int
 ) -> None:
     with web.site(db.conninfo, real_time=real_time) as gateway:
-        config = httpx.get(f"{gateway.url}/config.json").json()
+        key = {"Authorization": f"Bearer {gateway.page_key}"}
+        config = httpx.get(f"{gateway.url}/config.json", headers=key).json()
         page = httpx.get(gateway.url).text
         who = {}
         for name in ("anonKey", "userToken", "serviceKey"):

@@ -63,6 +63,12 @@ COOLING = "Cloud machine stopped - cooling down before browser mode"
 FAILED = "Cloud machine failed - nobody generates signals until it recovers or you take over"
 RESUMED = "Browser mode - signals are generated here again"
 
+#: What the page was told.
+CONFIG = """window.config = async () => {
+  const headers = { Authorization: `Bearer ${location.hash.slice(1)}` };
+  return (await fetch('/config.json', { headers })).json();
+}"""
+
 #: The Arbiter of the page.
 ARBITER = "document.querySelector('arbiter-badge').arbiter"
 
@@ -87,6 +93,7 @@ class Visit:
         self.gateway = gateway
         self.problems: list[str] = []
         self.requests: list[str] = []
+        self.page.add_init_script(CONFIG)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", self._hear)
         self.page.on("request", lambda request: self.requests.append(_name(request)))
@@ -98,7 +105,7 @@ class Visit:
             self.problems.append(message.text)
 
     def go(self) -> None:
-        self.page.goto(self.gateway.url)
+        self.page.goto(self.gateway.page_url)
 
     @property
     def badge(self) -> Locator:
@@ -350,7 +357,7 @@ def test_a_client_that_throws_gets_the_error_and_the_state(
     code = visit.page.evaluate(
         """async (row) => {
           const arbiter = document.querySelector('arbiter-badge').arbiter;
-          const { anonKey, userToken } = await (await fetch('/config.json')).json();
+          const { anonKey, userToken } = await config();
           const client = supabase.createClient(location.origin, anonKey, {
             accessToken: async () => userToken,
           });
@@ -706,7 +713,7 @@ def test_an_element_shows_the_arbiter_that_it_is_given(visit: Visit) -> None:
     visit.page.evaluate(
         """async () => {
           const { Arbiter } = await import('/arbiter/arbiter.js');
-          const { anonKey } = await (await fetch('/config.json')).json();
+          const { anonKey } = await config();
           const client = supabase.createClient(location.origin, anonKey);
           window.nobody = new Arbiter(client, { root: null });
           const badge = document.createElement('arbiter-badge');
@@ -734,6 +741,43 @@ def test_text_of_the_database_is_no_markup(visit: Visit, owner: psycopg.Connecti
     visit.page.evaluate("(text) => document.querySelector('arbiter-toasts').show(text)", text)
     expect(visit.toast(text)).to_be_visible()
     assert visit.page.evaluate("window.hacked ?? 0") == 0
+
+
+def test_without_the_whole_address_the_page_has_no_keys(
+    chromium: Browser, gateway: Gateway
+) -> None:
+    context = chromium.new_context()
+    try:
+        for key in ("", "#", "#x"):
+            page = context.new_page()
+            page.goto(f"{gateway.url}/{key}")
+            expect(page.locator("#about")).to_contain_text("Open the whole address")
+            assert page.evaluate("(async () => (await fetch('/config.json')).status)()") == 401
+            page.close()
+    finally:
+        context.close()
+
+
+def test_a_page_of_another_origin_gets_nothing(chromium: Browser, gateway: Gateway) -> None:
+    """Neither one whose own name was made to lead to the demo, nor one that asks across origins."""
+    port = gateway.port
+    rebound = [*ARGUMENTS, "--host-resolver-rules=MAP evil.example 127.0.0.1"]
+    with chromium.browser_type.launch(executable_path=CHROMIUM, args=rebound) as browser:
+        page = browser.new_page()
+        answer = page.goto(f"http://evil.example:{port}/")
+        assert answer is not None
+        assert answer.status == 421
+        ask = """async (url) => {
+          try {
+            return (await fetch(url, { headers: { Authorization: 'Bearer x' } })).status;
+          } catch (error) {
+            return String(error);
+          }
+        }"""
+        for path in ("config.json", "rest/v1/signals"):
+            assert page.evaluate(ask, f"http://evil.example:{port}/{path}") == 421
+            across = page.evaluate(ask, f"http://127.0.0.1:{port}/{path}")
+            assert across == "TypeError: Failed to fetch"
 
 
 # Everybody ----------------------------------------------------------------------------------------
@@ -887,10 +931,14 @@ def test_the_demo_serves_until_it_is_interrupted(db: Database) -> None:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            found = re.search(r"http://127\.0\.0\.1:\d+/#([\w-]{32,})", line)
             assert found, line
             assert "PostgreSQL " + major in line
             assert "<arbiter-badge>" in httpx.get(found[0]).text
+            config = found[0].partition("#")[0] + "config.json"
+            assert httpx.get(config).status_code == 401
+            key = {"Authorization": f"Bearer {found[1]}"}
+            assert "serviceKey" in httpx.get(config, headers=key).json()
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0
         finally:

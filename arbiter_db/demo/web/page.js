@@ -5,8 +5,15 @@
 
 import { Arbiter } from '/arbiter/arbiter.js';
 
-const config = await (await fetch('/config.json')).json();
 const $ = (id) => document.getElementById(id);
+
+// The keys of Ada and of her machine are only for who has the whole address.
+const answer = await fetch('/config.json', { headers: { Authorization: `Bearer ${location.hash.slice(1)}` } });
+if (!answer.ok) {
+  $('about').textContent = 'Open the whole address that the demo has printed, with what comes after the #.';
+  throw new Error(`no configuration: ${answer.status}`);
+}
+const config = await answer.json();
 
 // The browser: the user's token, guarded inserts ------------------------------------------------------
 
