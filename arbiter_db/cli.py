@@ -82,6 +82,8 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except (ArbiterError, InstallError, psycopg.Error) as exc:
             raise _failure(exc) from exc
+        except UnicodeEncodeError as exc:  # an argument with bytes that are no text
+            raise _Failure(f"not a valid text: {exc.object}") from exc
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def _checked_dsn(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A connection string that libpq takes. No message quotes it, since it may hold a password."""
     try:
         parts = {name: str(part) for name, part in conninfo_to_dict(value).items()}
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeEncodeError):
         raise click.BadParameter(
             "not a connection string: a URI (postgresql://user@host/dbname) or key=value pairs."
         ) from None

@@ -278,6 +278,22 @@ def test_a_wrong_word_is_quoted_as_it_is(args: list[str], db: Database) -> None:
     assert_plain(result.stderr)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [["protect", "a\udcff"], ["audit", "a\udcff"], ["register-machines", "a\udcff"],
+     ["supabase", "export", ".", "--expose", "a\udcff"]],
+)  # fmt: skip
+def test_an_argument_that_is_no_text_is_named(
+    db: Database, args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A shell passes any bytes on; Python has those that are no text as half a character."""
+    monkeypatch.chdir(tmp_path)
+    (line,) = not_fine(*args, env={"DATABASE_URL": db.conninfo()})
+    assert line == r"arbiter-db: not a valid text: a\udcff"
+    assert list(tmp_path.iterdir()) == []
+    assert run("status", "--dsn", "host=\udcff").exit_code == 2
+
+
 # The demo, other programs and logs ----------------------------------------------------------------
 
 
