@@ -106,11 +106,12 @@ def _failure(exc: ArbiterError | InstallError | psycopg.Error) -> _Failure:
         return _Failure(f"{exc} ({exc.sqlstate} {exc.code}{retry})", exc.hint)
     message = exc.diag.message_primary
     if message is None and isinstance(exc, psycopg.OperationalError):
-        return _Failure(f"cannot reach the database: {exc}")
+        # A connection string in PGDATABASE, for one, is quoted as the name of a database.
+        return _Failure(without_password(f"cannot reach the database: {exc}"))
     if isinstance(exc, psycopg.errors.InsufficientPrivilege):
         hint = "Connect as a role that has the right (--dsn, PGUSER)."
         return _Failure(f"missing rights: {message}", exc.diag.message_hint or hint)
-    return _Failure(message or str(exc), exc.diag.message_hint)
+    return _Failure(without_password(message or str(exc)), exc.diag.message_hint)
 
 
 def _checked_dsn(ctx: click.Context, param: click.Parameter, value: str) -> str:

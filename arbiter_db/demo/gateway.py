@@ -342,7 +342,8 @@ class Gateway(ChildProcess):
             given = request.headers.get("Authorization", "").encode("utf-8", "replace")
             if not secrets.compare_digest(given, f"Bearer {self.page_key}".encode()):
                 raise web.HTTPUnauthorized(text="the page's own key is missing")
-            return web.json_response({"url": self.url, "anonKey": self.anon_key, **self.config})
+            told = {"url": self.url, "anonKey": self.anon_key, **self.config}
+            return web.json_response(told, headers={"Cache-Control": "no-store"})
 
         application = web.Application(middlewares=[_only_for_its_own_pages])
         application.router.add_route("*", "/rest/v1/{path:.*}", rest)

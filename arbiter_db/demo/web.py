@@ -51,7 +51,7 @@ def run(port: int = 0, real_time: bool = False, major: int = 18) -> int:
                 )
             with suppress(KeyboardInterrupt):
                 said = f"Open {gateway.page_url} (PostgreSQL {server.version}; Ctrl-C ends it)"
-                console.print(data(said))
+                console.print(data(said), soft_wrap=True)  # the address stays in one piece
                 until_interrupted()
     except (GatewayError, arbiter_db.InstallError) as error:
         console.print(data(f"This must not happen: {error}", "red", lines=True))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from sessions import TIMEOUT_S
 from test_cli import ADA, ADAS_MACHINE, COMMAND, activate, dsn, fine, not_fine, owner, run
 
@@ -412,6 +413,16 @@ def test_a_database_that_cannot_be_reached_is_named_without_the_password() -> No
     (line,) = not_fine("status", env={"DATABASE_URL": uri})
     assert "127.0.0.1" in line
     assert SECRET not in line
+
+
+def test_a_connection_string_in_the_place_of_a_name_is_not_quoted(db: Database) -> None:
+    uri = f"postgresql://u:{SECRET}@h/d"
+    parts = conninfo_to_dict(db.conninfo())
+    there = {"PGHOST": str(parts["host"]), "PGUSER": str(parts["user"])}
+    (line,) = not_fine("status", ADA, env={**there, "PGDATABASE": uri})
+    assert 'database "postgresql://u:***@h/d" does not exist' in line
+    lines = not_fine("audit", f'"{uri}"', "--dsn", db.conninfo())
+    assert SECRET not in "".join(lines)
 
 
 def test_a_password_among_the_arguments_gets_a_warning(db: Database) -> None:

@@ -130,7 +130,9 @@ def test_what_the_page_is_told_is_for_who_has_its_key(app: App, key: str | None)
         answer = httpx.get(url, headers=headers)
         assert (answer.status_code, "secret" in answer.text) == (401, False)
         right = {"Authorization": f"Bearer {app.gateway.page_key}"}
-        assert httpx.get(url, headers=right).json()["serviceKey"] == "secret"
+        answer = httpx.get(url, headers=right)
+        assert answer.json()["serviceKey"] == "secret"
+        assert answer.headers["cache-control"] == "no-store"
     finally:
         del app.gateway.config["serviceKey"]
     assert app.gateway.page_url == f"{app.gateway.url}/#{app.gateway.page_key}"
