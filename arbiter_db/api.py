@@ -284,11 +284,13 @@ def register_machines(
     status_column: str = "status",
     heartbeat_column: str = "last_health_check",
     states: Mapping[str, str] | None = None,
+    machine_statuses: Iterable[str] = (),
 ) -> None:
     """Make a table the registry of machines, in place of any other (`arbiter.register_machines`).
 
     `states` maps the table's status words to `starting`, `running`, `stopping`, `stopped` and
-    `error`; None keeps the usual words.
+    `error`; None keeps the usual words. `machine_statuses` are the words that a machine's token may
+    set.
     """
     _one(
         conn,
@@ -300,6 +302,7 @@ def register_machines(
         status_column=status_column,
         heartbeat_column=heartbeat_column,
         states=None if states is None else Jsonb(dict(states)),
+        machine_statuses=list(machine_statuses),
     )
 
 

@@ -368,6 +368,13 @@ def unprotect_command(table: str, dsn: str) -> None:
     help='Status words to states, such as {"up": "running"}; states are starting, running, '
     "stopping, stopped, error.",
 )
+@click.option(
+    "--machine-status",
+    "machine_statuses",
+    metavar="WORD",
+    multiple=True,
+    help="A status word that a machine's token may set; may be given several times.",
+)
 def register_machines_command(
     table: str,
     dsn: str,
@@ -376,6 +383,7 @@ def register_machines_command(
     status_column: str,
     heartbeat_column: str,
     states: dict[str, str] | None,
+    machine_statuses: tuple[str, ...],
 ) -> None:
     """Make TABLE the registry of machines."""
     with _connected(dsn) as conn:
@@ -387,6 +395,7 @@ def register_machines_command(
             status_column=status_column,
             heartbeat_column=heartbeat_column,
             states=states,
+            machine_statuses=machine_statuses,
         )
     say(f"{table} is the registry of machines")
 

@@ -62,7 +62,8 @@ select arbiter.register_machines(
   p_user_column => %(user_column)s::text::name,
   p_status_column => %(status_column)s::text::name,
   p_heartbeat_column => %(heartbeat_column)s::text::name,
-  p_states => %(states)s::jsonb)
+  p_states => %(states)s::jsonb,
+  p_machine_statuses => %(machine_statuses)s::text[])
 
 -- name: version
 select arbiter.version()

@@ -148,6 +148,7 @@ create table if not exists arbiter.registry (
   status_column name not null,
   heartbeat_column name not null,
   states jsonb not null,
+  machine_statuses text[] not null,
   constraint registry_pkey primary key (singleton),
   constraint registry_singleton_check check (singleton),
   constraint registry_states_check check (jsonb_typeof(states) = 'object')
@@ -164,6 +165,7 @@ comment on column arbiter.registry.status_column is 'Its column with the status 
 comment on column arbiter.registry.heartbeat_column is 'Its timestamptz column that arbiter stamps.';
 comment on column arbiter.registry.states is
   'Status word to machine state (starting, running, stopping, stopped, error). An absent word means running.';
+comment on column arbiter.registry.machine_statuses is 'The status words that a machine''s token may set.';
 
 -- The registry under fixed names. Until a table is registered there are no machines.
 do $machines$

@@ -5,11 +5,12 @@
 -- register_machines() makes a copy of each template (_instantiate, 20_generate.sql) with these words replaced
 -- (_registry_words):
 --
---   __machine, __user, __heartbeat   the registry's columns
+--   __machine, __user, __status, __heartbeat   the registry's columns
+--   __statuses                       the status words that a machine's token may set
 --   __state(x)                       the machine state of the row x
 --   __settled_machine(x)             the machine that holds the settled lease of the user of the row x
 --
--- Definer, except the stamp: they write notes and leases, which no client may write.
+-- Definer, except the limit and the stamp: they write notes and leases, which no client may write.
 
 -- As text, because a call for each row would cost more than the heartbeat itself. A lookup and not a CASE: the executor
 -- sets up every branch of a CASE for each statement, 28,000 instructions for the default words.
@@ -34,6 +35,8 @@ begin atomic
   select jsonb_build_object(
     '__machine', quote_ident((p_registry).id_column),
     '__user', quote_ident((p_registry).user_column),
+    '__status', quote_ident((p_registry).status_column),
+    '__statuses', quote_literal((p_registry).machine_statuses) || '::text[]',
     '__heartbeat', quote_ident((p_registry).heartbeat_column),
     '__state(n)', arbiter._state_expression(p_registry, 'n'),
     '__state(new)', arbiter._state_expression(p_registry, 'new'),
@@ -42,6 +45,57 @@ begin atomic
 end;
 comment on function arbiter._registry_words(arbiter.registry) is
   'What the words of the templates stand for in the registry''s trigger functions.';
+
+-- Row security says which row a machine's token may change, but it cannot compare the row with the one before: another
+-- session may have changed that since the statement began. A trigger gets the row that is really replaced.
+--
+-- Every heartbeat passes here, so the role is asked first: row security binds neither the backend nor the owner.
+-- A condition on the trigger would cost more, because the server parses it in every statement.
+create or replace function arbiter._limit_template()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if row_security_active(tg_relid) then
+    declare
+      v_new record := new;
+      v_column name;
+    begin
+      v_new.__heartbeat := old.__heartbeat;
+      v_new.__status := old.__status;
+      if v_new *<> old and arbiter.claimed_machine_id() is not null then
+        -- Generated columns have no value yet.
+        select a.attname
+          into v_column
+          from pg_catalog.pg_attribute a
+         where a.attrelid = tg_relid
+           and a.attgenerated = ''
+           and to_jsonb(old) -> a.attname::text is distinct from to_jsonb(v_new) -> a.attname::text
+         order by a.attnum
+         limit 1;
+        if found then
+          perform arbiter._fail('insufficient_privilege',
+            format('a machine''s token may not change column %I of %s', v_column, tg_relid::regclass),
+            'It may send heartbeats, and set the status words that the app lists for machines; let the backend do the rest.');
+        end if;
+      end if;
+      if new.__status is distinct from old.__status
+        and (new.__status::text = any (__statuses)) is not true
+        and arbiter.claimed_machine_id() is not null
+      then
+        perform arbiter._fail('insufficient_privilege',
+          format('a machine''s token may not set the status %s of %s',
+            coalesce(quote_literal(new.__status), 'null'), tg_relid::regclass),
+          'Let the backend set it, or list the word: arbiter.register_machines(), p_machine_statuses.');
+      end if;
+    end;
+  end if;
+  return new;
+end
+$$;
+comment on function arbiter._limit_template() is
+  'Keeps a machine''s token to its heartbeat and the status words for machines, as a template.';
 
 create or replace function arbiter._stamp_template()
 returns trigger

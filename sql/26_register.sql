@@ -41,6 +41,11 @@ begin atomic
   select r.registry, t.trigger_name, t.definition, t.meaning
     from arbiter.registry r
     cross join lateral (values
+      -- The server runs triggers in the order of their names. This one sees what the client has asked for, before a
+      -- trigger of the app changes more of the row, for example updated_at.
+      ('!arbiter_limit',
+       format('before update on %s for each row execute function arbiter.tg_registry_limit()', r.registry),
+       'A machine''s token sends heartbeats, and sets the status words for machines.'),
       ('arbiter_stamp_insert',
        format('before insert on %s for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
          r.registry, r.heartbeat_column),
@@ -169,9 +174,11 @@ begin
     perform arbiter._make_machines_view(v_view);
   end if;
 
+  perform arbiter._instantiate('arbiter._limit_template()', 'tg_registry_limit', v_words);
   perform arbiter._instantiate('arbiter._stamp_template()', 'tg_registry_stamp', v_words);
   perform arbiter._instantiate('arbiter._note_template()', 'tg_registry_note', v_words);
   perform arbiter._instantiate('arbiter._activate_template()', 'tg_registry_activate', v_words);
+  perform arbiter._seal('arbiter.tg_registry_limit()', 'Keeps a machine''s token to its heartbeat and the status words for machines.');
   perform arbiter._seal('arbiter.tg_registry_stamp()', 'Stamps a heartbeat with the database''s clock.');
   perform arbiter._seal('arbiter.tg_registry_note()', 'Notes when a machine leaves running, enters error, or goes.');
   perform arbiter._seal('arbiter.tg_registry_activate()', 'Gives the lease to a machine that a write has left healthy.');
@@ -213,7 +220,8 @@ create or replace function arbiter.register_machines(
   p_user_column name default 'user_id',
   p_status_column name default 'status',
   p_heartbeat_column name default 'last_health_check',
-  p_states jsonb default null)
+  p_states jsonb default null,
+  p_machine_statuses text[] default '{}')
 returns void
 language plpgsql
 security definer
@@ -261,6 +269,18 @@ begin
       'p_states maps no status word to stopped',
       'arbiter.confirm_takeover() needs a word that says so.');
   end if;
+  -- A word that is misspelt would count as running.
+  select coalesce(w.word, 'null')
+    into v_unknown
+    from unnest(p_machine_statuses) as w (word)
+   where (v_states ? w.word) is not true
+   order by 1
+   limit 1;
+  if v_unknown is not null then
+    perform arbiter._fail('invalid_parameter_value',
+      format('p_machine_statuses has a status word that p_states does not map: %s', v_unknown),
+      'Map the word to a machine state in p_states, too.');
+  end if;
   perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
 
   -- One registration at a time, and none beside protect(), which locks the first of these and changes the other one.
@@ -281,8 +301,10 @@ begin
       p_registry, p_heartbeat_column);
   end if;
 
-  insert into arbiter.registry (registry, declared_as, id_column, user_column, status_column, heartbeat_column, states)
-  values (p_registry, p_registry::text, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states)
+  insert into arbiter.registry
+    (registry, declared_as, id_column, user_column, status_column, heartbeat_column, states, machine_statuses)
+  values (p_registry, p_registry::text, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states,
+    coalesce(p_machine_statuses, '{}'))
   on conflict on constraint registry_pkey do update
     set registry = excluded.registry,
         declared_as = excluded.declared_as,
@@ -290,7 +312,8 @@ begin
         user_column = excluded.user_column,
         status_column = excluded.status_column,
         heartbeat_column = excluded.heartbeat_column,
-        states = excluded.states;
+        states = excluded.states,
+        machine_statuses = excluded.machine_statuses;
   perform arbiter._build_registry();
   perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
   perform arbiter._build_policies(p_registry);
@@ -306,8 +329,8 @@ begin
   end if;
 end
 $$;
-comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb) is
-  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. Idempotent; another table replaces the registry. Errors 42501, 42703, 42804, 22023: nothing changed.';
+comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb, text[]) is
+  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. p_machine_statuses: the words that a machine''s token may set, none by default. Idempotent; another table replaces the registry. Errors 42501, 42703, 42804, 22023: nothing changed.';
 
 -- Not a definer, as heartbeat() of one: a role that may update the registry may send a heartbeat.
 create or replace function arbiter.heartbeat(p_machine_ids uuid[])

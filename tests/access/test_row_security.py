@@ -53,7 +53,7 @@ CASES = [
     Case("status(uuid)", MACHINES, "select arbiter.status(%(bob)s)"),
     Case("confirm_takeover(uuid)", MACHINES, "select arbiter.confirm_takeover(%(bob)s)"),
     Case(
-        "register_machines(regclass,name,name,name,name,jsonb)",
+        "register_machines(regclass,name,name,name,name,jsonb,text[])",
         MACHINES,
         "select arbiter.register_machines('public.cloud_machines')",
         by="owner",

@@ -100,7 +100,7 @@ CALLS: dict[str, Call] = {
     "confirm_takeover(uuid)": sql("select arbiter.confirm_takeover(%(carol)s)"),
     "heartbeat(uuid)": sql("select arbiter.heartbeat(%(bobs)s::uuid)"),
     "heartbeat(uuid[])": sql("select arbiter.heartbeat(array[%(bobs)s]::uuid[])"),
-    "register_machines(regclass,name,name,name,name,jsonb)": sql(
+    "register_machines(regclass,name,name,name,name,jsonb,text[])": sql(
         "select arbiter.register_machines('public.cloud_machines')"
     ),
     "protect(regclass,text,text[],name,text,text,boolean)": sql(
@@ -182,7 +182,7 @@ SET = {
     "audit(regclass,boolean)": ["row_security=off", "enable_nestloop=off", "jit=off"],
     "confirm_takeover(uuid)": ["row_security=off"],
     "protect(regclass,text,text[],name,text,text,boolean)": OWNERS,
-    "register_machines(regclass,name,name,name,name,jsonb)": OWNERS,
+    "register_machines(regclass,name,name,name,name,jsonb,text[])": OWNERS,
     "status(uuid)": ["row_security=off"],
     "tg_registry_activate()": GUARD,
     "tg_registry_note()": ["row_security=off"],

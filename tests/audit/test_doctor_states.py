@@ -64,7 +64,8 @@ def shared(templates: Templates) -> Iterator[Conn]:
 # -- triggers -------------------------------------------------------------------------------------
 
 TRIGGERS = """
-select t.tgname as name, format('%I.%I', c.relnamespace::regnamespace, c.relname) as "table",
+select format('%I', t.tgname) as name,
+       format('%I.%I', c.relnamespace::regnamespace, c.relname) as "table",
        obj_description(t.oid, 'pg_trigger') as comment
   from pg_trigger t
   join pg_class c on c.oid = t.tgrelid
@@ -114,7 +115,7 @@ def test_each_trigger(shared: Conn, wrong: str) -> None:
         for name, table, comment in triggers:
             shared.execute(
                 sql.SQL(damage).format(
-                    sql.Identifier(name), sql.SQL(table), sql.SQL(""), sql.Literal(comment)
+                    sql.SQL(name), sql.SQL(table), sql.SQL(""), sql.Literal(comment)
                 )
             )
         found = ill(shared)

@@ -92,6 +92,11 @@ NEW_KEY = """
 alter table public.wide drop constraint wide_trader_id_fkey,
   add constraint wide_trader_id_fkey foreign key (trader_id) references public.traders
 """
+TOKEN = (
+    "select set_config('request.jwt.claims',"
+    """ '{{"sub": "{user}", "machine_id": "{machine}"}}', true);"""
+    " update public.cloud_machines set "
+)
 NO_REGISTRY = "delete from arbiter.registry"
 PROTECT_HINT = (
     "p_verbs is {{insert}} or {{insert,update}}; p_mode enforce or observe; p_unowned reject or"
@@ -370,6 +375,23 @@ FAILURES = {
         "arbiter: table public.loose is not protected",
         "See arbiter.protections for the tables that are.",
     ),
+    # 23_registry
+    "a machine's other columns": Failure(
+        TOKEN + "region = 'iad'",
+        "42501",
+        "arbiter: a machine's token may not change column region of public.cloud_machines",
+        "It may send heartbeats, and set the status words that the app lists for machines; let the"
+        " backend do the rest.",
+        by="authenticated",
+    ),
+    "a machine's status": Failure(
+        TOKEN + "status = 'stopped'",
+        "42501",
+        "arbiter: a machine's token may not set the status 'stopped' of public.cloud_machines",
+        "Let the backend set it, or list the word: arbiter.register_machines(),"
+        " p_machine_statuses.",
+        by="authenticated",
+    ),
     # 26_register
     "no table of machines": Failure(
         "select arbiter.register_machines(null)",
@@ -395,6 +417,13 @@ FAILURES = {
         "22023",
         "arbiter: p_states maps no status word to stopped",
         "arbiter.confirm_takeover() needs a word that says so.",
+    ),
+    "a word for machines without a state": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_machine_statuses => '{{running,runing}}')",
+        "22023",
+        "arbiter: p_machine_statuses has a status word that p_states does not map: runing",
+        "Map the word to a machine state in p_states, too.",
     ),
     "no registry": Failure(
         "select arbiter.heartbeat('{machine}'::uuid)",
