@@ -315,7 +315,7 @@ comment on column arbiter.protections.declared_as is
 comment on column arbiter.protections.user_path is
   'How a row leads to its user: a column, or columns over foreign keys joined by dots.';
 comment on column arbiter.protections.verbs is
-  '{insert}: provenance is immutable afterwards. {insert,update}: each write says who writes.';
+  '{insert}: provenance is immutable afterwards, and updates, also of an upsert, are not arbitrated. {insert,update}: each write says who writes.';
 comment on column arbiter.protections.machine_column is 'The column that names the machine.';
 comment on column arbiter.protections.mode is 'enforce rejects; observe admits and records.';
 comment on column arbiter.protections.unowned is 'Rows whose user is null: reject or allow.';

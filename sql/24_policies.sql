@@ -3,6 +3,9 @@
 -- bind neither a table's owner nor a role with BYPASSRLS.
 --
 -- A token with a claim machine_id belongs to that machine, any other token to a browser.
+--
+-- Where only inserts are arbitrated, an update claims nothing, because it cannot change who wrote the row: whether a
+-- user may, for example, dismiss a machine's signal is up to the app's own policies.
 
 create or replace function arbiter._policies()
 returns table (table_name regclass, policy_name name, definition text, meaning text)
@@ -32,10 +35,13 @@ begin
     for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
       policy_name := 'arbiter_claim';
       definition := format(
-        'on %2$s as restrictive for all to anon, authenticated using (true) with check ('
+        'on %4$s as restrictive for %2$s to anon, authenticated %3$swith check ('
         'case when (select arbiter.claimed_machine_id()) is null then source = ''local'' and %1$I is null '
         'else source = ''cloud'' and %1$I = (select arbiter.claimed_machine_id()) end)',
-        v_protection.machine_column, table_name);
+        v_protection.machine_column,
+        case when 'update' = any (v_protection.verbs) then 'all' else 'insert' end,
+        case when 'update' = any (v_protection.verbs) then 'using (true) ' end,
+        table_name);
       meaning := 'Browsers write as local, a machine''s token as that machine.';
       return next;
     end loop;

@@ -324,7 +324,7 @@ begin
 end
 $$;
 comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
-  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found where it is obvious. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found where it is obvious. p_verbs {insert}: an update, also that of an upsert or MERGE which finds an older row, is not arbitrated. {insert,update}: it is. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
 
 create or replace function arbiter.unprotect(p_table regclass)
 returns void

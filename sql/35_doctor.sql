@@ -62,6 +62,27 @@ $$;
 comment on function arbiter._lost_protections() is
   'Protected tables that were dropped, and tables that have taken the name of a protected one and are not guarded.';
 
+create or replace function arbiter._browsers_update(p_table regclass)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select exists (
+    select from arbiter._family(p_table) as f (member)
+      join pg_catalog.pg_class c on c.oid = f.member
+      join pg_catalog.pg_roles r on r.rolname in ('anon', 'authenticated')
+     where has_any_column_privilege(r.oid, c.oid, 'update')
+       and (not c.relrowsecurity or exists (
+         select from pg_catalog.pg_policy p
+          where p.polrelid = c.oid
+            and p.polpermissive
+            and p.polcmd in ('w', '*')
+            and (p.polroles && array[0::oid, r.oid]))));
+end;
+comment on function arbiter._browsers_update(regclass) is
+  'Whether anon or authenticated may update rows of a table or of one of its partitions.';
+
 -- disabled: not `enable always`; outdated: another definition; foreign: calls a function that is not arbiter's.
 create or replace function arbiter._check_trigger(
   p_table regclass,
@@ -197,6 +218,14 @@ begin
       select c.* from arbiter._guard_triggers(v_protection) t
        cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
          arbiter._protect_statement(v_protection)) c;
+    if v_protection.verbs = '{insert}' and arbiter._browsers_update(v_protection.protected_table) then
+      object := format('updates of %s', v_protection.protected_table);
+      state := 'note';
+      problem := 'Browsers may update rows here while a machine holds, also by an upsert: only inserts are arbitrated.';
+      v_protection.verbs := '{insert,update}';
+      remedy := arbiter._protect_statement(v_protection);
+      return next;
+    end if;
     -- `on delete set null` looks up the machine's rows.
     return query
       select format('index on %s (%I)', v_protection.protected_table, v_protection.machine_column), 'missing',
@@ -276,4 +305,4 @@ begin
 end
 $$;
 comment on function arbiter.doctor() is
-  'A row for the registry, each protection and each trigger that must be there, and for everything else that is not as it should be. state: ok, missing, disabled, outdated or foreign; remedy: the statement that mends it. For the owner of arbiter.';
+  'A row for the registry, each protection and each trigger that must be there, and for everything else that is not as it should be. state: ok, missing, disabled, outdated, foreign, or note, which is no fault; remedy: the statement that mends it. For the owner of arbiter.';

@@ -88,14 +88,46 @@ def test_a_generous_policy_of_the_app_changes_nothing(db: Database) -> None:
     assert count_rows(owner, "public.signals") == 0
 
 
-def test_a_browser_cannot_change_a_row_that_says_cloud(db: Database) -> None:
-    """Not even a column that says nothing about who wrote it."""
-    user = add_user(db.connect())
+def test_updates_are_the_apps_business_where_only_inserts_are_arbitrated(db: Database) -> None:
+    """A user dismisses the machine's signal while it holds, and deletes it, as the app allows."""
+    owner = db.connect()
+    user, other = add_user(owner), add_user(owner)
     machine = activate(backend(db), user)
     signal = add_signal(backend(db), user.trader, "cloud", machine)
-    change = "update public.signals set symbol = 'X' where id = %s"
-    assert rejection(browser(db, user).execute, change, (signal,)).sqlstate == "42501"
-    assert value(db.connect(), "select symbol from public.signals") == "BTCUSDT"
+    dismiss = "update public.signals set signal = 'dismissed' where id = %s"
+    conn = browser(db, user)
+    assert browser(db, other).execute(dismiss, (signal,)).rowcount == 0
+    assert conn.execute(dismiss, (signal,)).rowcount == 1
+    # Who wrote it stays.
+    for claim in ("source = 'local'", "machine_id = null", "arbiter_xid = pg_current_xact_id()"):
+        error = rejection(conn.execute, f"update public.signals set {claim}".encode())
+        assert error.sqlstate == "WX006"
+    assert value(owner, "select signal || source from public.signals") == "dismissedcloud"
+    owner.execute("grant delete on public.signals to authenticated")
+    owner.execute("create policy away on public.signals for delete to authenticated using (true)")
+    assert conn.execute("delete from public.signals where id = %s", (signal,)).rowcount == 1
+
+
+def test_an_upsert_is_an_update_of_the_older_row(db: Database) -> None:
+    """Nothing tells the server's triggers which of both it was; {insert,update} arbitrates it."""
+    owner = db.connect()
+    user = add_user(owner)
+    conn = browser(db, user)
+    add_signal(conn, user.trader)
+    activate(backend(db), user)
+    again = (
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " select trader_id, symbol, interval, 'sell', bar_time from public.signals"
+        " on conflict on constraint signals_bar_key do update set signal = excluded.signal"
+    )
+    assert conn.execute(again).rowcount == 1
+    assert value(owner, "select signal from public.signals") == "sell"
+    assert rejection(add_signal, conn, user.trader).sqlstate == "WX001"
+
+    owner.execute("update public.signals set signal = 'buy'")
+    owner.execute("select arbiter.protect('public.signals', p_verbs => '{insert,update}')")
+    assert rejection(conn.execute, again).sqlstate == "WX001"
+    assert value(owner, "select signal from public.signals") == "buy"
 
 
 def test_a_browser_takes_over_a_row_by_saying_so(db: Database) -> None:
@@ -110,6 +142,7 @@ def test_a_browser_takes_over_a_row_by_saying_so(db: Database) -> None:
         (user.id, machine),
     )
     conn = browser(db, user)
+    # Not even a column that says nothing about who wrote it.
     assert rejection(conn.execute, "update public.positions set quantity = 1").sqlstate == "42501"
     claim = "update public.positions set quantity = 1, source = 'local', machine_id = null"
     assert rejection(conn.execute, claim).sqlstate == "WX001"

@@ -18,6 +18,7 @@ Conn = psycopg.Connection[Any]
 #: Advice about the app's own schema, which a fresh installation has, too.
 ADVICE = {
     "triggers of service_role on public.cloud_machines": "foreign",
+    "updates of public.signals": "note",
 }
 
 
@@ -45,6 +46,37 @@ def test_advice_can_be_followed(db: Database) -> None:
         if row.state != "ok":
             owner.execute(row.remedy.encode())
     assert [r for r in findings(owner).values() if r.state != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "noted"),
+    [
+        ("select 1", True),
+        ("revoke update on public.signals from authenticated", False),
+        ("drop policy signals_change on public.signals", False),
+        (
+            "revoke update on public.signals from authenticated;"
+            " grant update (signal) on public.signals to anon;"
+            " alter policy signals_change on public.signals to public",
+            True,
+        ),
+        ("alter policy signals_change on public.signals to service_role", False),
+        (
+            "drop policy signals_change on public.signals;"
+            " alter table public.signals disable row level security",
+            True,
+        ),
+        ("select arbiter.protect('public.signals', p_verbs => '{insert,update}')", False),
+    ],
+)
+def test_updates_by_browsers_are_noted(db: Database, change: str, noted: bool) -> None:
+    """Where only inserts are arbitrated, and browsers may update at all."""
+    owner = db.connect()
+    owner.execute(change.encode())
+    row = findings(owner).get("updates of public.signals")
+    assert (row is not None) is noted
+    if row is not None:
+        assert "'{insert,update}'" in row.remedy
 
 
 def test_a_partition_that_came_later_is_found(db: Database) -> None:

@@ -32,6 +32,7 @@ create function public.tg_of_the_app() returns trigger language plpgsql
   as $$ begin return null; end $$;
 revoke trigger on public.cloud_machines from service_role;
 select arbiter.expose();
+revoke update on public.signals from authenticated;
 """
 
 INSTALL = "Run: arbiter-db install"
