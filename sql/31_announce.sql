@@ -1,11 +1,13 @@
 -- The triggers of arbiter's own tables. Handovers and drains are announced to clients by a notification, and on
 -- Supabase by a broadcast; heartbeats are not. Clients must poll arbiter.status() all the same, because poolers drop
--- notifications.
+-- notifications, and because none is sent while the server's queue fills up.
 
+-- An announcement never fails or delays the write that it is about; the lock_timeout is for the broadcast's table.
 create or replace function arbiter.tg_announce()
 returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
 declare
   v_event text := case when new.epoch = old.epoch then 'drain' else 'handover' end;
@@ -13,9 +15,11 @@ declare
     'event', v_event, 'user_id', new.user_id, 'epoch', new.epoch, 'holder', new.holder,
     'machine_id', new.machine_id, 'draining', new.draining_since is not null, 'draining_to', new.draining_to);
 begin
-  -- A transaction that has notified cannot be prepared, so there are no notifications where transactions can be.
-  if current_setting('max_prepared_transactions') = '0' then
-    perform pg_notify('arbiter', v_payload::text);
+  -- Any login may listen, so the notification says nothing about the user. A transaction that has notified cannot be
+  -- prepared, so there are no notifications where transactions can be. With a full queue the commit would fail: a
+  -- listener in a long transaction fills it. Half of it is left for what others send before this commit.
+  if current_setting('max_prepared_transactions') = '0' and pg_notification_queue_usage() < 0.5 then
+    perform pg_notify('arbiter', v_event);
   end if;
   -- Only a function of an owner that is trusted: it runs with the rights of arbiter's owner, and any role that may
   -- create schemas could have made one of that name.
@@ -37,7 +41,7 @@ begin
 end
 $$;
 comment on function arbiter.tg_announce() is
-  'Notifies the channel arbiter, and broadcasts to the private topic arbiter:<user_id> where Supabase''s realtime.send exists: JSON with event (handover, drain), user_id, epoch, holder, machine_id, draining, draining_to.';
+  'Notifies the channel arbiter of the event, handover or drain, without naming the user. Where Supabase''s realtime.send exists, broadcasts to the private topic arbiter:<user_id>: JSON with event, user_id, epoch, holder, machine_id, draining, draining_to.';
 
 -- Definer: a role that may change the settings need not be able to replace arbiter's functions.
 create or replace function arbiter.tg_settings()

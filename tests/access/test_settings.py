@@ -184,6 +184,7 @@ SET = {
     "protect(regclass,text,text[],name,text,text,boolean)": OWNERS,
     "register_machines(regclass,name,name,name,name,jsonb,text[])": OWNERS,
     "status(uuid)": ["row_security=off"],
+    "tg_announce()": ["lock_timeout=100ms"],
     "tg_registry_activate()": GUARD,
     "tg_registry_note()": ["row_security=off"],
     "tg_settings()": ["row_security=off"],
