@@ -358,8 +358,11 @@ create table if not exists arbiter.observations (
   constraint observations_pkey primary key (observation_id)
 );
 
+-- Which are the newest of a table.
+create index if not exists observations_protected_table_idx on arbiter.observations (protected_table, observation_id);
+
 comment on table arbiter.observations is
-  'Writes that mode observe admitted and enforce would have rejected.';
+  'Writes that mode observe admitted and enforce would have rejected: of each table the newest 1,000.';
 comment on column arbiter.observations.observation_id is 'Order of recording.';
 comment on column arbiter.observations.observed_at is 'Database clock.';
 comment on column arbiter.observations.protected_table is 'The table that was written.';

@@ -284,10 +284,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_mode = 'observe' then
-    insert into arbiter.observations (observed_at, protected_table, code, detail, xid)
-    select clock_timestamp(), p.protected_table, p_code, p_detail, pg_current_xact_id()
-      from arbiter.protections p
-     where p.protection_id = p_protection_id;
+    perform arbiter._observe(p.protected_table, p_code, p_detail)
+       from arbiter.protections p
+      where p.protection_id = p_protection_id;
     return null;
   end if;
   return arbiter._rejected(p_code, p_detail, p_hint);

@@ -369,3 +369,108 @@ def test_a_snapshot_older_than_the_switch_to_enforce_is_rejected(
     at.conn.execute("rollback")
     assert at.observations() == []
     assert value(at.owner, "select count(*) from public.signals") == 1
+
+
+# No more than 1,000 of a table --------------------------------------------------------------------
+
+KEPT = 1_000
+
+MANY = """
+do $$ begin
+  for n in 1 .. {number} loop
+    insert into public.signals (trader_id, symbol, interval, signal, bar_time)
+      values ('{trader}', 'FLOOD', '1m', 'buy', timestamptz '2000-01-01' + {first} * interval '1 h'
+        + n * interval '1 min');
+  end loop;
+end $$
+"""
+
+
+def flood(conn: Conn, at: Stage, number: int, first: int = 0) -> None:
+    """So many writes that enforce would reject, each a statement of its own."""
+    conn.execute(MANY.format(number=number, trader=at.bob.trader, first=first).encode())
+
+
+def ids(at: Stage, table: str = "public.signals") -> list[int]:
+    found = rows(
+        at.owner,
+        "select observation_id from arbiter.observations where protected_table = %s::regclass"
+        " order by 1",
+        table,
+    )
+    return [row[0] for row in found]
+
+
+def test_only_the_newest_are_kept(at: Stage) -> None:
+    """Any user can make as many as they like."""
+    at.owner.execute("select arbiter.protect('public.positions', p_mode => 'observe')")
+    at.protect("observe")
+    at.conn.execute(
+        "insert into public.positions (user_id, symbol) values (%s, 'BTC')", (at.bob.id,)
+    )
+    conn = browser(at.db, at.bob)
+    flood(conn, at, KEPT)
+    before = ids(at)
+    assert len(before) == KEPT
+    flood(conn, at, 10, first=1_000)
+    after = ids(at)
+    assert len(after) == KEPT
+    assert after[:-10] == before[10:]
+    assert len(ids(at, "public.positions")) == 1  # another table has its own
+
+
+def test_what_is_too_much_goes_step_by_step(at: Stage) -> None:
+    """A database that has many already; no single write pays for all of it."""
+    at.protect("observe")
+    at.owner.execute(
+        "insert into arbiter.observations (observed_at, protected_table, code, detail, xid)"
+        " select now(), 'public.signals'::regclass, 'cloud_active', '{}', '3'"
+        " from generate_series(1, 1150)"
+    )
+    flood(at.conn, at, 1)
+    assert len(ids(at)) == 1_051
+    flood(at.conn, at, 2, first=1_000)
+    assert len(ids(at)) == KEPT
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read"])
+def test_trimming_neither_waits_nor_fails(at: Stage, level: str) -> None:
+    """Another session trims at the same time, and has done so since the snapshot."""
+    at.protect("observe")
+    flood(at.conn, at, KEPT)
+    other = at.db.connect(role="service_role", autocommit=False)
+    late = at.db.connect(role="service_role", autocommit=False)
+    late.execute(f"set transaction isolation level {level}".encode())
+    late.execute("set local lock_timeout = '5 s'")
+    late.execute("select count(*) from public.signals")  # its snapshot
+    flood(other, at, 5, first=1_000)
+    flood(late, at, 5, first=2_000)
+    other.commit()
+    flood(late, at, 5, first=3_000)
+    late.commit()
+    assert len([row for row in signals(at.owner) if row.symbol == "FLOOD"]) == KEPT + 15
+    flood(at.conn, at, 1, first=4_000)
+    assert len(ids(at)) == KEPT
+
+
+def test_serializable_transactions_record_while_there_is_room(at: Stage) -> None:
+    """They trim nothing, because two that do conflict."""
+    at.protect("observe")
+    flood(at.conn, at, KEPT)
+    one, two = (at.db.connect(role="service_role", autocommit=False) for _ in "ab")
+    for number, conn in enumerate((one, two), 1):
+        conn.execute("set transaction isolation level serializable")
+        flood(conn, at, 1, first=1_000 * number)
+    one.commit()
+    two.commit()
+    assert len(ids(at)) == KEPT + 2
+    at.owner.execute(
+        "insert into arbiter.observations (observed_at, protected_table, code, detail, xid)"
+        " select now(), 'public.positions'::regclass, 'x', to_jsonb(repeat(md5(n::text), 40)), '3'"
+        " from generate_series(1, 16000) as n"
+    )
+    before = len(ids(at))
+    one.execute("set transaction isolation level serializable")
+    flood(one, at, 1, first=5_000)
+    one.commit()
+    assert len(ids(at)) == before
