@@ -58,6 +58,19 @@ end
 $$;
 comment on function arbiter.tg_settings() is 'Generates anew the function that holds a setting.';
 
+create or replace function arbiter.tg_keep_settings()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._fail('object_not_in_prerequisite_state',
+    'the row of arbiter.settings cannot be deleted',
+    'Update it: every decision needs it. docs/reference.md has the defaults.');
+end
+$$;
+comment on function arbiter.tg_keep_settings() is 'Keeps the row of arbiter.settings.';
+
 create or replace function arbiter._own_triggers()
 returns table (table_name regclass, trigger_name name, definition text, meaning text)
 language sql
@@ -76,11 +89,11 @@ begin atomic
         'execute function arbiter.tg_announce()',
       'Announces handovers and drains.'),
     ('arbiter.settings', 'arbiter_settings',
-      'after insert or update or delete on arbiter.settings for each row execute function arbiter.tg_settings()',
+      'after insert or update on arbiter.settings for each row execute function arbiter.tg_settings()',
       'A function holds heartbeat_timeout.'),
-    ('arbiter.settings', 'arbiter_settings_truncate',
-      'after truncate on arbiter.settings for each statement execute function arbiter.tg_settings()',
-      'A function holds heartbeat_timeout.');
+    ('arbiter.settings', 'arbiter_keep_settings',
+      'before delete or truncate on arbiter.settings for each statement execute function arbiter.tg_keep_settings()',
+      'Every decision needs the settings.');
 end;
 comment on function arbiter._own_triggers() is
   'The triggers that arbiter''s own tables must have. definition: what follows the name in CREATE TRIGGER.';

@@ -248,6 +248,9 @@ begin
      where p.pronamespace = 'arbiter'::regnamespace
        and obj_description(p.oid, 'pg_proc') ~ '[[][0-9a-f]{32}]$'
        and obj_description(p.oid, 'pg_proc') not like '%[' || md5(pg_get_functiondef(p.oid)) || ']';
+  return query
+    select 'settings', 'missing', 'arbiter.settings has no row: every decision fails.', 'Run: arbiter-db install'
+     where not exists (select from arbiter.settings);
   -- The settings can be changed past their trigger, for example by a restore that disables triggers.
   return query
     select 'generated function arbiter._machine_may_write', s.state,

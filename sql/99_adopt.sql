@@ -14,6 +14,8 @@ begin
   perform arbiter._renew_record();
   perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
      from arbiter._own_triggers() t;
+  -- In a database in which the row was deleted past its trigger, or before there was one.
+  insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
   perform arbiter._build_machine_may_write();
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)

@@ -424,21 +424,42 @@ def test_second_row_of_settings(shared: Rows, values: str, sqlstate: str) -> Non
 
 
 @pytest.mark.parametrize("statement", ["delete from arbiter.settings", "truncate arbiter.settings"])
-def test_without_settings_nothing_is_admitted_that_needs_them(named: Rows, statement: str) -> None:
-    """The row of settings may be deleted only by the owner; then decisions fail, closed."""
-    named.owner.execute(statement.encode())
-    before = everything(named.owner)
-    user = named.user
-    for conn, write in [
-        (named.browser, (user.trader,)),
-        (named.backend, (user.trader, "cloud", named.machine)),
-    ]:
-        assert rejection(add_signal, conn, *write).sqlstate is not None
-    assert rejection(named.browser.execute, "select arbiter.status()").sqlstate is not None
-    assert (
-        rejection(named.browser.execute, "select arbiter.confirm_takeover()").sqlstate is not None
+@pytest.mark.parametrize("role", ["app_owner", "postgres"])
+def test_settings_cannot_be_deleted(db: Database, role: str, statement: str) -> None:
+    """Each later decision would fail."""
+    conn = db.connect(role)
+    before = everything(conn)
+    assert rejection(conn.execute, statement).sqlstate == "55000"
+    if role == "postgres":
+        conn.execute("set session_replication_role = replica")
+        assert rejection(conn.execute, statement).sqlstate == "55000"
+    assert everything(conn) == before
+
+
+def test_without_settings_nothing_is_admitted_that_needs_them(db: Database) -> None:
+    """Their owner can switch the trigger off. Then decisions fail, closed, until an install."""
+    owner = db.connect()
+    user = add_user(owner)
+    machine = activate(backend(db), user)
+    owner.execute(
+        "update arbiter.settings set poll_interval = '7 s';"
+        " alter table arbiter.settings disable trigger arbiter_keep_settings;"
+        " delete from arbiter.settings;"
+        " alter table arbiter.settings enable always trigger arbiter_keep_settings"
     )
-    assert everything(named.owner) == before
+    before = everything(owner)
+    conn = browser(db, user)
+    assert rejection(add_signal, conn, user.trader).sqlstate == "P0002"
+    for call in ("select arbiter.status()", "select arbiter.confirm_takeover()"):
+        assert rejection(conn.execute, call.encode()).sqlstate is not None
+    assert everything(owner) == before
+    wrong = "select state, remedy from arbiter.doctor() where object = 'settings'"
+    assert rows(owner, wrong) == [("missing", "Run: arbiter-db install")]
+
+    arbiter_db.install(db.conninfo())
+    assert rows(owner, wrong) == []
+    assert rejection(add_signal, conn, user.trader).sqlstate == "WX001"
+    add_signal(backend(db), user.trader, "cloud", machine)
 
 
 # protect() ----------------------------------------------------------------------------------------

@@ -459,6 +459,14 @@ FAILURES = {
             alter table public.cloud_machines add check (status <> 'stopped')
         """,
     ),
+    # 31_announce
+    "no settings": Failure(
+        "delete from arbiter.settings",
+        "55000",
+        "arbiter: the row of arbiter.settings cannot be deleted",
+        "Update it: every decision needs it. docs/reference.md has the defaults.",
+        by="postgres",
+    ),
     # 32_audit
     "audit": Failure(
         "select arbiter.audit('public.loose')",

@@ -164,19 +164,6 @@ def test_a_transaction_that_knows_the_timeout_of_before_excludes_the_browser(db:
     assert count_rows(owner, "public.orders") == 14
 
 
-@pytest.mark.parametrize("statement", ["delete from arbiter.settings", "truncate arbiter.settings"])
-def test_without_settings_no_machine_is_admitted(db: Database, statement: str) -> None:
-    owner = db.connect()
-    user = add_user(owner)
-    machine = activate(owner, user)
-    add_signal(owner, user.trader, "cloud", machine)
-    owner.execute(statement.encode())
-    assert value(owner, STATE) == "ok"
-    assert rejection(add_signal, owner, user.trader, "cloud", machine).sqlstate == "P0002"
-    owner.execute("insert into arbiter.settings default values")
-    add_signal(owner, user.trader, "cloud", machine)
-
-
 @pytest.mark.parametrize(
     "other",
     [
