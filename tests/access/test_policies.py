@@ -248,6 +248,7 @@ def test_a_machines_token_touches_no_other_machine(db: Database) -> None:
     }
 
     owner.execute("drop policy arbiter_registry_update on public.cloud_machines")
+    owner.execute('drop trigger "!arbiter_limit" on public.cloud_machines')
     conn.execute("select arbiter.heartbeat(%s::uuid)", (stranger,))
     assert conn.execute(stop, (stranger,)).rowcount == 1
     assert conn.execute(move, (third.id, machine)).rowcount == 1
@@ -281,7 +282,6 @@ def test_a_browser_cannot_write_the_registry(db: Database, statement: str) -> No
     after = rows(owner, "select id, status, last_health_check, region from public.cloud_machines")
     assert after == before
 
-    owner.execute('drop trigger "!arbiter_limit" on public.cloud_machines')
     for name in ("insert", "update", "delete"):
         owner.execute(f"drop policy arbiter_registry_{name} on public.cloud_machines".encode())
     conn.execute(statement.encode())
