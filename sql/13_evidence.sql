@@ -19,6 +19,27 @@ end
 $$;
 comment on function arbiter._lockers(xid) is 'The transactions that may hold a row''s lock, by the row''s xmax.';
 
+-- A 32-bit transaction id stands for the nearest 64-bit one.
+create or replace function arbiter._is_in_progress(p_xid xid)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_current constant bigint := pg_current_xact_id()::text::bigint;
+  v_half constant bigint := 1::bigint << 31;
+  v_xid bigint := (v_current >> 32 << 32) + p_xid::text::bigint;
+begin
+  v_xid := v_xid + case
+    when v_xid - v_current > v_half then -2 * v_half
+    when v_current - v_xid > v_half then 2 * v_half
+    else 0 end;
+  return coalesce(v_xid > 2 and pg_xact_status(v_xid::text::xid8) = 'in progress', false);
+end
+$$;
+comment on function arbiter._is_in_progress(xid) is
+  'Whether a transaction has not ended yet: for the xmin of a row that can be seen, whether this transaction has written it.';
+
 create or replace function arbiter._blockers(p_user_id uuid)
 returns jsonb
 language sql

@@ -89,6 +89,49 @@ $$;
 comment on function arbiter._path_expression(arbiter.protections, text, text) is
   'An SQL expression over the row p_row. p_probe ''user'': its user; ''broken'': whether its path is broken.';
 
+-- When a foreign key with `on update cascade` has acted, its parent has the row with the new key, written by this
+-- transaction, and none with the old one. Outside the statement that changes the parent no row can name a parent that
+-- is not there. Inside it a client could do the same by hand, but only with parents that it may change; such a client
+-- may as well give the parent itself to another user. The depth of triggers tells nothing: those after the cascade run
+-- when the parent's statement ends.
+create or replace function arbiter._follows_key(p_table regclass, p_column name, p_old text, p_new text)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key record;
+  v_xmin xid;
+begin
+  if p_old is null or p_new is null or p_old = p_new then
+    return false;
+  end if;
+  select k.confrelid::regclass as parent, r.attname as column
+    into v_key
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+    join pg_catalog.pg_attribute r on r.attrelid = k.confrelid and k.confkey = array[r.attnum]
+   where k.conrelid = p_table
+     and k.contype = 'f'
+     and k.confupdtype = 'c'
+     and k.convalidated
+     and a.attname = p_column
+     and has_table_privilege(k.confrelid, 'select')
+   limit 1;
+  if not found then
+    return false;
+  end if;
+  execute format('select p.xmin from %s p where p.%I = %L', v_key.parent, v_key.column, p_old) into v_xmin;
+  if v_xmin is not null then
+    return false;
+  end if;
+  execute format('select p.xmin from %s p where p.%I = %L', v_key.parent, v_key.column, p_new) into v_xmin;
+  return v_xmin is not null and arbiter._is_in_progress(v_xmin);
+end
+$$;
+comment on function arbiter._follows_key(regclass, name, text, text) is
+  'Whether a change of a column is what a foreign key with on update cascade does. For a trigger on the table.';
+
 -- A statement trigger fires only for the table that a statement names, so each partition needs its own.
 create or replace function arbiter._family(p_table regclass)
 returns setof regclass

@@ -4,7 +4,7 @@
 -- and options in the place of these words (_guard_words):
 --
 --   __rows          the new rows: the transition table arbiter_rows, or (select new.*) for a row that it does not hold
---   __key           the column where a row's path to its user begins
+--   __key           the column where a row's path to its user begins; __key_name is its name as a literal
 --   __machine       the column that names the machine; __machine_name is its name as a literal
 --   __user_of(x)    the user to whom the row x leads
 --   __is_broken(x)  whether the path of x names a row that does not exist; false where rows without a user are rejected
@@ -71,6 +71,7 @@ begin atomic
     '__machine', quote_ident((p_protection).machine_column),
     '__machine_name', quote_literal((p_protection).machine_column),
     '__key', quote_ident((parse_ident((p_protection).user_path))[1]),
+    '__key_name', quote_literal((parse_ident((p_protection).user_path))[1]),
     '__user_of(d)', arbiter._path_expression(p_protection, 'd', 'user'),
     '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
     '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
@@ -186,8 +187,9 @@ end
 $$;
 comment on function arbiter._guard_template() is 'The guard of a protected table, as a template.';
 
--- The provenance of a row does not change, except that a machine which is deleted leaves its rows without a machine
--- (on delete set null). Where updates are arbitrated, source and machine say who writes, and only the user is kept.
+-- The provenance of a row does not change, except by what a foreign key does: a machine which is deleted leaves its
+-- rows without a machine (on delete set null), and a new key of a parent replaces the old one (on update cascade).
+-- Where updates are arbitrated, source and machine say who writes, and only the user is kept.
 create or replace function arbiter._provenance_template()
 returns trigger
 language plpgsql
@@ -218,8 +220,10 @@ begin
     and new.__machine is null
     and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
   if (__user_of(new)) is distinct from v_user_id
+      and not arbiter._follows_key(tg_relid, __key_name, old.__key::text, new.__key::text)
     or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
-      or new.__machine is distinct from old.__machine and not v_machine_gone)
+      or new.__machine is distinct from old.__machine and not v_machine_gone
+        and not arbiter._follows_key(tg_relid, __machine_name, old.__machine::text, new.__machine::text))
   then
     v_error := arbiter._reject_or_record(__protection, __mode, 'provenance_immutable',
       arbiter._detail('provenance_immutable', v_user_id, null, null));

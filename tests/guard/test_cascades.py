@@ -1,0 +1,218 @@
+"""What a foreign key does to who wrote a row is not a write: on update cascade, on delete set null.
+
+A client cannot pass its own update for one.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from story import (
+    activate,
+    add_machine,
+    add_signal,
+    add_trader,
+    add_user,
+    age,
+    backend,
+    one,
+    rejection,
+    set_status,
+    value,
+)
+
+if TYPE_CHECKING:
+    from conftest import Database
+
+Conn = psycopg.Connection[Any]
+
+#: The app's keys, as an app has them that renames what it refers to.
+CASCADE = """
+alter table public.signals
+  drop constraint signals_trader_id_fkey,
+  add constraint signals_trader_id_fkey foreign key (trader_id) references public.traders (id)
+    on update cascade on delete cascade,
+  drop constraint arbiter_machine_id_fkey,
+  add constraint signals_machine_id_fkey foreign key (machine_id)
+    references public.cloud_machines (id) on update cascade on delete set null;
+alter table public.traders
+  drop constraint traders_user_id_fkey,
+  add constraint traders_user_id_fkey foreign key (user_id) references auth.users (id)
+    on update cascade;
+alter table public.cloud_machines
+  drop constraint cloud_machines_user_id_fkey,
+  add constraint cloud_machines_user_id_fkey foreign key (user_id) references auth.users (id)
+    on update cascade;
+select arbiter.protect('public.signals');
+"""
+ROW = "select trader_id, source, machine_id, arbiter_xid from public.signals where id = %s"
+
+
+class Stage:
+    """Ada is local, Bob's machine holds; each has a signal."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.owner = db.connect()
+        self.owner.execute(CASCADE.encode())
+        self.conn = backend(db)
+        self.ada, self.bob = add_user(self.owner), add_user(self.owner)
+        self.adas = add_signal(self.conn, self.ada.trader)
+        self.machine = activate(self.owner, self.bob)
+        self.bobs = add_signal(self.conn, self.bob.trader, "cloud", self.machine)
+
+    def row(self, signal: UUID) -> Any:
+        return one(self.owner, ROW, signal)
+
+
+@pytest.fixture
+def at(db: Database) -> Stage:
+    return Stage(db)
+
+
+def rename(conn: Conn, table: str, old: UUID) -> UUID:
+    new = uuid4()
+    cur = conn.execute(f"update {table} set id = %s where id = %s".encode(), (new, old))
+    assert cur.rowcount == 1
+    return new
+
+
+# What keys do ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+def test_the_parents_new_key_replaces_the_old_one(at: Stage, savepoint: bool) -> None:
+    """Rows of the machine and of the browser, whoever holds; nothing else of them changes."""
+    adas, bobs = at.row(at.adas), at.row(at.bobs)
+    with at.conn.transaction():
+        if savepoint:
+            at.conn.execute("select pg_current_xact_id()")
+            with at.conn.transaction():
+                trader = rename(at.conn, "public.traders", at.bob.trader)
+        else:
+            trader = rename(at.conn, "public.traders", at.bob.trader)
+    assert at.row(at.bobs) == bobs._replace(trader_id=trader)
+    trader = rename(at.owner, "public.traders", at.ada.trader)
+    assert at.row(at.adas) == adas._replace(trader_id=trader)
+
+
+def test_the_machines_new_key_replaces_the_old_one(at: Stage) -> None:
+    before = at.row(at.bobs)
+    set_status(at.owner, at.machine, "stopped")
+    machine = rename(at.conn, "public.cloud_machines", at.machine)
+    assert at.row(at.bobs) == before._replace(machine_id=machine)
+
+
+def test_a_user_with_a_new_id(at: Stage) -> None:
+    """The rows lead to the user over the trader, whose key stays; its user is the new one."""
+    before = at.row(at.bobs)
+    rename(at.conn, "auth.users", at.bob.id)
+    assert at.row(at.bobs) == before
+
+
+def test_the_user_is_a_column_of_the_row(at: Stage) -> None:
+    at.owner.execute("""
+        create table public.notes (
+          id integer primary key,
+          user_id uuid not null references auth.users (id) on update cascade);
+        select arbiter.protect('public.notes');
+        grant all on public.notes to service_role""")
+    at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    user = rename(at.conn, "auth.users", at.ada.id)
+    assert value(at.owner, "select user_id from public.notes") == user
+
+
+def test_partitions(at: Stage) -> None:
+    at.owner.execute("""
+        create table public.ticks (
+          trader_id uuid not null references public.traders (id) on update cascade,
+          day integer not null) partition by range (day);
+        create table public.ticks_a partition of public.ticks for values from (0) to (10);
+        select arbiter.protect('public.ticks');
+        grant all on public.ticks to service_role""")
+    at.conn.execute("insert into public.ticks values (%s, 1)", (at.ada.trader,))
+    trader = rename(at.conn, "public.traders", at.ada.trader)
+    assert value(at.owner, "select trader_id from public.ticks") == trader
+
+
+def test_where_updates_are_arbitrated_it_is_judged_as_one(at: Stage) -> None:
+    """By what the row says; who wrote it is not asked again."""
+    at.owner.execute("select arbiter.protect('public.signals', p_verbs => '{insert,update}')")
+    trader = rename(at.conn, "public.traders", at.ada.trader)
+    assert at.row(at.adas).trader_id == trader
+    trader = rename(at.conn, "public.traders", at.bob.trader)
+    assert at.row(at.bobs).trader_id == trader
+    age(at.owner, at.machine, heartbeat=timedelta(minutes=5))
+    error = rejection(rename, at.conn, "public.traders", trader)
+    assert error.sqlstate == "WX004"
+
+
+# What clients do ---------------------------------------------------------------------------------
+
+
+def test_a_client_cannot_do_it_itself(at: Stage) -> None:
+    other = add_trader(at.owner, at.ada.id)
+    machine = add_machine(at.owner, at.ada)
+    for change, new in (("trader_id", at.ada.trader), ("machine_id", machine)):
+        statement = f"update public.signals set {change} = %s where id = %s".encode()
+        assert rejection(at.conn.execute, statement, (new, at.bobs)).sqlstate == "WX006"
+    # Another trader of the same user is the same user.
+    at.conn.execute("update public.signals set trader_id = %s where id = %s", (other, at.adas))
+
+
+RENAMED_BESIDE = """
+with renamed as (
+  update public.traders set id = gen_random_uuid() where id = %(own)s returning id)
+update public.signals set trader_id = %(others)s where id = %(signal)s
+  and (select count(*) from renamed) = 1
+"""
+
+#: From inside a trigger of the client's own, on a table of its own.
+NESTED = """
+create temp table lever (n integer);
+create function pg_temp.pull() returns trigger language plpgsql as $$
+begin
+  update public.signals set trader_id = '{others}' where id = '{signal}';
+  return new;
+end $$;
+create trigger pull before insert on lever for each row execute function pg_temp.pull();
+"""
+PULLED = """
+with renamed as (
+  update public.traders set id = gen_random_uuid() where id = %(own)s returning id)
+insert into lever select count(*) from renamed
+"""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_client_cannot_act_while_the_key_does(at: Stage, nested: bool) -> None:
+    """It renames its trader, and in the same statement gives the row to another user's trader."""
+    names = {"own": at.bob.trader, "others": at.ada.trader, "signal": at.bobs}
+    before = at.row(at.bobs)
+    statement = RENAMED_BESIDE
+    if nested:
+        at.owner.execute(
+            "grant temporary on database {} to service_role".format(f'"{at.db.name}"').encode()
+        )
+        at.conn.execute(NESTED.format(**names).encode())
+        statement = PULLED
+    assert rejection(at.conn.execute, statement.encode(), names).sqlstate == "WX006"
+    assert at.row(at.bobs) == before
+
+
+def test_without_such_a_key_the_row_stays(at: Stage) -> None:
+    """The parent is gone and another one was written, but the key waits for the row to follow."""
+    at.owner.execute(
+        "alter table public.signals drop constraint signals_trader_id_fkey,"
+        " add constraint signals_trader_id_fkey foreign key (trader_id)"
+        " references public.traders (id) deferrable initially deferred;"
+        " select arbiter.protect('public.signals')"
+    )
+    with at.conn.transaction(force_rollback=True):
+        trader = rename(at.conn, "public.traders", at.bob.trader)
+        follow = "update public.signals set trader_id = %s where id = %s"
+        assert rejection(at.conn.execute, follow, (trader, at.bobs)).sqlstate == "WX006"
