@@ -369,6 +369,36 @@ ATTACKS = {
         "42501",
         ADA_BEATS,
     ),
+    "a machine takes another provider's id": Attack(
+        patch(adas_machine, lambda at: at.adas_machine, machine_id="fly-of-bob"),
+        403,
+        "42501",
+        ADA_BEATS,
+    ),
+    "a machine stops itself": Attack(
+        patch(adas_machine, lambda at: at.adas_machine, status="stopped"),
+        403,
+        "42501",
+        patch(service, lambda at: at.adas_machine, status="stopped"),
+    ),
+    "a machine sends more than its heartbeat": Attack(
+        patch(adas_machine, lambda at: at.adas_machine, last_health_check="now", region="iad"),
+        403,
+        "42501",
+        ADA_BEATS,
+    ),
+    "a machine adds itself again": Attack(
+        Request(
+            adas_machine,
+            "POST",
+            "/cloud_machines",
+            lambda at: {"id": str(at.adas_machine), "user_id": str(at.ada.id)},
+            (("Prefer", "resolution=merge-duplicates"),),
+        ),
+        403,
+        "42501",
+        ADA_BEATS,
+    ),
     "a machine stops another": Attack(
         patch(adas_machine, lambda at: at.bobs_machine, status="stopped"), 200, None, ADA_BEATS
     ),
