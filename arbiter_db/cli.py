@@ -182,12 +182,19 @@ def main() -> None:
 
 @main.command("install")
 @_dsn
-def install_command(dsn: str) -> None:
+@click.option(
+    "--client-role",
+    "client_roles",
+    metavar="NAME",
+    multiple=True,
+    help="A role of clients, besides those of Supabase. May be given several times.",
+)
+def install_command(dsn: str, client_roles: tuple[str, ...]) -> None:
     """Install arbiter, or upgrade it.
 
     Also mends an install that was cut short. Connect as the owner of the tables to be protected.
     """
-    install(dsn, on_step=say)
+    install(dsn, client_roles=client_roles, on_step=say)
     say(f"arbiter {__version__} is installed")
 
 

@@ -50,12 +50,18 @@ _DAMAGED = (
 _DROPPED = re.compile(r"arbiter: (dropped .*)")
 
 
-def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step: None) -> None:
+def install(
+    conninfo: str = "",
+    *,
+    client_roles: Sequence[str] = (),
+    on_step: Callable[[str], None] = lambda step: None,
+) -> None:
     """Install arbiter, or upgrade it, or mend an install that was cut short.
 
     `conninfo` is anything libpq takes (a URI, `key=value` pairs); what it leaves out comes from
     libpq's environment variables. Connect as the owner of the tables to be protected, directly or
-    through a session pooler (a transaction pooler loses yoyo's session settings). `on_step` is
+    through a session pooler (a transaction pooler loses yoyo's session settings). `client_roles`
+    are named as `arbiter.add_client_role` does; those that were named before stay. `on_step` is
     called with the name of each step that has just been committed.
 
     Raises `InstallError` when the database refuses, or a shipped migration is not as released, and
@@ -65,7 +71,13 @@ def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step:
     with _installer(conninfo) as conn:
         _refuse_newer(conn)
         is_first = _installed_version(conn) is None
-        _run(conn, _checks(), on_step, is_dry=not is_first)
+        roles = [{"role": role} for role in client_roles]
+        with conn.transaction(force_rollback=not is_first):
+            _execute(conn, _checks())
+            for role in roles:
+                with _naming("client role"):
+                    conn.execute(QUERIES["need_client_role"], role)
+        _report(_checks() if is_first else (), on_step)
         with _yoyo(conninfo) as backend:
             for migration in backend.to_apply(migrations):
                 with _naming(migration.id):
@@ -75,7 +87,11 @@ def install(conninfo: str = "", *, on_step: Callable[[str], None] = lambda step:
         conn.add_notice_handler(
             lambda notice: dropped.extend(_DROPPED.findall(str(notice.message_primary)))
         )
-        _run(conn, _sql_files(), on_step)
+        with conn.transaction():
+            for role in roles:
+                conn.execute(QUERIES["name_client_role"], role)
+            _execute(conn, _sql_files())
+        _report(_sql_files(), on_step)
         for objects in dropped:
             on_step(objects)
         finish(conn, on_step=on_step)
@@ -280,7 +296,8 @@ def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
             holder.execute(QUERIES["lock"])
         with _connect(conninfo) as conn:
             # Before any function of the schema is called.
-            _run(conn, _sql_files()[:1], on_step=lambda step: None, is_dry=True)
+            with conn.transaction(force_rollback=True):
+                _execute(conn, _sql_files()[:1])
             yield conn
 
 
@@ -289,20 +306,16 @@ def _connect(conninfo: str) -> psycopg.Connection[Any]:
     return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
 
 
-def _run(
-    conn: psycopg.Connection[Any],
-    paths: Sequence[Path],
-    on_step: Callable[[str], None],
-    *,
-    is_dry: bool = False,
-) -> None:
-    """Run files in one transaction, which is rolled back when it is only a trial."""
-    with conn.transaction(force_rollback=is_dry):
-        conn.execute(QUERIES["unit_settings"])
-        for path in paths:
-            with _naming(path.name):
-                conn.execute(path.read_bytes())
-    for path in () if is_dry else paths:
+def _execute(conn: psycopg.Connection[Any], paths: Sequence[Path]) -> None:
+    """Run files in the caller's transaction."""
+    conn.execute(QUERIES["unit_settings"])
+    for path in paths:
+        with _naming(path.name):
+            conn.execute(path.read_bytes())
+
+
+def _report(paths: Sequence[Path], on_step: Callable[[str], None]) -> None:
+    for path in paths:
         on_step(path.name)
 
 

@@ -98,6 +98,13 @@ select * from arbiter._leave_columns(%(drop_columns)s::boolean)
 -- name: finish_statements
 select * from arbiter._finish_statements()
 
+-- name: need_client_role
+select arbiter._need_client_role(%(role)s::text::name)
+
+-- name: name_client_role
+-- Before the functions of sql/, which grant it what it needs and make policies for it.
+insert into arbiter.client_roles (role) values (%(role)s::text::name) on conflict do nothing
+
 -- name: lock_settings
 -- The connection that holds the installers' lock idles in its transaction while others work.
 -- By name from pg_settings, because transaction_timeout is new in PostgreSQL 17.

@@ -6,7 +6,8 @@ set local lock_timeout = '5s';
 drop view if exists arbiter.machines;
 
 drop table if exists
-  arbiter.observations, arbiter.attachments, arbiter.protections, arbiter.handovers, arbiter.leases,
+  arbiter.client_roles, arbiter.observations, arbiter.attachments, arbiter.protections, arbiter.handovers,
+  arbiter.leases,
   arbiter.machine_notes, arbiter.registry, arbiter.settings
   cascade;
 

@@ -9,6 +9,7 @@
 --   protections     the protected tables and how each is arbitrated
 --   attachments     what arbiter has attached or added to tables: triggers, columns, constraints, indexes, policies
 --   observations    what `observe` admitted and `enforce` would have rejected
+--   client_roles    roles that are clients besides those of Supabase
 --
 -- Every statement can run twice: the migration tool marks a migration as applied in a second
 -- transaction, so a crash in between repeats it.
@@ -369,3 +370,12 @@ comment on column arbiter.observations.protected_table is 'The table that was wr
 comment on column arbiter.observations.code is 'The code that the rejection would have had.';
 comment on column arbiter.observations.detail is 'The DETAIL that the rejection would have had.';
 comment on column arbiter.observations.xid is 'The transaction that wrote.';
+
+create table if not exists arbiter.client_roles (
+  role name not null,
+  constraint client_roles_pkey primary key (role)
+);
+
+comment on table arbiter.client_roles is
+  'Roles that the owner has named as clients, besides those of Supabase; written by arbiter.add_client_role().';
+comment on column arbiter.client_roles.role is 'The name of the role. One that does not exist any more has no effect.';

@@ -191,6 +191,22 @@ $$;
 comment on function arbiter._need_source_meaning(regclass) is
   'Error 23514 when an existing column source holds or demands other words than local and cloud.';
 
+create or replace function arbiter._need_client_role(p_role name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_role is null or not exists (select from pg_catalog.pg_roles r where r.rolname = p_role) then
+    perform arbiter._fail('undefined_object',
+      format('there is no role %s', coalesce(quote_ident(p_role), 'null')),
+      'Create the role first, or name another one; nothing was changed.');
+  end if;
+end
+$$;
+comment on function arbiter._need_client_role(name) is 'Error 42704 when the role does not exist.';
+
 -- The heartbeat column may be missing: register_machines() adds it.
 create or replace function arbiter._need_registry(
   p_registry regclass,

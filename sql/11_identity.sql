@@ -64,3 +64,40 @@ end
 $$;
 comment on function arbiter._caller(uuid) is
   'The user that a call is about: p_user_id, or the session''s user when that is null. Error 42501 when that is another user and the role is not trusted, 22023 when there is none.';
+
+-- Clients are Supabase's roles, where it has made them, and the roles that the owner has named. By kind:
+--
+--   visitor   calls only what the policies of the app's tables call
+--   user      asks, confirms and sends heartbeats; policies say which environment it may claim
+--   backend   the same for all users, and reads arbiter's tables
+create or replace function arbiter._client_roles()
+returns table (role name, kind text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select r.rolname, k.kind
+    from pg_catalog.pg_roles r
+    join (values ('anon', 'visitor'), ('authenticated', 'user'), ('service_role', 'backend')) as k (role, kind)
+      on r.rolname = k.role
+   where k.kind = 'backend'
+      or 2 = (select count(*) from pg_catalog.pg_roles o where o.rolname in ('anon', 'authenticated'))
+  union all
+  select r.rolname, 'user'
+    from arbiter.client_roles c
+    join pg_catalog.pg_roles r on r.rolname = c.role;
+end;
+comment on function arbiter._client_roles() is
+  'The roles of clients that exist, each with its kind: visitor, user or backend. A role that is named as well has two rows.';
+
+create or replace function arbiter._grantees(p_kinds text[])
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select string_agg(quote_ident(c.role), ', ' order by c.role)
+    from (select distinct r.role from arbiter._client_roles() r where r.kind = any (p_kinds)) as c;
+end;
+comment on function arbiter._grantees(text[]) is
+  'The roles of clients of these kinds, as grants and policies list them; null when there are none.';

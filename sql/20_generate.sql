@@ -111,7 +111,7 @@ declare
 begin
   for v_grantee in
     select distinct case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
-      from aclexplode(coalesce(p_acl, acldefault((case p_kind when 'routine' then 'f' else 'r' end)::"char", p_owner))) a
+      from aclexplode(coalesce(p_acl, acldefault((case p_kind when 'routine' then 'f' when 'schema' then 'n' else 'r' end)::"char", p_owner))) a
      where a.grantee <> p_owner
   loop
     execute format('revoke all on %s %s from %s', p_kind, p_object, v_grantee);
@@ -119,7 +119,7 @@ begin
 end
 $$;
 comment on function arbiter._close(text, text, aclitem[], oid) is
-  'Revokes every privilege on an object of arbiter from every role but its owner. p_kind: routine, table or sequence.';
+  'Revokes every privilege on an object of arbiter from every role but its owner. p_kind: routine, table, sequence or schema.';
 
 create or replace function arbiter._seal(p_function regprocedure, p_meaning text)
 returns void

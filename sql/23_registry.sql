@@ -10,7 +10,7 @@
 --   __state(x)                       the machine state of the row x
 --   __settled_machine(x)             the machine that holds the settled lease of the user of the row x
 --
--- Definer, except the limit and the stamp: they write notes and leases, which no client may write.
+-- Definer, except the limit: they read settings and write notes and leases, which roles that write the registry may not.
 
 -- As text, because a call for each row would cost more than the heartbeat itself. A lookup and not a CASE: the executor
 -- sets up every branch of a CASE for each statement, 28,000 instructions for the default words.
@@ -100,7 +100,9 @@ comment on function arbiter._limit_template() is
 create or replace function arbiter._stamp_template()
 returns trigger
 language plpgsql
+security definer
 set search_path = pg_catalog, pg_temp
+set row_security = off
 as $$
 begin
   new.__heartbeat := clock_timestamp();

@@ -1,6 +1,6 @@
--- Row security for the roles of Supabase's API: who may claim which environment. The guard decides who may write now;
--- neither replaces the other. Restrictive policies hold in spite of the app's permissive ones. Like every policy they
--- bind neither a table's owner nor a role with BYPASSRLS.
+-- Row security for the roles of clients (_client_roles, 11_identity.sql): who may claim which environment. The guard
+-- decides who may write now; neither replaces the other. Restrictive policies hold in spite of the app's permissive
+-- ones. Like every policy they bind neither a table's owner nor a role with BYPASSRLS.
 --
 -- A token with a claim machine_id belongs to that machine, any other token to a browser.
 --
@@ -16,8 +16,10 @@ as $$
 declare
   v_registry arbiter.registry;
   v_protection arbiter.protections;
+  v_claimants text := arbiter._grantees('{visitor,user}');
+  v_users text := arbiter._grantees('{user}');
 begin
-  if to_regrole('anon') is null or to_regrole('authenticated') is null then
+  if v_users is null then
     return;
   end if;
 
@@ -35,13 +37,13 @@ begin
     for table_name in select f.member from arbiter._family(v_protection.protected_table) as f (member) loop
       policy_name := 'arbiter_claim';
       definition := format(
-        'on %4$s as restrictive for %2$s to anon, authenticated %3$swith check ('
+        'on %4$s as restrictive for %2$s to %5$s %3$swith check ('
         'case when (select arbiter.claimed_machine_id()) is null then source = ''local'' and %1$I is null '
         'else source = ''cloud'' and %1$I = (select arbiter.claimed_machine_id()) end)',
         v_protection.machine_column,
         case when 'update' = any (v_protection.verbs) then 'all' else 'insert' end,
         case when 'update' = any (v_protection.verbs) then 'using (true) ' end,
-        table_name);
+        table_name, v_claimants);
       meaning := 'Browsers write as local, a machine''s token as that machine.';
       return next;
     end loop;
@@ -51,20 +53,20 @@ begin
   if found then
     table_name := v_registry.registry;
     policy_name := 'arbiter_registry_insert';
-    definition := format('on %s as restrictive for insert to anon, authenticated with check (false)', table_name);
+    definition := format('on %s as restrictive for insert to %s with check (false)', table_name, v_claimants);
     meaning := 'Machines are added by the backend.';
     return next;
     policy_name := 'arbiter_registry_delete';
-    definition := format('on %s as restrictive for delete to anon, authenticated using (false)', table_name);
+    definition := format('on %s as restrictive for delete to %s using (false)', table_name, v_claimants);
     meaning := 'Machines are deleted by the backend.';
     return next;
     policy_name := 'arbiter_registry_update';
     -- A browser passes `using`, so that it gets an error: rows that `using` hides are left out without one.
     definition := format(
-      'on %3$s as restrictive for update to anon, authenticated '
+      'on %4$s as restrictive for update to %3$s '
       'using ((select arbiter.claimed_machine_id()) is null or %1$I = (select arbiter.claimed_machine_id())) '
       'with check (%1$I = (select arbiter.claimed_machine_id()) and %2$I = (select arbiter.claimed_user_id()))',
-      v_registry.id_column, v_registry.user_column, table_name);
+      v_registry.id_column, v_registry.user_column, v_claimants, table_name);
     meaning := 'A machine''s token changes that machine, and keeps its owner; browsers change none.';
     return next;
     -- Only where the app has no such policy of its own: two permissive policies are both checked for each row.
@@ -73,14 +75,16 @@ begin
        where p.polrelid = v_registry.registry
          and p.polpermissive
          and p.polcmd in ('w', '*')
-         and p.polroles && array[0::oid, to_regrole('authenticated')]
+         and (p.polroles = '{0}' or exists (
+           select from arbiter._client_roles() c
+            where c.kind = 'user' and to_regrole(quote_ident(c.role)) = any (p.polroles)))
          and arbiter._ownership('policy', p.polrelid, p.polname) <> 'ours')
     then
       policy_name := 'arbiter_machine_update';
       definition := format(
-        'on %3$s for update to authenticated using (%1$I = (select arbiter.claimed_machine_id()) '
+        'on %4$s for update to %3$s using (%1$I = (select arbiter.claimed_machine_id()) '
         'and %2$I = (select arbiter.claimed_user_id()))',
-        v_registry.id_column, v_registry.user_column, table_name);
+        v_registry.id_column, v_registry.user_column, v_users, table_name);
       meaning := 'A machine''s token may send its heartbeat.';
       return next;
     end if;
@@ -89,13 +93,13 @@ begin
   policy_name := 'arbiter_own';
   meaning := 'Users read what is theirs.';
   foreach table_name in array array['arbiter.leases', 'arbiter.handovers']::regclass[] loop
-    definition := format('on %s for select to authenticated using (user_id = (select arbiter.claimed_user_id()))', table_name);
+    definition := format('on %s for select to %s using (user_id = (select arbiter.claimed_user_id()))', table_name, v_users);
     return next;
   end loop;
 end
 $$;
 comment on function arbiter._policies() is
-  'The policies that must be there; none without the roles anon and authenticated. definition: what follows the name in CREATE POLICY.';
+  'The policies that must be there; none without a role of clients. definition: what follows the name in CREATE POLICY.';
 
 -- Hashes both what was asked for and what the server has, as for triggers.
 create or replace function arbiter._policy_comment(p_policy_id oid, p_definition text, p_meaning text)

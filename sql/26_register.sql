@@ -12,6 +12,25 @@ return format(
   (p_registry).registry, arbiter._state_expression(p_registry, 'r'));
 comment on function arbiter._machines_query(arbiter.registry) is 'The query of the view arbiter.machines.';
 
+create or replace function arbiter._open_machines()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_callers text := arbiter._grantees('{user,backend}');
+begin
+  perform arbiter._close('table', 'arbiter.machines', c.relacl, c.relowner)
+     from pg_catalog.pg_class c
+    where c.oid = to_regclass('arbiter.machines');
+  if v_callers is not null then
+    execute format('grant select, update (heartbeat_at) on arbiter.machines to %s', v_callers);
+  end if;
+end
+$$;
+comment on function arbiter._open_machines() is
+  'Grants the view arbiter.machines to the roles of clients that may call heartbeat(), and to no other.';
+
 create or replace function arbiter._make_machines_view(p_query text)
 returns void
 language plpgsql
@@ -22,7 +41,7 @@ begin
     'The registry under fixed names, with its status mapped to a machine state.',
     -- With the rights of its reader: a grant here opens nothing that the registry itself does not open.
     'with (security_invoker = true)');
-  grant select, update (heartbeat_at) on arbiter.machines to public;
+  perform arbiter._open_machines();
   comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
   comment on column arbiter.machines.user_id is 'Its owner.';
   comment on column arbiter.machines.status is 'The app''s status word.';

@@ -284,8 +284,14 @@ begin
      where p.oid is null
         or obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning)
         or (not c.relrowsecurity
-          and (has_any_column_privilege('anon', c.oid, 'insert,update')
-            or has_any_column_privilege('authenticated', c.oid, 'insert,update')));
+          and exists (
+            select from arbiter._client_roles() k
+             where k.kind in ('visitor', 'user') and has_any_column_privilege(k.role, c.oid, 'insert,update')));
+  return query
+    select format('client role %I', r.role), 'missing', 'The role that was named as a client does not exist any more.',
+           format('select arbiter.remove_client_role(%L)', r.role)
+      from arbiter.client_roles r
+     where r.role not in (select k.role from arbiter._client_roles() k);
   -- Triggers, policies and columns are compared above, and whether an index is missing.
   return query
     select concat_ws(' ', a.kind, a.name, case when a.kind <> 'function' then 'of ' || a.attached_to end), o.ownership,

@@ -25,9 +25,7 @@ begin
          join pg_catalog.pg_class c on c.oid = r.protected_table
         order by r.protection_id) as p;
   perform arbiter._build_policies();
-  -- Not where the app has taken one of the two names since.
-  perform arbiter.expose(s.schema_name)
-     from (select e.schema_name from arbiter._exposed() e group by e.schema_name having count(*) = 2) as s;
+  perform arbiter._expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   v_adopt := arbiter._to_adopt();
   perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null), 'access exclusive');
   if v_adopt.registry is not null then

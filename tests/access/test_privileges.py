@@ -1,12 +1,15 @@
-"""Who may do what with arbiter's objects: the whole matrix, compared with a golden file.
+"""Who has which privilege on arbiter's objects, compared with a golden file.
 
 A line is an object; after it, for each role that may do anything, what it may. Columns are named
-where a privilege does not cover the whole table. When a change is wanted, review the difference and
-write the file anew: the failing test prints it.
+where a privilege does not cover the whole table. What each role can really do is tried in
+test_matrix. When a change is wanted, review the difference; this writes the file anew::
+
+    RENEW_GOLDEN=1 .venv/bin/python -m pytest tests/access/test_privileges.py -k reviewed
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +115,10 @@ def test_every_privilege_is_the_one_that_was_reviewed(
     stranger: psycopg.Connection[tuple[object, ...]],
 ) -> None:
     """Nothing is open that the golden file does not say, and nothing of it is closed."""
-    assert matrix(stranger) == GOLDEN.read_text(encoding="utf-8")
+    found = matrix(stranger)
+    if os.environ.get("RENEW_GOLDEN"):
+        GOLDEN.write_text(found, encoding="utf-8")
+    assert found == GOLDEN.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,63 @@ def test_only_the_owner_exposes(db: Database) -> None:
         for call in ("expose", "unexpose"):
             conn = db.connect(role=role)
             assert rejection(conn.execute, f"select arbiter.{call}()").sqlstate == "42501"
+
+
+OVERLOADS = [
+    "function public.{}() returns text language sql as 'select 1::text'",
+    "function public.{}(p_user_id text default null) returns text language sql as 'select $1'",
+    "function public.{}(uuid, integer default 1) returns uuid language sql as 'select $1'",
+    "procedure public.{}(n integer default 1) language sql as 'select 1'",
+]
+
+
+@pytest.mark.parametrize("name", ["execution_status", "confirm_takeover"])
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_a_function_beside_them_is_not_accepted(db: Database, name: str, overload: str) -> None:
+    """PostgREST would answer every call with HTTP 300."""
+    owner = db.connect()
+    owner.execute(f"create {overload.format(name)}".encode())
+    owner.execute(f"comment on routine public.{name} is 'arbiter: says the app'".encode())
+    error = rejection(owner.execute, "select arbiter.expose()")
+    assert error.sqlstate == "42723"
+    assert f"public.{name}(" in str(error)
+    assert len(exposed(db)) == 1
+
+
+@pytest.mark.parametrize("name", ["execution_status", "confirm_takeover"])
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_one_that_comes_later_is_found_and_stops_no_install(
+    db: Database, name: str, overload: str
+) -> None:
+    owner = db.connect()
+    owner.execute("select arbiter.expose()")
+    owner.execute(f"create {overload.format(name)}".encode())
+    arbiter_db.install(db.conninfo())
+    (row,) = rows(owner, "select * from arbiter.doctor() where state = 'foreign'")
+    assert f"{name}(" in row.object
+    assert "HTTP 300" in row.problem
+    owner.execute(row.remedy.encode())
+    assert rows(owner, "select * from arbiter.doctor() where state = 'foreign'") == []
+    owner.execute("select arbiter.expose()")
+
+
+def test_one_in_the_place_of_arbiters_own_stays(db: Database) -> None:
+    """The app has replaced it: an install goes on, and leaves it."""
+    owner = db.connect()
+    owner.execute("select arbiter.expose()")
+    owner.execute("drop function public.confirm_takeover(uuid)")
+    owner.execute("create function public.confirm_takeover(p_user_id uuid) returns text return 'x'")
+    arbiter_db.install(db.conninfo())
+    assert value(owner, "select public.confirm_takeover(null)") == "x"
+    assert value(owner, "select count(*) from public.execution_status(gen_random_uuid())") == 1
+    (row,) = rows(owner, "select * from arbiter.doctor() where state = 'foreign'")
+    assert "confirm_takeover(uuid)" in row.object
+
+
+def test_one_elsewhere_is_the_apps_business(db: Database) -> None:
+    """Another schema is another API."""
+    owner = db.connect()
+    owner.execute("create schema app")
+    owner.execute("create function app.execution_status() returns text return 'the app''s'")
+    owner.execute("select arbiter.expose()")
+    assert rows(owner, "select * from arbiter.doctor() where state = 'foreign'") == []

@@ -111,6 +111,8 @@ CALLS: dict[str, Call] = {
     "doctor()": sql("select * from arbiter.doctor()"),
     "expose(name)": sql("select arbiter.expose()"),
     "unexpose(name)": sql("select arbiter.unexpose()"),
+    "add_client_role(name)": sql("select arbiter.add_client_role('authenticator')"),
+    "remove_client_role(name)": sql("select arbiter.remove_client_role('authenticator')"),
 }
 OTHERS: dict[str, Call] = {
     "lock tables": sql("select arbiter._lock_tables('{public.signals,public.traders}', 'share')"),
@@ -179,14 +181,18 @@ SET = {
     "_provenance_2()": GUARD,
     "_provenance_template()": GUARD,
     "_share_lease_bounded(uuid,text,uuid)": ["lock_timeout=2s"],
+    "_stamp_template()": ["row_security=off"],
+    "add_client_role(name)": ["lock_timeout=5s"],
     "audit(regclass,boolean)": ["row_security=off", "enable_nestloop=off", "jit=off"],
     "confirm_takeover(uuid)": ["row_security=off"],
     "protect(regclass,text,text[],name,text,text,boolean)": OWNERS,
     "register_machines(regclass,name,name,name,name,jsonb,text[])": OWNERS,
+    "remove_client_role(name)": ["lock_timeout=5s"],
     "status(uuid)": ["row_security=off"],
     "tg_announce()": ["lock_timeout=100ms"],
     "tg_registry_activate()": GUARD,
     "tg_registry_note()": ["row_security=off"],
+    "tg_registry_stamp()": ["row_security=off"],
     "tg_settings()": ["row_security=off"],
     "unprotect(regclass)": OWNERS,
 }

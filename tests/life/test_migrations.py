@@ -31,7 +31,7 @@ FORWARD = sorted(p for p in MIGRATIONS.glob("*.sql") if not p.name.endswith(".ro
 BACKWARD = sorted(MIGRATIONS.glob("*.rollback.sql"), reverse=True)
 REPEATABLE = sorted(SQL.glob("*.sql"))
 
-OPEN_TO_EVERYBODY = {
+OPEN_TO_CLIENTS = {
     "arbiter.status(uuid)",
     "arbiter.confirm_takeover(uuid)",
     "arbiter.heartbeat(uuid)",
@@ -277,28 +277,28 @@ def test_definers_pin_their_search_path(ask: Ask) -> None:
     assert set(definers) <= set(pinned)
 
 
-def test_what_everybody_may_call_pins_its_search_path(ask: Ask) -> None:
+def test_what_clients_may_call_pins_its_search_path(ask: Ask) -> None:
     """The caller of a function chooses its search_path, unless it has one."""
     unpinned = ask(
         "select p.oid::regprocedure::text from pg_proc p "
         "where p.pronamespace = 'arbiter'::regnamespace and p.prolang <> "
         "(select l.oid from pg_language l where l.lanname = 'sql') "
-        "and has_function_privilege('anon', p.oid, 'execute') and p.proconfig is null"
+        "and has_function_privilege('authenticated', p.oid, 'execute') and p.proconfig is null"
     )
     assert unpinned == []
 
 
-def test_everybody_may_call_the_public_api_and_nothing_else(ask: Ask) -> None:
+def test_clients_may_call_the_public_api_and_nothing_else(ask: Ask) -> None:
     callable_ = ask(
-        "select p.oid::regprocedure::text from pg_proc p "
+        "select distinct p.oid::regprocedure::text from pg_proc p "
         "cross join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a "
         "where p.pronamespace = 'arbiter'::regnamespace "
         "and a.grantee <> p.proowner and a.privilege_type = 'EXECUTE'"
     )
-    assert sorted(callable_) == sorted(OPEN_TO_EVERYBODY)
+    assert sorted(callable_) == sorted(OPEN_TO_CLIENTS)
 
 
-def test_everybody_may_read_settings_and_registry_and_nothing_else(ask: Ask) -> None:
+def test_clients_may_read_settings_and_registry_and_nothing_else(ask: Ask) -> None:
     granted = ask(
         "select c.relname || ' ' || lower(a.privilege_type) || ' ' || "
         "  case a.grantee when 0 then 'public' else a.grantee::regrole::text end "
@@ -317,12 +317,16 @@ def test_everybody_may_read_settings_and_registry_and_nothing_else(ask: Ask) -> 
         "leases select authenticated",
         "leases select service_role",
         "machine_notes select service_role",
-        "machines select public",  # with the reader's own rights on the registry
-        "machines.heartbeat_at update public",
+        "machines select authenticated",  # with the reader's own rights on the registry
+        "machines select service_role",
+        "machines.heartbeat_at update authenticated",
+        "machines.heartbeat_at update service_role",
         "observations select service_role",
         "protections select service_role",
-        "registry select public",
-        "settings select public",
+        "registry select authenticated",
+        "registry select service_role",
+        "settings select authenticated",
+        "settings select service_role",
     ]
 
 
