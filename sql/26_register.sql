@@ -258,6 +258,7 @@ declare
   v_known constant text[] := '{starting,running,stopping,stopped,error}';
   v_unknown text;
   v_old arbiter.registry;
+  v_is_ahead boolean;
   v_index text;
 begin
   if p_registry is null or p_id_column is null or p_user_column is null or p_status_column is null
@@ -316,8 +317,13 @@ begin
   perform arbiter._add_column(p_registry, p_heartbeat_column, 'heartbeat');
   if (v_old.registry, v_old.heartbeat_column) is distinct from (p_registry, p_heartbeat_column) then
     -- Until now clients wrote it by their own clocks. A value in the future would count as no heartbeat.
-    execute format('update %s set %2$I = clock_timestamp() where %2$I > clock_timestamp()',
-      p_registry, p_heartbeat_column);
+    execute format('select exists (select from %s where %2$I > clock_timestamp())', p_registry, p_heartbeat_column)
+      into v_is_ahead;
+    if v_is_ahead then
+      perform arbiter._need_trusted_code(p_registry);
+      execute format('update %s set %2$I = clock_timestamp() where %2$I > clock_timestamp()',
+        p_registry, p_heartbeat_column);
+    end if;
   end if;
 
   insert into arbiter.registry

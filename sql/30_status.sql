@@ -202,6 +202,7 @@ begin
       errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
   end if;
 
+  perform arbiter._need_trusted_code(r.registry) from arbiter.registry r;
   if not v_attempt.locked
      or not arbiter._hand_over(v_lease, v_attempt.wrote, 'local', null, 'confirmed')
   then
@@ -234,4 +235,4 @@ begin
 end
 $$;
 comment on function arbiter.confirm_takeover(uuid) is
-  'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. While writes of the machine are in flight, the next local write completes the handover. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm). Returns the status.';
+  'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. While writes of the machine are in flight, the next local write completes the handover. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm, or the registry has a trigger of a role that has not the rights of arbiter''s owner). Returns the status.';

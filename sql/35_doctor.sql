@@ -259,17 +259,38 @@ begin
            'Run: arbiter-db install'
       from (select arbiter._machine_may_write_state() as state) s
      where s.state <> 'ok';
-  -- confirm_takeover() writes the registry as arbiter's owner, so the registry's triggers run with its rights.
+  -- confirm_takeover() writes the registry as arbiter's owner, so what the registry runs has that owner's rights.
   return query
-    select format('triggers of %s on %s', r.rolname, v_registry.registry), 'foreign',
-           'This role may create triggers there, and they would run with the rights of arbiter''s owner.',
-           format('revoke trigger on %s from %I', v_registry.registry, r.rolname)
-      from pg_catalog.pg_class c
-      cross join lateral aclexplode(c.relacl) a
-      join pg_catalog.pg_roles r on r.oid = a.grantee
-     where c.oid = v_registry.registry
-       and a.privilege_type = 'TRIGGER'
-       and a.grantee <> c.relowner;
+    select c.object, 'foreign',
+           format('confirm_takeover() is rejected: function %s of %I would run with the rights of arbiter''s owner.',
+             c.function_name, c.owner),
+           case when t.oid is null then format('Make it call functions of %I only.', pg_get_userbyid(r.relowner))
+                else format('drop trigger %I on %s', t.tgname, t.tgrelid::regclass) end
+      from pg_catalog.pg_class r
+      cross join lateral arbiter._foreign_code(v_registry.registry) c
+      left join pg_catalog.pg_trigger t on pg_describe_object('pg_trigger'::regclass, t.oid, 0) = c.object
+     where r.oid = 'arbiter.registry'::regclass;
+  -- Supabase grants TRIGGER on each new table to its roles.
+  return query
+    select format('grants of trigger on %s', v_registry.registry), 'note',
+           format('May create triggers there: %s. One that calls a function of such a role makes confirm_takeover() fail.',
+             string_agg(m.role, ', ')),
+           (select format('revoke trigger on %s from %s', v_registry.registry,
+                     string_agg(distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end, ', '))
+              from pg_catalog.pg_class c
+              cross join lateral aclexplode(c.relacl) a
+             where c.oid = v_registry.registry
+               and a.privilege_type = 'TRIGGER'
+               and not arbiter._is_trusted(a.grantee))
+      from arbiter._may_create_triggers(v_registry.registry) as m (role)
+    having count(*) > 0;
+  return query
+    select format('function %s', f.id::text), 'foreign',
+           format('An API that serves schema %I may answer calls of arbiter''s function of that name with HTTP 300.', s.schema_name),
+           format('alter routine %s rename to %I', f.id, p.proname || '_of_the_app')
+      from (select distinct e.schema_name from arbiter._exposed() e) as s
+      cross join lateral arbiter._beside_exposed(s.schema_name) as f (id)
+      join pg_catalog.pg_proc p on p.oid = f.id;
   return query
     select format('policy %I on %s', n.policy_name, n.table_name),
            case when p.oid is null then 'missing' when c.relrowsecurity then 'outdated' else 'disabled' end,

@@ -158,7 +158,8 @@ grant select, insert, update
   on public.traders, public.cloud_machines, public.signals, public.positions
   to authenticated;
 grant select on public.traders, public.signals to anon;
-grant all on all tables in schema public to service_role;
+-- Not `all`: a backend needs no TRIGGER on the table of machines (docs/operations.md, Doctor).
+grant select, insert, update, delete, truncate on all tables in schema public to service_role;
 
 alter table public.traders enable row level security;
 alter table public.cloud_machines enable row level security;

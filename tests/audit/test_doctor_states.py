@@ -30,7 +30,6 @@ create table public.bars_a partition of public.bars for values from (0) to (10);
 select arbiter.protect('public.bars', p_evidence => false);
 create function public.tg_of_the_app() returns trigger language plpgsql
   as $$ begin return null; end $$;
-revoke trigger on public.cloud_machines from service_role;
 select arbiter.expose();
 revoke update on public.signals from authenticated;
 """
@@ -344,10 +343,10 @@ DAMAGES = {
     ),
     "trigger granted": Damage(
         "grant trigger on public.cloud_machines to service_role",
-        "triggers of service_role on public.cloud_machines",
-        "foreign",
-        "This role may create triggers there, and they would run with the rights of arbiter's"
-        " owner.",
+        "grants of trigger on public.cloud_machines",
+        "note",
+        "May create triggers there: service_role. One that calls a function of such a role makes"
+        " confirm_takeover() fail.",
         "revoke trigger on public.cloud_machines from service_role",
     ),
     "policy dropped": Damage(

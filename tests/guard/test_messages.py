@@ -70,6 +70,9 @@ select arbiter.protect('public.apart', p_evidence => false);
 FOREIGN = """
 create table public.not_ours (user_id uuid);
 create table public.feeds (word text primary key);
+create function public.tg_foreign() returns trigger language plpgsql
+  as 'begin return new; end';
+alter function public.tg_foreign() owner to service_role;
 """
 
 
@@ -495,6 +498,33 @@ FAILURES = {
         " and it is not arbiter's",
         "Rename it, or expose into another schema; nothing was changed.",
         setup="create function public.execution_status(uuid) returns int language sql return 1",
+    ),
+    # 15_trust
+    "foreign code": Failure(
+        "select arbiter._need_trusted_code('public.parent')",
+        "55000",
+        "arbiter: trigger watch on table public.parent would run function public.tg_foreign() of"
+        " service_role with the rights of arbiter's owner",
+        "The owner of the table must drop it, or make it call functions of its own; nothing was"
+        " changed.",
+        setup="create trigger watch before update on public.parent for each row"
+        " execute function public.tg_foreign()",
+    ),
+    "triggers of later": Failure(
+        "select arbiter._need_trusted_code('public.parent')",
+        "0A000",
+        "arbiter: above read committed it cannot be told which triggers there are on"
+        " public.parent",
+        "Call it at read committed; nothing was changed.",
+        setup="grant trigger on public.parent to service_role",
+        between="select",
+    ),
+    # 34_clients
+    "no role": Failure(
+        "select arbiter.add_client_role('ghost')",
+        "42704",
+        "arbiter: there is no role ghost",
+        "Create the role first, or name another one; nothing was changed.",
     ),
     # 40_left_over
     "no installation": Failure(
