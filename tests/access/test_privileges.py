@@ -10,6 +10,7 @@ test_matrix. When a change is wanted, review the difference; this writes the fil
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +120,29 @@ def test_every_privilege_is_the_one_that_was_reviewed(
     if os.environ.get("RENEW_GOLDEN"):
         GOLDEN.write_text(found, encoding="utf-8")
     assert found == GOLDEN.read_text(encoding="utf-8")
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["docs/security.md", "sql/42_privileges.sql"])
+def test_every_definer_function_has_its_reason(
+    stranger: psycopg.Connection[tuple[object, ...]], page: str
+) -> None:
+    """In two lists, which name those of a table by its N; and no other function is there."""
+    found = rows(
+        stranger,
+        "select distinct regexp_replace(proname, '_[0-9]+$', '_N') as name from pg_proc"
+        " where pronamespace = 'arbiter'::regnamespace and prosecdef",
+    )
+    text = (REPOSITORY / page).read_text("utf-8")
+    if page.endswith(".md"):
+        (table,) = re.findall(r"\| function \| why \|\n((?:\|.*\n)+)", text)
+        named = re.findall(r"`([a-z_]+N?)`", "".join(re.findall(r"(?m)^\|[^|]*", table)))
+    else:
+        lines = re.findall(r"(?m)^--   (\S.*)$", text)
+        named = re.findall(r"\w+", " ".join(re.split(r"  +|,$", line)[0] for line in lines))
+    assert sorted(set(named)) == sorted({row.name for row in found} | {"_guard_row_N"})
 
 
 @pytest.mark.parametrize(
