@@ -105,7 +105,7 @@ def claiming(db: Database, user: User, **claims: str) -> Conn:
     return db.connect(LOGIN, claims={"sub": str(user.id), **claims})
 
 
-def in_error(db: Database) -> tuple[User, Any]:
+def in_error(db: Database) -> User:
     """A user whose machine has failed so long ago that a takeover can be confirmed."""
     owner = db.connect()
     user = add_user(owner)
@@ -113,7 +113,7 @@ def in_error(db: Database) -> tuple[User, Any]:
     set_status(backend(db), machine, "error")
     long_ago = 2 * SETTINGS["error_takeover_delay"]
     age(owner, machine, heartbeat=long_ago, left_running=long_ago, entered_error=long_ago)
-    return user, machine
+    return user
 
 
 CALLS = [
@@ -134,7 +134,7 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS)
 def test_a_plain_login_calls_nothing(db: Database, login: str, call: str) -> None:
     """It can set request.jwt.claims itself, and so would speak for any user."""
-    user, machine = in_error(db)
+    user = in_error(db)
     assert rejection(claiming(db, user).execute, call).sqlstate == "42501"
     assert lease(db.connect(), user).holder == "cloud"
 
@@ -142,7 +142,7 @@ def test_a_plain_login_calls_nothing(db: Database, login: str, call: str) -> Non
 def test_a_named_role_speaks_for_the_user_of_its_claims(db: Database, login: str) -> None:
     """The twin of the test above, and only for that user."""
     db.connect().execute("select arbiter.add_client_role(%s)", (login,))
-    user, machine = in_error(db)
+    user = in_error(db)
     other = add_user(db.connect())
     conn = claiming(db, user)
     forged = "select arbiter.confirm_takeover(%s)"
@@ -245,11 +245,8 @@ def test_the_installer_names_roles_and_keeps_them(trading_db: Database) -> None:
         first = dump(trading_db.conninfo(), "--schema-only")
         arbiter_db.install(trading_db.conninfo())
         assert_same(first, schema(trading_db.conninfo()))
-        result = CliRunner().invoke(
-            main,
-            ["install", "--dsn", trading_db.conninfo()]
-            + ["--client-role", "reader", "--client-role", LOGIN],
-        )
+        named_too = ["--client-role", "reader", "--client-role", LOGIN]
+        result = CliRunner().invoke(main, ["install", "--dsn", trading_db.conninfo(), *named_too])
         assert result.exit_code == 0, result.output
         assert named(trading_db) == [LOGIN, "reader"]
         trading_db.connect().execute("select arbiter.remove_client_role('reader')")
@@ -272,7 +269,8 @@ def test_the_uninstaller_leaves_nothing_of_a_named_role(trading_db: Database) ->
         arbiter_db.uninstall(trading_db.conninfo(), drop_columns=True)
         assert_same(before, schema(trading_db.conninfo()))
         # Nothing depends on it any more.
-        trading_db.connect("postgres").execute(sql.SQL("drop role {}").format(sql.Identifier(LOGIN)))
+        drop = sql.SQL("drop role {}").format(sql.Identifier(LOGIN))
+        trading_db.connect("postgres").execute(drop)
 
 
 def test_a_role_that_does_not_exist(trading_db: Database) -> None:
@@ -336,9 +334,11 @@ def test_without_the_roles_of_supabase(db: Database) -> None:
         assert tuple(rows(superuser, counts)[0]) == (0, 0)
         superuser.execute("select arbiter.add_client_role('was_anon')")
         assert value(superuser, "select role from arbiter._client_roles()") == "was_anon"
-        roles = rows(superuser, "select distinct polroles::regrole[]::text as r from pg_policy p"
-                     " where starts_with(polname, 'arbiter')")
+        roles = rows(
+            superuser,
+            "select distinct polroles::regrole[]::text as r from pg_policy p"
+            " where starts_with(polname, 'arbiter')",
+        )
         assert [row.r for row in roles] == ["{was_anon}"]
-        may_call = "select has_function_privilege('authenticated', 'arbiter.status(uuid)', 'execute')"
-        assert value(superuser, may_call) is False
-
+        may = "select has_function_privilege('authenticated', 'arbiter.status(uuid)', 'execute')"
+        assert value(superuser, may) is False

@@ -76,9 +76,7 @@ CODE = {
     ),
     "condition": (
         "mallory",
-        TRIGGER.format(
-            "before update", "for each row when (mallory.holds(new.status))", BUILT_IN
-        ),
+        TRIGGER.format("before update", "for each row when (mallory.holds(new.status))", BUILT_IN),
     ),
     "operator": (
         "mallory",
@@ -206,8 +204,10 @@ def test_nor_that_of_a_temporary_function(db: Database, mallory: Conn) -> None:
     user = in_error(db)
     superuser = db.connect("postgres")
     superuser.execute("grant authenticated to mallory")
-    mallory.execute("create function pg_temp.tg() returns trigger language plpgsql"
-                    " as 'begin perform mallory.take(); return new; end'")
+    mallory.execute(
+        "create function pg_temp.tg() returns trigger language plpgsql"
+        " as 'begin perform mallory.take(); return new; end'"
+    )
     mallory.execute(TRIGGER.format("before update", "for each row", "pg_temp.tg").encode())
     mallory.execute("set role authenticated")
     claims = f'{{"sub": "{user.id}"}}'
@@ -234,9 +234,7 @@ def test_nor_a_trigger_that_is_newer_than_the_snapshot(
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_where_only_the_owner_creates_triggers_any_level_will_do(
-    db: Database, level: str
-) -> None:
+def test_where_only_the_owner_creates_triggers_any_level_will_do(db: Database, level: str) -> None:
     user = in_error(db)
     tab = browser(db, user)
     tab.execute(f"begin isolation level {level}".encode())

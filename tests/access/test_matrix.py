@@ -240,7 +240,7 @@ class Stage:
         conn = self.conns[actor]
         try:
             with conn.transaction(force_rollback=True):
-                conn.execute("set local lock_timeout = '5 s'; set local client_min_messages = error")
+                conn.execute("set local lock_timeout = '5 s'")
                 cur = conn.execute(statement.encode(), self.names[actor])
                 return str(cur.rowcount) if counts else "ok"
         except psycopg.Error as error:
