@@ -513,8 +513,7 @@ FAILURES = {
     "triggers of later": Failure(
         "select arbiter._need_trusted_code('public.parent')",
         "0A000",
-        "arbiter: above read committed it cannot be told which triggers there are on"
-        " public.parent",
+        "arbiter: above read committed it cannot be told which triggers there are on public.parent",
         "Call it at read committed; nothing was changed.",
         setup="grant trigger on public.parent to service_role",
         between="select",
