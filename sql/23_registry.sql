@@ -10,7 +10,8 @@
 --   __state(x)                       the machine state of the row x
 --   __settled_machine(x)             the machine that holds the settled lease of the user of the row x
 --
--- Definer, except the limit: they read settings and write notes and leases, which roles that write the registry may not.
+-- Definer, except the limit: they read settings and write notes and leases, which roles that write the registry may
+-- not.
 
 -- As text, because a call for each row would cost more than the heartbeat itself. A lookup and not a CASE: the executor
 -- sets up every branch of a CASE for each statement, 28,000 instructions for the default words.
@@ -60,11 +61,13 @@ begin
   if row_security_active(tg_relid) then
     declare
       v_new record := new;
+      -- Not claimed_machine_id(), which roles that are no clients may not call.
+      v_is_machine boolean := nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'machine_id' is not null;
       v_column name;
     begin
       v_new.__heartbeat := old.__heartbeat;
       v_new.__status := old.__status;
-      if v_new *<> old and arbiter.claimed_machine_id() is not null then
+      if v_is_machine and v_new *<> old then
         -- Generated columns have no value yet.
         select a.attname
           into v_column
@@ -80,9 +83,9 @@ begin
             'It may send heartbeats, and set the status words that the app lists for machines; let the backend do the rest.');
         end if;
       end if;
-      if new.__status is distinct from old.__status
+      if v_is_machine
+        and new.__status is distinct from old.__status
         and (new.__status::text = any (__statuses)) is not true
-        and arbiter.claimed_machine_id() is not null
       then
         perform arbiter._fail('insufficient_privilege',
           format('a machine''s token may not set the status %s of %s',

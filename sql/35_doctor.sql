@@ -321,9 +321,9 @@ begin
            'Run: arbiter-db install'
       from arbiter.attachments a
      cross join lateral (select arbiter._ownership(a.kind, a.attached_to, a.name) as ownership) o
-     where a.kind in ('constraint', 'function')
-       and o.ownership <> 'ours'
-       and (a.kind = 'function' or exists (select from pg_catalog.pg_class c where c.oid = a.attached_to));
+     where case a.kind
+         when 'constraint' then o.ownership <> 'ours' and exists (select from pg_catalog.pg_class c where c.oid = a.attached_to)
+         when 'function' then o.ownership = 'missing' end;
   return query
     select split_part(u.statement, ' validate ', 1), 'outdated', 'A constraint is not validated.', u.statement
       from arbiter._finish_statements() as u (statement)

@@ -406,12 +406,11 @@ DAMAGES = {
         "It was dropped, and the one that has its name now is not arbiter's.",
         INSTALL,
     ),
-    "function of the app": Damage(
-        "drop function public.confirm_takeover(uuid);"
-        " create function public.confirm_takeover(uuid) returns integer language sql return 1",
+    "exposed function dropped": Damage(
+        "drop function public.confirm_takeover(uuid)",
         "function public.confirm_takeover(uuid)",
-        "foreign",
-        "It was dropped, and the one that has its name now is not arbiter's.",
+        "missing",
+        "It was dropped.",
         INSTALL,
     ),
     "history's trigger dropped": Damage(

@@ -499,7 +499,7 @@ FAILURES = {
         "Rename it, or expose into another schema; nothing was changed.",
         setup="create function public.execution_status(uuid) returns int language sql return 1",
     ),
-    # 15_trust
+    # 03_trust
     "foreign code": Failure(
         "select arbiter._need_trusted_code('public.parent')",
         "55000",
