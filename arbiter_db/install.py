@@ -89,7 +89,8 @@ def install(
         )
         with conn.transaction():
             for role in roles:
-                conn.execute(QUERIES["name_client_role"], role)
+                with _naming("client role"):
+                    conn.execute(QUERIES["name_client_role"], role)
             _execute(conn, _sql_files())
         _report(_sql_files(), on_step)
         for objects in dropped:
