@@ -33,7 +33,6 @@ declare
   v_users text := arbiter._grantees('{user}');
   v_backends text := arbiter._grantees('{backend}');
 begin
-  perform arbiter._open_machines();
   if v_all is not null then
     -- A policy needs no usage of the schema.
     execute format('grant execute on function arbiter.claimed_user_id(), arbiter.claimed_machine_id() to %s', v_all);
@@ -58,7 +57,7 @@ begin
 end
 $$;
 comment on function arbiter._open_to_clients() is
-  'Grants the roles of clients what each kind needs (_client_roles). Nothing is granted to PUBLIC.';
+  'Grants the roles of clients what each kind needs (_client_roles), but for the view of machines (_open_machines). Nothing is granted to PUBLIC.';
 
 create or replace function arbiter._change_clients()
 returns void
@@ -68,6 +67,7 @@ as $$
 begin
   perform arbiter._close_all();
   perform arbiter._open_to_clients();
+  perform arbiter._open_machines();
   perform arbiter._expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   -- Policies change only under the strongest lock: take it at once, since a later upgrade can deadlock with a reader.
   perform arbiter._lock_tables(array(

@@ -18,6 +18,7 @@ begin
   insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
   perform arbiter._build_machine_may_write();
   perform arbiter._build_registry();
+  perform arbiter._open_machines();
   perform arbiter._build_guard(p.protection_id)
      from (
        select r.protection_id

@@ -493,7 +493,7 @@ DAMAGES = {
     "a function that everybody may call":
         "grant execute on function arbiter._create_lease(uuid, text) to public",
     "a function that no role may call any more":
-        "revoke execute on function arbiter.status(uuid) from public",
+        "revoke execute on function arbiter.status(uuid) from authenticated",
     "a guard that is missing": "drop trigger arbiter_guard_insert on public.signals",
     "a guard that is disabled":
         "alter table public.signals disable trigger arbiter_guard_insert",
