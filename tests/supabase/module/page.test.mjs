@@ -337,12 +337,14 @@ describe('<arbiter-badge>', () => {
 
   it('changes only what is new, so that its button keeps the focus', async () => {
     await startWith(CONFIRMABLE);
-    const observer = new page.window.MutationObserver(() => undefined);
+    // happy-dom gives them to the observer after a while: on a busy machine sooner than the test takes them.
+    const records = [];
+    const observer = new page.window.MutationObserver((found) => records.push(...found));
     observer.observe(inner('.badge'), { childList: true });
     await poll({ ...CONFIRMABLE, epoch: 3 });
-    assert.equal(observer.takeRecords().length, 0);
+    assert.deepEqual([...records, ...observer.takeRecords()], []);
     await poll(CLOUD);
-    assert.equal(observer.takeRecords().length, 1);
+    assert.equal(records.length + observer.takeRecords().length, 1);
     observer.disconnect();
   });
 
