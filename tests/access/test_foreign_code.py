@@ -290,7 +290,8 @@ def test_a_registration_runs_none_either(db: Database, mallory: Conn) -> None:
 
 
 def notes(db: Database) -> list[Any]:
-    return rows(db.connect(), "select * from arbiter.doctor() where state <> 'ok' and object ~ 'trigger'")
+    wrong = "select * from arbiter.doctor() where state <> 'ok' and object ~ 'trigger'"
+    return rows(db.connect(), wrong)
 
 
 def test_a_grant_alone_is_a_note(db: Database, mallory: Conn) -> None:
