@@ -212,9 +212,7 @@ def test_objects_that_look_like_arbiters_are_left_alone(templates: Templates) ->
         arbiter_db.finish(admin)
         admin.execute("select arbiter.unprotect('public.positions')")
         admin.execute("select arbiter.register_machines('public.cloud_machines')")
-        doctor = (
-            "select object from arbiter.doctor() where state not in ('ok', 'note')"
-        )
+        doctor = "select object from arbiter.doctor() where state not in ('ok', 'note')"
         assert column(admin, doctor) == []
         report = arbiter_db.uninstall(database.conninfo("postgres"), drop_columns=True)
         assert "dropped column source of public.signals" in report
