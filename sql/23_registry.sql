@@ -71,10 +71,9 @@ begin
         -- Generated columns have no value yet.
         select a.attname
           into v_column
-          from pg_catalog.pg_attribute a
-         where a.attrelid = tg_relid
-           and a.attgenerated = ''
-           and to_jsonb(old) -> a.attname::text is distinct from to_jsonb(v_new) -> a.attname::text
+          from (select to_jsonb(old) as old, to_jsonb(v_new) as new offset 0) r
+          join pg_catalog.pg_attribute a on a.attrelid = tg_relid and a.attgenerated = ''
+         where r.old -> a.attname::text is distinct from r.new -> a.attname::text
          order by a.attnum
          limit 1;
         if found then

@@ -2,7 +2,7 @@
 -- Supabase by a broadcast; heartbeats are not. Clients must poll arbiter.status() all the same, because poolers drop
 -- notifications, and because none is sent while the server's queue fills up.
 
--- An announcement never fails or delays the write that it is about; the lock_timeout is for the broadcast's table.
+-- An announcement never fails the write that it is about. The lock_timeout bounds its wait for the broadcast's table.
 create or replace function arbiter.tg_announce()
 returns trigger
 language plpgsql
