@@ -356,11 +356,9 @@ create table if not exists arbiter.observations (
   code text not null,
   detail jsonb not null,
   xid xid8 not null,
-  constraint observations_pkey primary key (observation_id)
+  -- In this order it also finds the newest of a table.
+  constraint observations_pkey primary key (protected_table, observation_id)
 );
-
--- Which are the newest of a table.
-create index if not exists observations_protected_table_idx on arbiter.observations (protected_table, observation_id);
 
 comment on table arbiter.observations is
   'Writes that mode observe admitted and enforce would have rejected: of each table the newest 1,000.';

@@ -1,5 +1,5 @@
 -- Mode observe: what it records. Any user can make as many observations as they like, so of each table the newest 1,000
--- are kept. A write that enforce would admit comes not here.
+-- are kept. A write that enforce would admit does not come here.
 
 create or replace function arbiter._trim_observations(p_table regclass)
 returns void
@@ -7,20 +7,21 @@ language sql
 set search_path = pg_catalog, pg_temp
 begin atomic
   delete from arbiter.observations o
-   where o.observation_id = any (array(
-     select d.observation_id
-       from arbiter.observations d
-      where d.protected_table = p_table
-        and d.observation_id <= (
-          select k.observation_id
-            from arbiter.observations k
-           where k.protected_table = p_table
-           order by k.observation_id desc
-          offset 1000
-           limit 1)
-      order by d.observation_id
-      limit 100
-        for update skip locked));
+   where o.protected_table = p_table
+     and o.observation_id = any (array(
+       select d.observation_id
+         from arbiter.observations d
+        where d.protected_table = p_table
+          and d.observation_id <= (
+            select k.observation_id
+              from arbiter.observations k
+             where k.protected_table = p_table
+             order by k.observation_id desc
+            offset 1000
+             limit 1)
+        order by d.observation_id
+        limit 100
+          for update skip locked));
 end;
 comment on function arbiter._trim_observations(regclass) is
   'Deletes up to 100 observations of a table that are older than its newest 1,000. Leaves those that another session has locked.';
