@@ -169,6 +169,11 @@ declare
   v_attempt record;
   v_word text;
 begin
+  if arbiter.claimed_machine_id() is not null then
+    perform arbiter._fail('insufficient_privilege',
+      'a machine''s token cannot confirm a takeover',
+      'Ask the user, and call it with the user''s token or as the backend.');
+  end if;
   select clock_timestamp() + s.drain_timeout into strict v_give_up_at from arbiter.settings s where s.singleton;
   loop
     select l.* into v_lease from arbiter.leases l where l.user_id = v_user_id;

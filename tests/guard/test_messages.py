@@ -328,6 +328,15 @@ FAILURES = {
         "arbiter: no user",
         "Pass p_user_id, or set request.jwt.claims with a sub.",
     ),
+    # 30_status
+    "confirmed by a machine": Failure(
+        "select arbiter.confirm_takeover('{user}')",
+        "42501",
+        "arbiter: a machine's token cannot confirm a takeover",
+        "Ask the user, and call it with the user's token or as the backend.",
+        setup="select set_config('request.jwt.claims',"
+        " json_build_object('machine_id', gen_random_uuid())::text, true)",
+    ),
     # 20_generate, 21_paths
     "a word that nothing stands for": Failure(
         "select arbiter._instantiate('arbiter._stamp_template()', 'new', '{{}}')",
