@@ -67,13 +67,14 @@ begin
     if v_member.relkind = 'p' then
       trigger_name := 'arbiter_guard_row';
       -- A row that MERGE moves to another partition is in no transition table; it fires the trigger for inserts.
-      -- Below a root that is not protected no statement trigger fires. Tables stand in the condition as regclass,
-      -- because a dump then has their names; a number would be that of another table after a restore.
+      -- Below a root that is not protected no statement trigger fires; that question has only constants in it, so the
+      -- server answers it once for a statement and not for each row. Tables stand in the condition as regclass, because
+      -- a dump then has their names; a number would be that of another table after a restore.
       definition := case when v_updates
         then format('after insert or update on %s for each row %s', table_name, v_guard_row)
-        else format('after insert on %s for each row when (new.tableoid <> all (%L::regclass[]) '
-          'or pg_partition_root(new.tableoid) <> %L::regclass) %s',
-          table_name, v_family, pg_partition_root(p_protection.protected_table), v_guard_row)
+        else format('after insert on %1$s for each row when (new.tableoid <> all (%2$L::regclass[]) '
+          'or pg_partition_root(%3$L::regclass) <> %3$L::regclass) %4$s',
+          table_name, v_family, p_protection.protected_table, v_guard_row)
         end;
       meaning := 'Arbitrates what no statement trigger sees: partitions that have come since, rows that move.';
       return next;
