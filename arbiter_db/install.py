@@ -182,7 +182,18 @@ def migration_texts() -> tuple[str, str]:
 
 
 def check_version(conn: psycopg.Connection[Any]) -> None:
-    """Raise `OutdatedSchema` unless the database has arbiter in exactly this package's version."""
+    """Raise `OutdatedSchema` unless the database has arbiter in exactly this package's version.
+
+    Raises `InstallError` before anything of it runs when arbiter belongs to a role that neither
+    owns the database nor has the rights of the connection's role; for a superuser, when it belongs
+    to anyone but a superuser.
+    """
+    for stranger in _column(conn, "stranger"):
+        raise InstallError(
+            f"schema arbiter belongs to {stranger}, whose functions would run with your rights",
+            hint=f"Connect as {stranger}, if arbiter was installed by that role.",
+            sqlstate="42501",
+        )
     installed = _installed_version(conn)
     if installed is None:
         raise OutdatedSchema(installed, __version__, hint="Run: arbiter-db install")
@@ -297,8 +308,9 @@ def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
             holder.execute(QUERIES["lock"])
         with _connect(conninfo) as conn:
             # Before any function of the schema is called.
-            with conn.transaction(force_rollback=True):
-                _execute(conn, _sql_files()[:1])
+            if _scalar(conn, "has_schema"):
+                with conn.transaction(force_rollback=True):
+                    _execute(conn, _sql_files()[:1])
             yield conn
 
 

@@ -36,11 +36,11 @@ select finding, reason, user_id, row_table::text as row_table, row_key, source, 
 -- name: protected_tables
 select p.protected_table::text as name, p.evidence
   from arbiter.protections p
-  join pg_class c on c.oid = p.protected_table
+  join pg_catalog.pg_class c on c.oid = p.protected_table::oid
  order by p.protection_id
 
 -- name: lost_protections
-select concat(object, ': ', problem, ' Remedy: ', remedy) from arbiter._lost_protections()
+select object || ': '::text || problem || ' Remedy: '::text || remedy from arbiter._lost_protections()
 
 -- name: protect
 select arbiter.protect(
@@ -73,7 +73,18 @@ select arbiter.version()
 -- not do within heartbeat_timeout must not be done later, in the name of a client that is gone.
 select heartbeat_interval, heartbeat_timeout
   from arbiter.settings,
-       set_config('statement_timeout', ceil(extract(epoch from heartbeat_timeout) * 1000)::text, true)
+       set_config('statement_timeout', ceil(extract(epoch from heartbeat_timeout) * 1000::numeric)::text, true)
+
+-- name: stranger
+-- Whose functions this role would run, unless that is the owner of the database, or one with the rights of this role.
+-- A superuser runs none but a superuser's.
+select pg_get_userbyid(n.nspowner)
+  from pg_catalog.pg_namespace n
+  join pg_catalog.pg_database d on d.datname = current_database()
+  join pg_catalog.pg_roles r on r.rolname = current_user
+ where n.nspname = 'arbiter'::name
+   and not pg_has_role(n.nspowner, r.oid, 'usage'::text)
+   and (r.rolsuper or n.nspowner <> d.datdba)
 
 -- name: has_version
 select to_regprocedure('arbiter.version()') is not null as has_version

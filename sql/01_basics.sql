@@ -6,15 +6,6 @@
 
 set local lock_timeout = '5s';
 
-do $schema$
-begin
-  -- Not `if not exists`: that needs the right to create schemas even where a DBA has made this one.
-  if to_regnamespace('arbiter') is null then
-    create schema arbiter;
-  end if;
-end
-$schema$;
-
 -- Notes which comments functions and types have before this transaction, for _left_over() (40_left_over.sql). (0,0),
 -- where no row can be, keeps the list from being empty.
 do $note$

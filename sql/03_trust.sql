@@ -64,6 +64,31 @@ $$;
 comment on function arbiter._need_trusted_owner(regclass) is
   'Error 42501 when the owner of a table has not the rights of the current role, which is arbiter''s owner.';
 
+create or replace function arbiter._inner_types(p_type oid)
+returns setof oid
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive inner_types (id) as (
+    select p_type
+    union
+    select u.id
+      from inner_types i
+      join pg_catalog.pg_type t on t.oid = i.id
+     cross join lateral (
+       select t.typbasetype
+       union all
+       select t.typelem
+       union all
+       select a.atttypid from pg_catalog.pg_attribute a where a.attrelid = t.typrelid and a.attnum > 0) as u (id)
+     where u.id <> 0
+  )
+  select i.id from inner_types i;
+end;
+comment on function arbiter._inner_types(oid) is
+  'A type with those that it is made of: of a domain its base, of an array its elements, of a row its columns.';
+
 -- The casts and operators of a type are functions that its owner has written.
 create or replace function arbiter._need_trusted_type(p_table regclass, p_column name)
 returns void
@@ -77,9 +102,14 @@ begin
   select t.oid::regtype as name, t.typowner as owner
     into v_type
     from pg_catalog.pg_attribute a
-    join pg_catalog.pg_type t on t.oid = a.atttypid
-   where a.attrelid = p_table and a.attname = p_column and not a.attisdropped;
-  if not arbiter._is_trusted(v_type.owner) then
+   cross join lateral arbiter._inner_types(a.atttypid) as i (id)
+    join pg_catalog.pg_type t on t.oid = i.id
+   where a.attrelid = p_table
+     and a.attname = p_column
+     and not a.attisdropped
+     and not arbiter._is_trusted(t.typowner)
+   limit 1;
+  if found then
     perform arbiter._fail('insufficient_privilege',
       format('column %I of table %s has the type %s of %I, who has not the rights of %I, arbiter''s owner',
         p_column, p_table, v_type.name, pg_get_userbyid(v_type.owner), current_user),
@@ -114,7 +144,8 @@ begin atomic
     select 'pg_constraint'::regclass, k.oid
       from family f
       join pg_catalog.pg_attribute a on a.attrelid = f.id
-      join pg_catalog.pg_constraint k on k.contypid = a.atttypid
+     cross join lateral arbiter._inner_types(a.atttypid) as t (id)
+      join pg_catalog.pg_constraint k on k.contypid = t.id
     union all
     select 'pg_attrdef'::regclass, d.oid from family f join pg_catalog.pg_attrdef d on d.adrelid = f.id
     union all
@@ -133,6 +164,48 @@ begin atomic
 end;
 comment on function arbiter._foreign_code(regclass) is
   'What an update of the table, or of one that inherits from it, runs and a role owns that has not the rights of arbiter''s owner.';
+
+-- A condition may call a function of the server that runs SQL from a string, or check a domain behind a cast, and
+-- nothing tells who has created a trigger. So a condition may only compare columns and constants.
+create or replace function arbiter._opaque_triggers(p_table regclass)
+returns setof name
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname
+    from pg_catalog.pg_trigger t
+    join pg_catalog.pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'arbiter'::regnamespace
+   where t.tgrelid = p_table
+     and exists (
+       select from regexp_matches(t.tgqual::text, '[{]([A-Z_]+)', 'g') as n (name)
+        where n.name[1] not in ('VAR', 'CONST', 'OPEXPR', 'DISTINCTEXPR', 'BOOLEXPR', 'NULLTEST', 'BOOLEANTEST',
+          'RELABELTYPE', 'SCALARARRAYOPEXPR', 'ARRAYEXPR'))
+   order by t.tgname;
+end;
+comment on function arbiter._opaque_triggers(regclass) is
+  'Triggers of the app whose condition does more than compare columns and constants.';
+
+-- A function without a search_path of its own looks names up by that of its caller, here pg_catalog and then the
+-- temporary objects of the session.
+create or replace function arbiter._misled_triggers(p_table regclass)
+returns setof name
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.tgname
+    from pg_catalog.pg_trigger t
+    join pg_catalog.pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'arbiter'::regnamespace
+    join pg_catalog.pg_language l on l.oid = p.prolang and l.lanname not in ('c', 'internal')
+   where t.tgrelid = p_table
+     and not exists (select from unnest(p.proconfig) as s (setting) where starts_with(s.setting, 'search_path='))
+     and (exists (select from pg_catalog.pg_class c where c.relnamespace = pg_my_temp_schema())
+       or exists (select from pg_catalog.pg_type y where y.typnamespace = pg_my_temp_schema()))
+   order by t.tgname;
+end;
+comment on function arbiter._misled_triggers(regclass) is
+  'Triggers of the app that could take a temporary object of this session for one of the app.';
 
 create or replace function arbiter._may_create_triggers(p_table regclass)
 returns setof name
@@ -165,6 +238,18 @@ begin
       format('%s would run function %s of %I with the rights of arbiter''s owner',
         v_code.object, v_code.function_name, v_code.owner),
       'The owner of the table must drop it, or make it call functions of its own; nothing was changed.');
+  end if;
+  select t.name into v_code from arbiter._opaque_triggers(p_table) as t (name) limit 1;
+  if found then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      format('the condition of trigger %I on %s does more than compare columns', v_code.name, p_table),
+      'It would run with the rights of arbiter''s owner. Move it into the function of the trigger; nothing was changed.');
+  end if;
+  select t.name into v_code from arbiter._misled_triggers(p_table) as t (name) limit 1;
+  if found then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      format('trigger %I on %s could take temporary objects of this session for those of the app', v_code.name, p_table),
+      'Give its function a search_path of its own, or call this from a session without temporary objects; nothing was changed.');
   end if;
   -- Above read committed the snapshot may be older than a trigger that fires all the same. Privileges are those of now.
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')

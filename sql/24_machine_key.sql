@@ -88,10 +88,10 @@ begin
     join pg_catalog.pg_class c on c.oid = k.conrelid
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
    where k.conrelid = p_table and k.conname = 'arbiter_machine_id_fkey';
-  -- Of another table with the same first letters, or of the app.
-  if to_regclass(format('%I.%I', v_schema, v_name)) is not null then
-    v_name := format('arbiter_%s_machine_idx', p_table::oid);
-  end if;
+  -- Another table with the same first letters may have one of this name, or the app.
+  while to_regclass(format('%I.%I', v_schema, v_name)) is not null loop
+    v_name := format('arbiter_%s_machine_idx', gen_random_uuid());
+  end loop;
   execute format('create index %I on %s (%I) where %3$I is not null', v_name, p_table, v_column);
   perform arbiter._record('index', p_table, v_name);
 end

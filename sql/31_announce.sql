@@ -27,7 +27,9 @@ begin
     select from pg_catalog.pg_proc p
       join pg_catalog.pg_roles r on r.oid = p.proowner
      where p.oid = to_regprocedure('realtime.send(jsonb, text, text, boolean)')
-       and (r.rolsuper or r.rolname in (current_user, 'supabase_admin', 'supabase_realtime_admin')))
+       and (r.rolsuper or r.rolname = current_user
+        or r.rolname = 'supabase_realtime_admin' and exists (
+          select from pg_catalog.pg_roles s where s.rolname = 'supabase_admin' and s.rolsuper)))
   then
     -- A broadcast that fails must not fail the write that hands over.
     begin

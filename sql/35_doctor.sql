@@ -270,6 +270,15 @@ begin
       cross join lateral arbiter._foreign_code(v_registry.registry) c
       left join pg_catalog.pg_trigger t on pg_describe_object('pg_trigger'::regclass, t.oid, 0) = c.object
      where r.oid = 'arbiter.registry'::regclass;
+  return query
+    select format('condition of trigger %I on %s', t.name, v_registry.registry), 'foreign',
+           'confirm_takeover() is rejected: it does more than compare columns, and would run with the rights of arbiter''s owner.',
+           'Move the condition into the function of the trigger.'
+      from arbiter._opaque_triggers(v_registry.registry) as t (name)
+     where not exists (
+       select from arbiter._foreign_code(v_registry.registry) c
+         join pg_catalog.pg_trigger g on g.tgname = t.name and g.tgrelid = v_registry.registry
+        where c.object = pg_describe_object('pg_trigger'::regclass, g.oid, 0));
   -- Supabase grants TRIGGER on each new table to its roles.
   return query
     select format('grants of trigger on %s', v_registry.registry), 'note',
@@ -307,7 +316,11 @@ begin
         or (not c.relrowsecurity
           and exists (
             select from arbiter._client_roles() k
-             where k.kind in ('visitor', 'user') and has_any_column_privilege(k.role, c.oid, 'insert,update')));
+             where k.kind in ('visitor', 'user')
+               and case
+                 when c.relnamespace = 'arbiter'::regnamespace then has_any_column_privilege(k.role, c.oid, 'select')
+                 else has_any_column_privilege(k.role, c.oid, 'insert,update')
+                   or c.oid = v_registry.registry and has_table_privilege(k.role, c.oid, 'delete') end));
   return query
     select format('client role %I', r.role), 'missing', 'The role that was named as a client does not exist any more.',
            format('select arbiter.remove_client_role(%L)', r.role)

@@ -76,8 +76,8 @@ def owner_of_realtime(conn: Conn, role: str) -> Iterator[None]:
     ("role", "broadcasts"),
     [
         ("postgres", 2),
-        ("supabase_admin", 2),
-        ("supabase_realtime_admin", 2),
+        ("supabase_admin", 0),
+        ("supabase_realtime_admin", 0),
         ("app_owner", 2),
         ("service_role", 0),
         ("supabase_storage_admin", 0),
@@ -90,3 +90,16 @@ def test_only_a_trusted_owners_function_is_called(db: Database, role: str, broad
     with owner_of_realtime(superuser, role):
         activate(backend(db), add_user(db.connect()))
         assert value(superuser, "select count(*) from realtime.messages") == broadcasts
+
+
+def test_a_role_of_supabase_is_trusted_on_supabase(db: Database) -> None:
+    """There supabase_admin is a superuser. A role that may create roles cannot make that."""
+    superuser = db.connect("postgres")
+    superuser.execute(REALTIME)
+    superuser.execute("create role supabase_admin superuser")
+    try:
+        with owner_of_realtime(superuser, "supabase_realtime_admin"):
+            activate(backend(db), add_user(db.connect()))
+            assert value(superuser, "select count(*) from realtime.messages") == 2
+    finally:
+        superuser.execute("drop role supabase_admin")

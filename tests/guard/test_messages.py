@@ -191,6 +191,28 @@ FAILURES = {
         " alter table public.moody owner to app_owner; alter type public.mood owner to anon",
         by="postgres",
     ),
+    "a condition that calls functions": Failure(
+        "select arbiter._need_trusted_code('public.cloud_machines')",
+        "55000",
+        "arbiter: the condition of trigger q on public.cloud_machines does more than compare"
+        " columns",
+        "It would run with the rights of arbiter's owner. Move it into the function of the trigger;"
+        " nothing was changed.",
+        setup="create trigger q before update on public.cloud_machines for each row"
+        " when (lower(new.status) = 'x') execute function suppress_redundant_updates_trigger()",
+    ),
+    "a temporary object": Failure(
+        "select arbiter._need_trusted_code('public.cloud_machines')",
+        "55000",
+        "arbiter: trigger q on public.cloud_machines could take temporary objects of this session"
+        " for those of the app",
+        "Give its function a search_path of its own, or call this from a session without temporary"
+        " objects; nothing was changed.",
+        setup="create function public.tg_q() returns trigger language plpgsql as"
+        " 'begin return null; end';"
+        " create trigger q after update on public.cloud_machines for each row"
+        " execute function public.tg_q(); create temporary table t ()",
+    ),
     # 04_checks
     "no foreign key": Failure(
         "select arbiter.protect('public.wide', 'plain.user_id')",

@@ -196,7 +196,7 @@ def test_missing_rights(db: Database) -> None:
 
 def test_an_install_without_rights_names_the_step(bare_db: Database) -> None:
     lines = not_fine("install", "--dsn", bare_db.conninfo("authenticator"))
-    assert re.match(r"arbiter-db: 01_basics\.sql: permission denied ", lines[0])
+    assert re.match(r"arbiter-db: 00_owner\.sql: permission denied ", lines[0])
 
 
 def test_a_rejection_is_one_line_with_its_code(db: Database, dsn: str) -> None:

@@ -35,6 +35,8 @@ begin
   return true;
 end
 $$;
+grant usage on schema lair to public;
+grant usage on sequence lair.runs_of_others to public;
 create function lair.tg_spy() returns trigger language plpgsql as $$
 begin
   perform lair.spy('');
