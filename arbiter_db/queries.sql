@@ -131,7 +131,7 @@ select pg_advisory_xact_lock(27428839742530930)
 
 -- name: dependents
 -- The objects of the app that `drop schema arbiter cascade` would take with it: objects outside the
--- schema that depend on a table, view, function or type inside.
+-- schema that depend on a table, view, function or type inside. Temporary objects of clients do not count.
 select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
   from pg_depend d
  cross join pg_identify_object_as_address(d.classid, d.objid, d.objsubid) as o
@@ -143,6 +143,7 @@ select distinct pg_describe_object(d.classid, d.objid, d.objsubid)
      union all
      select 'pg_type'::regclass, oid from pg_type where typnamespace = to_regnamespace('arbiter'))
    and o.object_names[1] <> 'arbiter'
+  and o.object_names[1] !~ '^pg_temp'
    and o.object_names[1] not like 'arbiter.%%'
  order by 1
 

@@ -213,6 +213,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_column record;
+  v_uses text;
 begin
   -- Before the first migration, and after its rollback.
   if to_regclass('arbiter.attachments') is null then
@@ -231,11 +232,19 @@ begin
      order by c.relnamespace::regnamespace::text, c.relname, a.object_id
   loop
     if p_drop then
-      execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
-      return next format('dropped column %I of %s', v_column.name, v_column.table_name);
-    else
-      return next format('left column %I of %s', v_column.name, v_column.table_name);
+      begin
+        execute format('alter table %s drop column %I', v_column.table_name, v_column.name);
+        return next format('dropped column %I of %s', v_column.name, v_column.table_name);
+        continue;
+      exception
+        -- For example a view of another role: it must not be able to stop an uninstall.
+        when dependent_objects_still_exist then
+          get stacked diagnostics v_uses = pg_exception_detail;
+      end;
     end if;
+    return next concat_ws(', which is used: ', format('left column %I of %s', v_column.name, v_column.table_name),
+      replace(v_uses, chr(10), ', '));
+    v_uses := null;
   end loop;
 end
 $$;

@@ -150,3 +150,18 @@ begin atomic
    order by f.member;
 end;
 comment on function arbiter._family(regclass) is 'A table with its partitions and inheritance children.';
+
+-- A statement over a parent fires the statement triggers of that parent only.
+create or replace function arbiter._outer_parent(p_table regclass)
+returns regclass
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select min(i.inhparent::bigint)::oid::regclass
+    from pg_catalog.pg_inherits i
+   where i.inhrelid in (select f.member::oid from arbiter._family(p_table) as f (member))
+     and i.inhparent not in (select f.member::oid from arbiter._family(p_table) as f (member));
+end;
+comment on function arbiter._outer_parent(regclass) is
+  'A parent of the table, or of one of its partitions or children, that is none of them itself; null when there is none.';

@@ -163,7 +163,12 @@ as $$
 declare
   v_policy record;
 begin
-  for v_policy in select w.table_name, w.policy_name as name, w.definition, w.meaning from arbiter._wrong_policies(p_table) w
+  for v_policy in
+    select w.table_name, w.policy_name as name, w.definition, w.meaning
+      from arbiter._wrong_policies(p_table) w
+      join pg_catalog.pg_class c on c.oid = w.table_name
+     -- A partition that was detached and given to another role keeps its policy.
+     where w.definition is not null or pg_has_role(c.relowner, 'usage')
   loop
     perform arbiter._need_free_name('policy', v_policy.table_name, v_policy.name);
     execute format('drop policy if exists %I on %s', v_policy.name, v_policy.table_name);

@@ -177,10 +177,13 @@ begin
        select distinct t.tgrelid::regclass as table_name
          from pg_catalog.pg_trigger t
          join pg_catalog.pg_proc p on p.oid = t.tgfoid
+         join pg_catalog.pg_class c on c.oid = t.tgrelid
         where p.pronamespace = 'arbiter'::regnamespace
           and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', p_protection_id)
-          and t.tgparentid = 0) as t;
-  execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I()',
+          and t.tgparentid = 0
+          and pg_has_role(c.relowner, 'usage')) as t;
+  -- With the triggers of a partition that was detached and given to another role.
+  execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I() cascade',
     '_guard_' || p_protection_id, '_guard_row_' || p_protection_id, '_provenance_' || p_protection_id);
   perform arbiter._drop_path_views(p_protection_id);
 end
@@ -288,6 +291,12 @@ begin
   end if;
   v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
   perform arbiter._need_owner(f.member) from arbiter._family(p_table) as f (member);
+  v_relative := arbiter._outer_parent(p_table);
+  if 'update' = any (v_verbs) and v_relative is not null then
+    perform arbiter._fail('wrong_object_type',
+      format('%s cannot be protected against updates below %s, which is not protected', p_table, v_relative),
+      format('An update of %s would not be arbitrated: protect that table.', v_relative));
+  end if;
   perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
 
   -- No write is in flight under the old rules, and every later one is judged by the new ones. Take the strongest lock

@@ -215,6 +215,12 @@ begin
     end;
     return next;
     return query
+      select format('parent %s of %s', o.parent, v_protection.protected_table), 'outdated',
+             'Updates over it are not arbitrated.',
+             format('Protect %s in the place of %s, or detach it.', o.parent, v_protection.protected_table)
+        from (select arbiter._outer_parent(v_protection.protected_table) as parent) o
+       where o.parent is not null and 'update' = any (v_protection.verbs);
+    return query
       select c.* from arbiter._guard_triggers(v_protection) t
        cross join lateral arbiter._check_trigger(t.table_name, t.trigger_name, t.definition, t.meaning,
          arbiter._protect_statement(v_protection)) c;
@@ -293,6 +299,22 @@ begin
                and not arbiter._is_trusted(a.grantee))
       from arbiter._may_create_triggers(v_registry.registry) as m (role)
     having count(*) > 0;
+  -- The key's update is one by the owner of the table.
+  return query
+    select format('grants of trigger on %s', p.protected_table), 'note',
+           format('May create triggers there: %s. When a machine is deleted, they run with the rights of the table''s owner.',
+             (select string_agg(m.role, ', ') from arbiter._may_create_triggers(p.protected_table) as m (role))),
+           (select format('revoke trigger on %s from %s', p.protected_table,
+                     string_agg(distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end, ', '))
+              from pg_catalog.pg_class c
+              cross join lateral aclexplode(c.relacl) a
+             where c.oid = p.protected_table
+               and a.privilege_type = 'TRIGGER'
+               and not arbiter._is_trusted(a.grantee))
+      from arbiter.protections p
+      join pg_catalog.pg_constraint k
+        on k.conrelid = p.protected_table and k.contype = 'f' and k.confrelid = v_registry.registry and k.confdeltype = 'n'
+     where exists (select from arbiter._may_create_triggers(p.protected_table));
   return query
     select format('function %s', f.id::text), 'foreign',
            format('An API that serves schema %I may answer calls of arbiter''s function of that name with HTTP 300.', s.schema_name),

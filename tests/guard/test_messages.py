@@ -359,6 +359,14 @@ FAILURES = {
         setup="select set_config('request.jwt.claims',"
         " json_build_object('machine_id', gen_random_uuid())::text, true)",
     ),
+    # 25_protect
+    "a parent that is not protected": Failure(
+        "select arbiter.protect('public.child', p_verbs => '{{insert,update}}')",
+        "42809",
+        "arbiter: public.child cannot be protected against updates below public.parent, which is"
+        " not protected",
+        "An update of public.parent would not be arbitrated: protect that table.",
+    ),
     # 20_generate, 21_paths
     "a word that nothing stands for": Failure(
         "select arbiter._instantiate('arbiter._stamp_template()', 'new', '{{}}')",

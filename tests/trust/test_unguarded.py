@@ -225,3 +225,56 @@ def test_a_view_that_was_replaced_is_found(db: Database) -> None:
     assert value(owner, found) == "outdated"
     arbiter_db.install(db.conninfo())
     assert rows(owner, found) == []
+
+
+def test_a_second_parent_is_found(db: Database) -> None:
+    """Updates over it fire no statement trigger of the child."""
+    owner = db.connect()
+    owner.execute(
+        """
+        create table public.base (user_id uuid, qty integer);
+        create table public.kid () inherits (public.base);
+        select arbiter.protect('public.base', p_verbs => '{insert,update}');
+        create table public.other (qty integer);
+        alter table public.kid inherit public.other;
+        """
+    )
+    found = one(owner, "select * from arbiter.doctor() where object ~ '^parent'")
+    assert (found.object, found.state) == ("parent public.other of public.base", "outdated")
+    owner.execute("alter table public.kid no inherit public.other")
+    assert rows(owner, "select * from arbiter.doctor() where object ~ '^parent'") == []
+
+
+def test_a_partition_that_was_given_away_stops_no_unprotect(db: Database) -> None:
+    owner, admin = db.connect(), db.connect("postgres")
+    owner.execute(
+        """
+        create table public.ticks (user_id uuid not null, day integer) partition by range (day);
+        create table public.ticks_a partition of public.ticks for values from (0) to (10);
+        select arbiter.protect('public.ticks');
+        alter table public.ticks detach partition public.ticks_a;
+        """
+    )
+    admin.execute("alter table public.ticks_a owner to authenticator")
+    owner.execute("select arbiter.unprotect('public.ticks')")
+    left = "select count(*) from pg_trigger where tgrelid = 'public.ticks_a'::regclass"
+    assert value(owner, left) == 0
+    with pytest.raises(arbiter_db.InstallError, match="policy arbiter_claim on table"):
+        arbiter_db.uninstall(db.conninfo())  # the policy uses arbiter's functions
+    admin.execute("drop policy arbiter_claim on public.ticks_a")
+    arbiter_db.uninstall(db.conninfo())
+
+
+def test_views_and_temporary_tables_of_others_stop_no_uninstall(db: Database) -> None:
+    client = db.connect(role="authenticated")
+    client.execute("create temporary table held (status arbiter.execution_status)")
+    admin = db.connect("postgres")
+    admin.execute("grant create on schema public to authenticator")
+    admin.execute("grant select on public.cloud_machines to authenticator")
+    other = db.connect("authenticator")
+    other.execute("create view public.beats as select last_health_check from public.cloud_machines")
+    report = arbiter_db.uninstall(db.conninfo(), drop_columns=True)
+    kept = [line for line in report if "last_health_check" in line]
+    assert len(kept) <= 1
+    assert "dropped column source of public.signals" in report
+    assert value(db.connect(), "select to_regnamespace('arbiter') is null")
