@@ -338,7 +338,7 @@ create table if not exists arbiter.attachments (
 );
 
 comment on table arbiter.attachments is
-  'What arbiter has attached or added to tables, and the functions of arbiter.expose(). What is not listed here belongs to the app, whatever its name or comment.';
+  'What arbiter has attached or added to tables, and the functions of arbiter.expose(). What is not listed here belongs to the app: neither a name nor a comment counts.';
 comment on column arbiter.attachments.kind is 'trigger, column, constraint, index, policy or function.';
 comment on column arbiter.attachments.attached_to is 'The table; - for a function.';
 comment on column arbiter.attachments.name is 'The object''s name; of a function, its schema, name and parameter types.';
