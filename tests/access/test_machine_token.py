@@ -68,6 +68,24 @@ ATTACKS: dict[str, LiteralString] = {
 }
 
 
+@pytest.mark.parametrize("value_of", ["1.49::float8", "1.2600", "'{\"a\":  1}'::json"])
+def test_no_setting_hides_a_change(
+    db: Database, user: User, machine: UUID, value_of: LiteralString
+) -> None:
+    """extra_float_digits changes the text of a number, and text says little of json and scale."""
+    kind = {"1.49": "float8", "1.26": "numeric", "'{\"a": "json"}[value_of[:4]]
+    first = "'{\"a\": 1}'" if kind == "json" else "1.26"
+    db.connect().execute(
+        f"alter table public.cloud_machines add column price {kind} default {first}".encode()
+    )
+    conn = token(db, user, machine)
+    conn.execute("set extra_float_digits = -15")
+    error = rejection(conn.execute, f"update public.cloud_machines set price = {value_of}")
+    assert error.sqlstate == "42501"
+    assert "column price of public.cloud_machines" in str(error)
+    conn.execute("update public.cloud_machines set last_health_check = now(), price = price")
+
+
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_other_columns_are_closed(
     db: Database, user: User, machine: UUID, attack: LiteralString
