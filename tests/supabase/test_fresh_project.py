@@ -40,6 +40,7 @@ def test_doctor_finds_nothing_in_a_fresh_project(bare_db: Database) -> None:
     assert [(row.object, row.state) for row in found] == [
         ("updates of public.signals", "note"),
         ("grants of trigger on public.cloud_machines", "note"),
+        ("grants of trigger on public.signals", "note"),
     ]
 
     user = add_user(owner)
