@@ -1,6 +1,5 @@
 -- The record of what arbiter has attached or added: triggers, columns, constraints, indexes and policies of tables, and
--- the functions of expose(). What is not in it belongs to the app, and no name or comment
--- makes it arbiter's.
+-- the functions of expose(). What is not in it belongs to the app, and no name or comment makes it arbiter's.
 --
 -- A recorded object is recognised by its oid, but only in the database that has recorded it. In a restored or copied
 -- database an oid may be that of any object; there the table must have an object of that name and that shape. A shape

@@ -165,23 +165,40 @@ end;
 comment on function arbiter._foreign_code(regclass) is
   'What an update of the table, or of one that inherits from it, runs and a role owns that has not the rights of arbiter''s owner.';
 
--- A condition may call a function of the server that runs SQL from a string, or check a domain behind a cast, and
--- nothing tells who has created a trigger. So a condition may only compare columns and constants.
-create or replace function arbiter._opaque_triggers(p_table regclass)
-returns setof name
+create or replace function arbiter._app_triggers(p_table regclass)
+returns setof pg_catalog.pg_trigger
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select t.tgname
-    from pg_catalog.pg_trigger t
+  with recursive family (id) as (
+    select p_table::oid
+    union
+    select i.inhrelid from pg_catalog.pg_inherits i join family f on f.id = i.inhparent
+  )
+  select t.*
+    from family f
+    join pg_catalog.pg_trigger t on t.tgrelid = f.id
     join pg_catalog.pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'arbiter'::regnamespace
-   where t.tgrelid = p_table
-     and exists (
-       select from regexp_matches(t.tgqual::text, '[{]([A-Z_]+)', 'g') as n (name)
-        where n.name[1] not in ('VAR', 'CONST', 'OPEXPR', 'DISTINCTEXPR', 'BOOLEXPR', 'NULLTEST', 'BOOLEANTEST',
-          'RELABELTYPE', 'SCALARARRAYOPEXPR', 'ARRAYEXPR'))
-   order by t.tgname;
+   order by t.tgrelid, t.tgname;
+end;
+comment on function arbiter._app_triggers(regclass) is
+  'The triggers of the table and of those that inherit from it that are not arbiter''s.';
+
+-- A condition may call a function of the server that runs SQL from a string, or check a domain behind a cast, and
+-- nothing tells who has created a trigger. So a condition may only compare columns and constants.
+create or replace function arbiter._opaque_triggers(p_table regclass)
+returns setof pg_catalog.pg_trigger
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select t.*
+    from arbiter._app_triggers(p_table) t
+   where exists (
+     select from regexp_matches(t.tgqual::text, '[{]([A-Z_]+)', 'g') as n (name)
+      where n.name[1] not in ('VAR', 'CONST', 'OPEXPR', 'DISTINCTEXPR', 'BOOLEXPR', 'NULLTEST', 'BOOLEANTEST',
+        'RELABELTYPE', 'SCALARARRAYOPEXPR', 'ARRAYEXPR'));
 end;
 comment on function arbiter._opaque_triggers(regclass) is
   'Triggers of the app whose condition does more than compare columns and constants.';
@@ -189,20 +206,18 @@ comment on function arbiter._opaque_triggers(regclass) is
 -- A function without a search_path of its own looks names up by that of its caller, here pg_catalog and then the
 -- temporary objects of the session.
 create or replace function arbiter._misled_triggers(p_table regclass)
-returns setof name
+returns setof pg_catalog.pg_trigger
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select t.tgname
-    from pg_catalog.pg_trigger t
-    join pg_catalog.pg_proc p on p.oid = t.tgfoid and p.pronamespace <> 'arbiter'::regnamespace
+  select t.*
+    from arbiter._app_triggers(p_table) t
+    join pg_catalog.pg_proc p on p.oid = t.tgfoid
     join pg_catalog.pg_language l on l.oid = p.prolang and l.lanname not in ('c', 'internal')
-   where t.tgrelid = p_table
-     and not exists (select from unnest(p.proconfig) as s (setting) where starts_with(s.setting, 'search_path='))
+   where not exists (select from unnest(p.proconfig) as s (setting) where starts_with(s.setting, 'search_path='))
      and (exists (select from pg_catalog.pg_class c where c.relnamespace = pg_my_temp_schema())
-       or exists (select from pg_catalog.pg_type y where y.typnamespace = pg_my_temp_schema()))
-   order by t.tgname;
+       or exists (select from pg_catalog.pg_type y where y.typnamespace = pg_my_temp_schema()));
 end;
 comment on function arbiter._misled_triggers(regclass) is
   'Triggers of the app that could take a temporary object of this session for one of the app.';
@@ -222,6 +237,23 @@ end;
 comment on function arbiter._may_create_triggers(regclass) is
   'The roles that may create triggers on the table and have not the rights of arbiter''s owner.';
 
+create or replace function arbiter._revoke_trigger_statement(p_table regclass)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('revoke trigger on %s from %s', p_table,
+           string_agg(distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end, ', '))
+    from pg_catalog.pg_class c
+   cross join lateral aclexplode(c.relacl) a
+   where c.oid = p_table
+     and a.privilege_type = 'TRIGGER'
+     and not arbiter._is_trusted(a.grantee);
+end;
+comment on function arbiter._revoke_trigger_statement(regclass) is
+  'The statement that takes TRIGGER on the table from roles that have not the rights of arbiter''s owner.';
+
 create or replace function arbiter._need_trusted_code(p_table regclass)
 returns void
 language plpgsql
@@ -239,16 +271,16 @@ begin
         v_code.object, v_code.function_name, v_code.owner),
       'The owner of the table must drop it, or make it call functions of its own; nothing was changed.');
   end if;
-  select t.name into v_code from arbiter._opaque_triggers(p_table) as t (name) limit 1;
+  select t.tgname as name, t.tgrelid::regclass as on_table into v_code from arbiter._opaque_triggers(p_table) t limit 1;
   if found then
     perform arbiter._fail('object_not_in_prerequisite_state',
-      format('the condition of trigger %I on %s does more than compare columns', v_code.name, p_table),
+      format('the condition of trigger %I on %s does more than compare columns', v_code.name, v_code.on_table),
       'It would run with the rights of arbiter''s owner. Move it into the function of the trigger; nothing was changed.');
   end if;
-  select t.name into v_code from arbiter._misled_triggers(p_table) as t (name) limit 1;
+  select t.tgname as name, t.tgrelid::regclass as on_table into v_code from arbiter._misled_triggers(p_table) t limit 1;
   if found then
     perform arbiter._fail('object_not_in_prerequisite_state',
-      format('trigger %I on %s could take temporary objects of this session for those of the app', v_code.name, p_table),
+      format('trigger %I on %s could take temporary objects of this session for those of the app', v_code.name, v_code.on_table),
       'Give its function a search_path of its own, or call this from a session without temporary objects; nothing was changed.');
   end if;
   -- Above read committed the snapshot may be older than a trigger that fires all the same. Privileges are those of now.

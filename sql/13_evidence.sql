@@ -20,20 +20,33 @@ $$;
 comment on function arbiter._lockers(xid) is 'The transactions that may hold a row''s lock, by the row''s xmax.';
 
 -- A 32-bit transaction id stands for the nearest 64-bit one.
-create or replace function arbiter._is_in_progress(p_xid xid)
-returns boolean
+create or replace function arbiter._full_xid(p_xid xid)
+returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_current constant bigint := pg_current_xact_id()::text::bigint;
   v_half constant bigint := 1::bigint << 31;
-  v_xid bigint := (v_current >> 32 << 32) + p_xid::text::bigint;
+  v_xid constant bigint := (v_current >> 32 << 32) + p_xid::text::bigint;
 begin
-  v_xid := v_xid + case
+  return v_xid + case
     when v_xid - v_current > v_half then -2 * v_half
     when v_current - v_xid > v_half then 2 * v_half
     else 0 end;
+end
+$$;
+comment on function arbiter._full_xid(xid) is
+  'The 64-bit transaction id that a 32-bit one stands for, as a bigint: it may be negative or in the future when the argument is no transaction id.';
+
+create or replace function arbiter._is_in_progress(p_xid xid)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_xid constant bigint := arbiter._full_xid(p_xid);
+begin
   return coalesce(v_xid > 2 and pg_xact_status(v_xid::text::xid8) = 'in progress', false);
 end
 $$;
@@ -71,8 +84,6 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_current bigint := pg_current_xact_id()::text::bigint;
-  v_half bigint := 1::bigint << 31;
   v_xid bigint;
 begin
   if exists (
@@ -89,15 +100,10 @@ begin
   -- The row is locked exclusively now, so a locker in progress can only be this transaction, or a savepoint of it that
   -- was released. An id that another session holds is a MultiXactId misread as a transaction id.
   for v_xid in
-    select (v_current >> 32 << 32) + locker.xid::text::bigint
+    select arbiter._full_xid(locker.xid)
       from arbiter._lockers(p_xmax) as locker (xid)
      where p_xmax <> '0'::xid
   loop
-    -- A 32-bit transaction id stands for the nearest 64-bit one.
-    v_xid := v_xid + case
-      when v_xid - v_current > v_half then -2 * v_half
-      when v_current - v_xid > v_half then 2 * v_half
-      else 0 end;
     begin
       if v_xid > 2 and pg_xact_status(v_xid::text::xid8) = 'in progress' and not exists (
         select from pg_catalog.pg_locks k

@@ -25,7 +25,8 @@ begin atomic
 end;
 comment on function arbiter._protect_statement(arbiter.protections) is 'The call that protects the table again.';
 
--- A name is not guarded any more when its table was dropped, or renamed, and another table has it now.
+-- A name is not guarded any more when its table was dropped or renamed and another table has it now; the same goes for
+-- the machines of the registry.
 create or replace function arbiter._lost_protections()
 returns table (object text, state text, problem text, remedy text)
 language plpgsql
@@ -33,10 +34,23 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_registry arbiter.registry;
   v_protection arbiter.protections;
   v_namesake regclass;
   v_exists boolean;
 begin
+  select r.* into v_registry from arbiter.registry r where r.singleton;
+  v_namesake := to_regclass(v_registry.declared_as);
+  -- One that was dropped is no registry any more, which doctor() says, too.
+  if v_namesake <> v_registry.registry and exists (select from pg_catalog.pg_class c where c.oid = v_registry.registry) then
+    object := format('registry %s', v_registry.declared_as);
+    state := 'missing';
+    problem := format('The registered table was renamed to %s, and the machines of the table that has its name now are not known.',
+      v_registry.registry);
+    v_registry.registry := v_namesake;
+    remedy := arbiter._register_statement(v_registry);
+    return next;
+  end if;
   for v_protection in select p.* from arbiter.protections p order by p.protection_id loop
     v_namesake := to_regclass(v_protection.declared_as);
     v_exists := exists (select from pg_catalog.pg_class c where c.oid = v_protection.protected_table);
@@ -60,7 +74,7 @@ begin
 end
 $$;
 comment on function arbiter._lost_protections() is
-  'Protected tables that were dropped, and tables that have taken the name of a protected one and are not guarded.';
+  'Protected tables that were dropped, and tables that have taken the name of a protected one, or of the registry.';
 
 create or replace function arbiter._browsers_update(p_table regclass)
 returns boolean
@@ -71,17 +85,17 @@ begin atomic
   select exists (
     select from arbiter._family(p_table) as f (member)
       join pg_catalog.pg_class c on c.oid = f.member
-      join pg_catalog.pg_roles r on r.rolname in ('anon', 'authenticated')
-     where has_any_column_privilege(r.oid, c.oid, 'update')
+      join arbiter._client_roles() k on k.kind in ('visitor', 'user')
+     where has_any_column_privilege(k.role, c.oid, 'update')
        and (not c.relrowsecurity or exists (
          select from pg_catalog.pg_policy p
           where p.polrelid = c.oid
             and p.polpermissive
             and p.polcmd in ('w', '*')
-            and (p.polroles && array[0::oid, r.oid]))));
+            and (p.polroles && array[0::oid, to_regrole(quote_ident(k.role))]))));
 end;
 comment on function arbiter._browsers_update(regclass) is
-  'Whether anon or authenticated may update rows of a table or of one of its partitions.';
+  'Whether a client that policies bind may update rows of a table or of one of its partitions.';
 
 -- disabled: not `enable always`; outdated: another definition; foreign: calls a function that is not arbiter's.
 create or replace function arbiter._check_trigger(
@@ -277,44 +291,29 @@ begin
       left join pg_catalog.pg_trigger t on pg_describe_object('pg_trigger'::regclass, t.oid, 0) = c.object
      where r.oid = 'arbiter.registry'::regclass;
   return query
-    select format('condition of trigger %I on %s', t.name, v_registry.registry), 'foreign',
+    select format('condition of trigger %I on %s', t.tgname, t.tgrelid::regclass), 'foreign',
            'confirm_takeover() is rejected: it does more than compare columns, and would run with the rights of arbiter''s owner.',
            'Move the condition into the function of the trigger.'
-      from arbiter._opaque_triggers(v_registry.registry) as t (name)
-     where not exists (
-       select from arbiter._foreign_code(v_registry.registry) c
-         join pg_catalog.pg_trigger g on g.tgname = t.name and g.tgrelid = v_registry.registry
-        where c.object = pg_describe_object('pg_trigger'::regclass, g.oid, 0));
-  -- Supabase grants TRIGGER on each new table to its roles.
+      from arbiter._opaque_triggers(v_registry.registry) t
+     where pg_describe_object('pg_trigger'::regclass, t.oid, 0) not in (
+       select c.object from arbiter._foreign_code(v_registry.registry) c);
+  -- Supabase grants TRIGGER on each new table to its roles. What the key of a protected table does when a machine is
+  -- deleted is an update by the table's owner.
   return query
-    select format('grants of trigger on %s', v_registry.registry), 'note',
-           format('May create triggers there: %s. One that calls a function of such a role makes confirm_takeover() fail.',
-             string_agg(m.role, ', ')),
-           (select format('revoke trigger on %s from %s', v_registry.registry,
-                     string_agg(distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end, ', '))
-              from pg_catalog.pg_class c
-              cross join lateral aclexplode(c.relacl) a
-             where c.oid = v_registry.registry
-               and a.privilege_type = 'TRIGGER'
-               and not arbiter._is_trusted(a.grantee))
-      from arbiter._may_create_triggers(v_registry.registry) as m (role)
-    having count(*) > 0;
-  -- The key's update is one by the owner of the table.
-  return query
-    select format('grants of trigger on %s', p.protected_table), 'note',
-           format('May create triggers there: %s. When a machine is deleted, they run with the rights of the table''s owner.',
-             (select string_agg(m.role, ', ') from arbiter._may_create_triggers(p.protected_table) as m (role))),
-           (select format('revoke trigger on %s from %s', p.protected_table,
-                     string_agg(distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end, ', '))
-              from pg_catalog.pg_class c
-              cross join lateral aclexplode(c.relacl) a
-             where c.oid = p.protected_table
-               and a.privilege_type = 'TRIGGER'
-               and not arbiter._is_trusted(a.grantee))
-      from arbiter.protections p
-      join pg_catalog.pg_constraint k
-        on k.conrelid = p.protected_table and k.contype = 'f' and k.confrelid = v_registry.registry and k.confdeltype = 'n'
-     where exists (select from arbiter._may_create_triggers(p.protected_table));
+    select format('grants of trigger on %s', g.table_id), 'note',
+           format('May create triggers there: %s. %s', string_agg(m.role, ', '), g.consequence),
+           arbiter._revoke_trigger_statement(g.table_id)
+      from (
+        select v_registry.registry, 'One that calls a function of such a role makes confirm_takeover() fail.'
+        union all
+        select k.conrelid, 'When a machine is deleted, they run with the rights of the table''s owner.'
+          from arbiter.protections p
+          join pg_catalog.pg_constraint k
+            on k.conrelid = p.protected_table and k.contype = 'f' and k.confrelid = v_registry.registry and k.confdeltype = 'n'
+      ) as g (table_id, consequence)
+     cross join lateral arbiter._may_create_triggers(g.table_id) as m (role)
+     group by g.table_id, g.consequence
+     order by g.table_id = v_registry.registry desc, g.table_id;
   return query
     select format('function %s', f.id::text), 'foreign',
            format('An API that serves schema %I may answer calls of arbiter''s function of that name with HTTP 300.', s.schema_name),
@@ -324,17 +323,20 @@ begin
       join pg_catalog.pg_proc p on p.oid = f.id;
   return query
     select format('policy %I on %s', n.policy_name, n.table_name),
-           case when p.oid is null then 'missing' when c.relrowsecurity then 'outdated' else 'disabled' end,
-           case when p.oid is null then 'Browsers may claim to be what they are not.'
-                when c.relrowsecurity then 'It was made from another definition.'
-                else 'Row security is off: browsers may claim to be what they are not.' end,
-           case when p.oid is null or c.relrowsecurity then 'Run: arbiter-db install'
+           case when o.ownership <> 'ours' then o.ownership when c.relrowsecurity then 'outdated' else 'disabled' end,
+           case o.ownership
+             when 'missing' then 'Browsers may claim to be what they are not.'
+             when 'foreign' then 'Arbiter has not made the policy of this name: browsers may claim to be what they are not.'
+             else case when c.relrowsecurity then 'It was made from another definition.'
+                       else 'Row security is off: browsers may claim to be what they are not.' end end,
+           case when o.ownership = 'foreign' then 'Drop or rename it first. Run: arbiter-db install'
+                when o.ownership = 'missing' or c.relrowsecurity then 'Run: arbiter-db install'
                 else format('alter table %s enable row level security', n.table_name) end
       from arbiter._policies() n
       join pg_catalog.pg_class c on c.oid = n.table_name
-      left join pg_catalog.pg_policy p on p.polrelid = n.table_name and p.polname = n.policy_name
-     where p.oid is null
-        or obj_description(p.oid, 'pg_policy') is distinct from arbiter._policy_comment(p.oid, n.definition, n.meaning)
+     cross join lateral (select arbiter._ownership('policy', n.table_name, n.policy_name) as ownership) o
+     where o.ownership <> 'ours'
+        or not arbiter._is_current_policy(n.table_name, n.policy_name, n.definition, n.meaning)
         or (not c.relrowsecurity
           and exists (
             select from arbiter._client_roles() k

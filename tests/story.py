@@ -274,6 +274,11 @@ def one(conn: Conn, query: str, *params: Any) -> Any:
     return row
 
 
+def column(conn: Conn, query: str, *params: Any) -> list[Any]:
+    """The first value of each row."""
+    return [first for (first, *_) in rows(conn, query, *params)]
+
+
 def value(conn: Conn, query: str, *params: Any) -> Any:
     """The one value."""
     (found,) = one(conn, query, *params)

@@ -6,45 +6,21 @@ its functions, and to stand in the way of an installation with objects that look
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from psycopg import sql
-from story import rows, value
+from story import column, value
 
 import arbiter_db
+
+from .spy import MALLORY, RAN, SPY
 
 if TYPE_CHECKING:
     from conftest import Database, Templates
 
 Conn = psycopg.Connection[Any]
-
-MALLORY = "authenticator"
-
-#: Notes as whom it ran, also in a transaction that is rolled back.
-SPY = """
-create schema lair;
-create sequence lair.runs_of_others;
-create function lair.spy(text) returns boolean language plpgsql as $$
-begin
-  if current_user <> 'authenticator' then
-    perform nextval('lair.runs_of_others');
-  end if;
-  return true;
-end
-$$;
-grant usage on schema lair to public;
-grant usage on sequence lair.runs_of_others to public;
-create function lair.tg_spy() returns trigger language plpgsql as $$
-begin
-  perform lair.spy('');
-  return coalesce(new, old);
-end
-$$;
-"""
-RAN = "select is_called from lair.runs_of_others"
 
 #: Objects that mallory has made before the first installation, and what the installer calls them.
 PLANTED = {
@@ -90,25 +66,6 @@ PLANTED = {
         "table public.cloud_machines belongs to authenticator",
     ),
 }
-
-
-def column(conn: Conn, query: str) -> list[Any]:
-    return [first for (first,) in rows(conn, query)]
-
-
-@pytest.fixture
-def hostile(templates: Templates) -> Iterator[Database]:
-    """A database without the app's tables, in which mallory may create schemas and tables."""
-    with templates.clone("bare") as database:
-        admin = database.connect("postgres")
-        admin.execute(
-            sql.SQL("grant create on database {} to {}").format(
-                sql.Identifier(database.name), sql.Identifier(MALLORY)
-            )
-        )
-        admin.execute(f"grant create on schema public to {MALLORY}".encode())
-        database.connect(MALLORY).execute(SPY.encode())
-        yield database
 
 
 @pytest.mark.parametrize("what", PLANTED)

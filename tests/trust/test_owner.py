@@ -15,7 +15,7 @@ import arbiter_db
 from arbiter_db.cli import main
 from arbiter_db.queries import QUERIES
 
-from .test_hostile import MALLORY, RAN, SPY, hostile  # noqa: F401  (a fixture)
+from .spy import MALLORY, RAN, SPY
 
 if TYPE_CHECKING:
     from conftest import Database
@@ -172,7 +172,7 @@ def test_no_operator_of_another_role_runs_in_a_query(db: Database, mallory: Conn
     ids=lambda command: command[0],
 )  # fmt: skip
 def test_no_command_runs_what_was_planted(
-    hostile: Database,  # noqa: F811
+    hostile: Database,
     command: list[str],
 ) -> None:
     mallory = hostile.connect(MALLORY)
@@ -192,7 +192,7 @@ def test_no_command_runs_what_was_planted(
 
 
 def test_nobody_makes_the_schema_between_the_question_and_the_install(
-    hostile: Database,  # noqa: F811
+    hostile: Database,
 ) -> None:
     """The schema is made first, and is closed from the first moment."""
     admin, mallory = hostile.connect("postgres"), hostile.connect(MALLORY)
@@ -215,7 +215,7 @@ def test_nobody_makes_the_schema_between_the_question_and_the_install(
     assert value(admin, may) is False
 
 
-def test_no_operator_of_another_role_is_in_the_schema(hostile: Database) -> None:  # noqa: F811
+def test_no_operator_of_another_role_is_in_the_schema(hostile: Database) -> None:
     admin, mallory = hostile.connect("postgres"), hostile.connect(MALLORY)
     admin.execute(f"create schema arbiter; grant all on schema arbiter to {MALLORY}".encode())
     mallory.execute(

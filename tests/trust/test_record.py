@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from psycopg import sql
-from story import rows, value
+from story import column, value
 
 import arbiter_db
 
@@ -52,10 +52,6 @@ select arbiter.protect('public.positions', p_verbs => '{insert,update}');
 select arbiter.expose();
 set search_path = pg_catalog;
 """
-
-
-def column(conn: Conn, query: str) -> list[Any]:
-    return [first for (first,) in rows(conn, query)]
 
 
 def test_all_that_is_attached_is_recorded(db: Database) -> None:

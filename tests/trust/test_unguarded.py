@@ -274,7 +274,48 @@ def test_views_and_temporary_tables_of_others_stop_no_uninstall(db: Database) ->
     other = db.connect("authenticator")
     other.execute("create view public.beats as select last_health_check from public.cloud_machines")
     report = arbiter_db.uninstall(db.conninfo(), drop_columns=True)
-    kept = [line for line in report if "last_health_check" in line]
-    assert len(kept) <= 1
+    (kept,) = [line for line in report if "last_health_check" in line]
+    assert kept.startswith("left column last_health_check of public.cloud_machines, which is used:")
+    assert "view public.beats" in kept or "view beats" in kept
     assert "dropped column source of public.signals" in report
     assert value(db.connect(), "select to_regnamespace('arbiter') is null")
+
+
+def test_a_registry_that_was_swapped_for_a_copy_is_found(db: Database) -> None:
+    """The machines of the copy are not known, and the browser would take over from them."""
+    owner = db.connect()
+    owner.execute(
+        """
+        create table public.copied (like public.cloud_machines including all);
+        alter table public.cloud_machines rename to machines_old;
+        alter table public.copied rename to cloud_machines;
+        alter table public.cloud_machines enable row level security;
+        """
+    )
+    code, output = strict(db)
+    assert (code, "registry public.cloud_machines: The registered table was" in output) == (1, True)
+    found = "select remedy from arbiter.doctor() where object = 'registry public.cloud_machines'"
+    owner.execute(value(owner, found + " and state = 'missing'").encode())
+    assert rows(owner, found + " and state <> 'ok'") == []
+    assert strict(db)[0] == 0
+
+
+def test_a_policy_of_another_hand_is_foreign(db: Database) -> None:
+    """An install does not replace it, so the remedy says what to do first."""
+    owner = db.connect()
+    query = "select * from arbiter.doctor() where object = 'policy arbiter_claim on public.signals'"
+    assert rows(owner, query) == []
+    owner.execute("drop policy arbiter_claim on public.signals")
+    owner.execute("create policy arbiter_claim on public.signals as restrictive using (true)")
+    found = one(owner, query)
+    assert (found.state, found.remedy) == (
+        "foreign",
+        "Drop or rename it first. Run: arbiter-db install",
+    )
+    with pytest.raises(
+        arbiter_db.InstallError, match="a policy arbiter_claim that arbiter has not"
+    ):
+        arbiter_db.install(db.conninfo())
+    owner.execute("alter policy arbiter_claim on public.signals rename to mine")
+    arbiter_db.install(db.conninfo())
+    assert rows(owner, query) == []
