@@ -232,6 +232,22 @@ def test_a_named_role_claims_what_its_token_says(db: Database, login: str, is_na
 # -- install, upgrade, uninstall ------------------------------------------------------------------
 
 
+def test_updates_by_a_named_role_are_noted(db: Database, login: str) -> None:
+    """As those by Supabase's, where only inserts are arbitrated."""
+    owner = db.connect()
+    owner.execute("revoke update on public.signals from anon, authenticated")
+    owner.execute(sql.SQL("grant update on public.signals to {}").format(sql.Identifier(login)))
+    owner.execute(
+        sql.SQL("create policy mine on public.signals for update to {} using (true)").format(
+            sql.Identifier(login)
+        )
+    )
+    noted = "select count(*) from arbiter.doctor() where object = 'updates of public.signals'"
+    assert value(owner, noted) == 0
+    owner.execute("select arbiter.add_client_role(%s)", (login,))
+    assert value(owner, noted) == 1
+
+
 def named(db: Database) -> list[str]:
     return [row.role for row in rows(db.connect(), "select * from arbiter.client_roles order by 1")]
 
