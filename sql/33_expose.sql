@@ -46,26 +46,41 @@ declare
     select string_agg(format('%I %s', a.attname, format_type(a.atttypid, null)), ', ' order by a.attnum)
       from pg_catalog.pg_attribute a
      where a.attrelid = 'arbiter.execution_status'::regclass and a.attnum > 0 and not a.attisdropped);
-  v_new record;
   v_function regprocedure;
 begin
-  for v_new in
-    select n.name, n.volatility, n.called, n.meaning, format('%I.%I(uuid)', p_schema, n.name) as signature
-      from (values
-        ('execution_status', 'stable', 'arbiter.status',
-          'which environment is active for the user of the token, as arbiter.status() says.'),
-        ('confirm_takeover', 'volatile', 'arbiter.confirm_takeover',
-          'the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().')
-      ) as n (name, volatility, called, meaning)
-  loop
-    v_function := to_regprocedure(v_new.signature);
-    continue when v_function = any (v_beside);
-    execute format('create or replace function %I.%I(p_user_id uuid default null) returns table (%s) '
-      'language sql %s set search_path = pg_catalog, pg_temp begin atomic select * from %s(p_user_id); end',
-      p_schema, v_new.name, v_columns, v_new.volatility, v_new.called);
-    execute format('comment on function %s is %L', v_new.signature, 'arbiter: ' || v_new.meaning);
-    perform arbiter._record('function', '-', v_new.signature::regprocedure::text);
-  end loop;
+  v_function := to_regprocedure(format('%I.execution_status(uuid)', p_schema));
+  if v_function is null or v_function <> all (v_beside) then
+    execute format($sql$
+      create or replace function %1$I.execution_status(p_user_id uuid default null)
+      returns table (%2$s)
+      language sql
+      stable
+      set search_path = pg_catalog, pg_temp
+      begin atomic
+        select * from arbiter.status(p_user_id);
+      end
+      $sql$,
+      p_schema, v_columns);
+    execute format('comment on function %I.execution_status(uuid) is %L', p_schema,
+      'arbiter: which environment is active for the user of the token, as arbiter.status() says.');
+    perform arbiter._record('function', '-', format('%I.execution_status(uuid)', p_schema)::regprocedure::text);
+  end if;
+  v_function := to_regprocedure(format('%I.confirm_takeover(uuid)', p_schema));
+  if v_function is null or v_function <> all (v_beside) then
+    execute format($sql$
+      create or replace function %1$I.confirm_takeover(p_user_id uuid default null)
+      returns table (%2$s)
+      language sql
+      set search_path = pg_catalog, pg_temp
+      begin atomic
+        select * from arbiter.confirm_takeover(p_user_id);
+      end
+      $sql$,
+      p_schema, v_columns);
+    execute format('comment on function %I.confirm_takeover(uuid) is %L', p_schema,
+      'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
+    perform arbiter._record('function', '-', format('%I.confirm_takeover(uuid)', p_schema)::regprocedure::text);
+  end if;
 
   for v_function in select e.function_name from arbiter._exposed() e where e.schema_name = p_schema loop
     -- Supabase's default privileges open every new function of public, also to anon.
