@@ -340,7 +340,8 @@ class Piece(Code):
             shorter = ",".join(found[1].split(",")[:-1])
             yield self._cut("sql", "list", number, number + 1, f"'{{{shorter}}}'")
         elif re.fullmatch(r"[A-Za-z_]\w*", content) and not self._is_name(number):
-            new = WORDS.get(content, f"{content}_x")
+            # Of the type "char" the server keeps the first letter.
+            new = WORDS.get(content, f"{content}_x" if len(content) > 1 else "x")
             inner = token.start + 1
             yield "sql", "word", inner, token.end - 1, new
         elif self._is_message(number):
