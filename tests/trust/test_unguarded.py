@@ -300,6 +300,35 @@ def test_a_registry_that_was_swapped_for_a_copy_is_found(db: Database) -> None:
     assert strict(db)[0] == 0
 
 
+def test_a_policy_that_was_written_anew_word_by_word_is_foreign(db: Database) -> None:
+    """Neither its text nor its comment says who has made it."""
+    arbiter_db.install(db.conninfo())  # which records the oids of this database
+    owner = db.connect()
+    owner.execute("""
+        do $copy$
+        declare
+          v_policy record;
+          v_comment text;
+        begin
+          select * into v_policy from arbiter._policies()
+           where table_name = 'public.signals'::regclass and policy_name = 'arbiter_claim';
+          select obj_description(oid, 'pg_policy') into v_comment from pg_policy
+           where polrelid = 'public.signals'::regclass and polname = 'arbiter_claim';
+          drop policy arbiter_claim on public.signals;
+          execute 'create policy arbiter_claim ' || v_policy.definition;
+          execute format('comment on policy arbiter_claim on public.signals is %L', v_comment);
+        end
+        $copy$""")
+    query = (
+        "select state from arbiter.doctor() where object = 'policy arbiter_claim on public.signals'"
+    )
+    assert value(owner, query) == "foreign"
+    with pytest.raises(
+        arbiter_db.InstallError, match="a policy arbiter_claim that arbiter has not"
+    ):
+        arbiter_db.install(db.conninfo())
+
+
 def test_a_policy_of_another_hand_is_foreign(db: Database) -> None:
     """An install does not replace it, so the remedy says what to do first."""
     owner = db.connect()
