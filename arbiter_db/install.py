@@ -303,15 +303,33 @@ def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
                 f"arbiter needs PostgreSQL {_OLDEST_SERVER} or newer, "
                 f"this server is {holder.info.parameter_status('server_version')}"
             )
-        with _naming("waiting for another install"):
-            holder.execute(QUERIES["lock_settings"])
-            holder.execute(QUERIES["lock"])
+        _wait_for_others(holder, conninfo)
         with _connect(conninfo) as conn:
             # Before any function of the schema is called.
             if _scalar(conn, "has_schema"):
                 with conn.transaction(force_rollback=True):
                     _execute(conn, _sql_files()[:1])
             yield conn
+
+
+def _wait_for_others(holder: psycopg.Connection[Any], conninfo: str) -> None:
+    """Take the installers' lock.
+
+    Any role may take an advisory lock, so the error of a wait that took too long names the session.
+    """
+    with _naming("waiting for another install"):
+        holder.execute(QUERIES["lock_settings"])
+        try:
+            holder.execute(QUERIES["lock"])
+        except psycopg.errors.LockNotAvailable as exc:
+            with _connect(conninfo) as conn:
+                sessions = _column(conn, "lock_holders")
+            raise InstallError(
+                "waiting for another install took too long; nothing was changed",
+                hint="Wait until it has ended, or end it: select pg_terminate_backend(<pid>)",
+                detail="; ".join(sessions) or None,
+                sqlstate=exc.sqlstate,
+            ) from exc
 
 
 def _connect(conninfo: str) -> psycopg.Connection[Any]:

@@ -129,6 +129,17 @@ select set_config(name, case name when 'lock_timeout' then '5min' else '0' end, 
 -- which nothing else is likely to lock.
 select pg_advisory_xact_lock(27428839742530930)
 
+-- name: lock_holders
+-- The server shows the two halves of the key as two columns.
+select format('pid %%s, role %%s, application %%s, since %%s',
+              l.pid, a.usename, coalesce(nullif(a.application_name, ''), 'without a name'), a.backend_start)
+  from pg_locks l
+  left join pg_stat_activity a using (pid)
+ where l.locktype = 'advisory'
+   and l.granted
+   and l.database = (select oid from pg_database where datname = current_database())
+   and (l.classid::bigint << 32 | l.objid::bigint, l.objsubid) = (27428839742530930, 1)
+
 -- name: dependents
 -- The objects of the app that `drop schema arbiter cascade` would take with it: objects outside the
 -- schema that depend on a table, view, function or type inside. Temporary objects of clients do not count.

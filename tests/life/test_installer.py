@@ -169,12 +169,18 @@ def test_who_waits_too_long_for_another_installer_is_told(
     settings = QUERIES["lock_settings"].replace(b"'5min'", b"'100ms'")
     assert settings != QUERIES["lock_settings"]
     monkeypatch.setitem(QUERIES, "lock_settings", settings)
-    with db.connect(autocommit=False) as other:
+    with db.connect(autocommit=False, application_name="theirs") as other:
         other.execute(QUERIES["lock"])
         for call in (arbiter_db.install, arbiter_db.uninstall):
-            with pytest.raises(InstallError, match=r"^waiting for another install: ") as caught:
+            with pytest.raises(InstallError) as caught:
                 call(db.conninfo())
             assert caught.value.sqlstate == "55P03"
+            assert str(caught.value) == (
+                "waiting for another install took too long; nothing was changed"
+            )
+            session = f"pid {other.info.backend_pid}, role {other.info.user}, application theirs"
+            assert str(caught.value.detail).startswith(f"{session}, since ")
+            assert "pg_terminate_backend" in str(caught.value.hint)
 
 
 def test_an_uninstall_names_what_the_app_uses(db: Database) -> None:
