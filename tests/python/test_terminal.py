@@ -67,6 +67,8 @@ def test_what_is_no_character_to_be_seen_is_shown_as_an_escape() -> None:
     assert printable(SHOWN) == SHOWN
     for code in [*range(32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]:
         assert_plain(printable(chr(code)).replace("\n", "?"))
+    for code in (0x34F, 0x115F, 0x17B4, 0x180B, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0100, 0xE01EF):
+        assert printable(f"a{chr(code)}") == "a" + chr(code).encode("unicode_escape").decode()
 
 
 def test_a_console_and_a_table_take_strings_as_data() -> None:
