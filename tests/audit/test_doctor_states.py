@@ -193,6 +193,17 @@ def renamed(column: str, argument: str) -> Damage:
     )
 
 
+def hidden(table: str) -> Damage:
+    """A table that arbiter reads, and whose policies bind arbiter's owner, too."""
+    return Damage(
+        f"alter table {table} enable row level security, force row level security",
+        f"row security of {table}",
+        "outdated",
+        "Its policies bind arbiter's owner: every write that has to read this table fails.",
+        f"alter table {table} no force row level security",
+    )
+
+
 #: As protect() leaves a constraint to the end of an installation.
 UNVALIDATED = """
 do $unvalidated$
@@ -413,6 +424,15 @@ DAMAGES = {
         "It was dropped.",
         INSTALL,
     ),
+    "registry hidden": hidden("public.cloud_machines"),
+    "path hidden": hidden("public.traders"),
+    "observed": Damage(
+        "select arbiter.protect('public.signals', p_mode => 'observe')",
+        "mode of public.signals",
+        "note",
+        "The table is observed: nothing is rejected.",
+        PROTECT_SIGNALS,
+    ),
     "history's trigger dropped": Damage(
         "drop trigger arbiter_append_only_truncate on arbiter.handovers",
         "trigger arbiter_append_only_truncate on arbiter.handovers",
@@ -474,6 +494,57 @@ def is_consequence(found: str, damage: Damage) -> bool:
         and found.startswith(("trigger ", "policy "))
         and found not in damage.besides
     )
+
+
+def test_a_partition_that_was_detached(shared: Conn) -> None:
+    """What was attached to it, and not to the whole table, stays."""
+    with shared.transaction(force_rollback=True):
+        shared.execute("alter table public.ticks detach partition public.ticks_a")
+        found = ill(shared)
+        assert found == {
+            f"trigger {name} on public.ticks_a": (
+                "outdated",
+                "The table is not part of public.ticks any more, and is guarded in part only.",
+                f"drop trigger {name} on public.ticks_a",
+            )
+            for name in ("arbiter_guard_insert", "arbiter_guard_update")
+        }
+        for _, _, remedy in found.values():
+            shared.execute(remedy.encode())
+        assert ill(shared) == {}
+        shared.execute("alter table public.ticks attach partition public.ticks_a"
+                       " for values from (0) to (10)")  # fmt: skip
+        assert set(ill(shared)) == {f"trigger {name} on public.ticks_a" for name in
+                                    ("arbiter_guard_insert", "arbiter_guard_update")}  # fmt: skip
+
+
+def test_a_detached_partition_may_be_protected_by_itself(shared: Conn) -> None:
+    with shared.transaction(force_rollback=True):
+        shared.execute("alter table public.ticks detach partition public.ticks_a")
+        shared.execute("select arbiter.protect('public.ticks_a', p_verbs => '{insert,update}')")
+        for (statement,) in rows(shared, "select * from arbiter._finish_statements()"):
+            shared.execute(statement.encode())
+        assert ill(shared) == {}
+
+
+def test_a_table_of_a_superuser_hides_rows_without_being_forced_to(db: Database) -> None:
+    prepare(db)
+    owner = db.connect()
+    with db.connect("postgres") as superuser:
+        superuser.execute("alter table public.traders owner to postgres")
+        superuser.execute("grant select on public.traders to app_owner")
+        superuser.execute("alter table public.traders disable row level security")
+        assert ill(owner) == {}
+        superuser.execute("alter table public.traders enable row level security")
+        found = ill(owner)
+        remedy = "alter table public.traders owner to app_owner"
+        assert found["row security of public.traders"][2] == remedy
+        with superuser.transaction(force_rollback=True):  # the role is that of other tests, too
+            superuser.execute("alter role app_owner bypassrls")
+            assert ill(superuser) == {}
+        assert set(ill(owner)) == {"row security of public.traders"}
+        superuser.execute(remedy.encode())
+        assert ill(owner) == {}
 
 
 def test_a_generated_function_that_was_changed(db: Database) -> None:
