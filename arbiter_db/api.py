@@ -243,18 +243,21 @@ def protect(
     table: str,
     *,
     user_path: str | None = None,
-    verbs: Iterable[str] = ("insert",),
-    machine_column: str = "machine_id",
-    mode: str = "enforce",
-    unowned: str = "reject",
-    evidence: bool = True,
+    verbs: Iterable[str] | None = None,
+    machine_column: str | None = None,
+    mode: str | None = None,
+    unowned: str | None = None,
+    evidence: bool | None = None,
 ) -> None:
     """Put a table under arbitration, or change how it is (`arbiter.protect`).
 
-    `table` is a name as SQL writes it (`public.signals`). `user_path` is a column or a path over
-    foreign keys (`trader_id.user_id`), found by itself when there is one obvious answer.
-    Constraints are added `not valid`: after the commit, `finish` or the next install checks
-    the rows that exist.
+    `table` is a name as SQL writes it (`public.signals`). What is left out keeps the value that it
+    has. The first time, `user_path` (a column, or a path over foreign keys as `trader_id.user_id`)
+    is found by itself when there is one obvious answer, and the others are: verbs `insert`, machine
+    column `machine_id`, mode `enforce`, unowned rows `reject`, with evidence.
+
+    Constraints are added `not valid`: after the commit, `finish` or the next install checks the
+    rows that exist.
     """
     _one(
         conn,
@@ -262,7 +265,7 @@ def protect(
         "protect",
         table=table,
         user_path=user_path,
-        verbs=list(verbs),
+        verbs=None if verbs is None else list(verbs),
         machine_column=machine_column,
         mode=mode,
         unowned=unowned,

@@ -317,32 +317,40 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
 @click.argument("table")
 @_dsn
 @click.option("--user-path", help="A column, or a path such as trader_id.user_id.")
-@click.option("--verbs", default="insert", show_default=True, help="insert, or insert,update.")
-@click.option("--machine-column", default="machine_id", show_default=True)
-@click.option("--mode", default="enforce", show_default=True, help="enforce or observe.")
-@click.option("--unowned", default="reject", show_default=True, help="reject or allow.")
-@click.option("--no-evidence", is_flag=True, help="Leave the column arbiter_xid out.")
+@click.option("--verbs", help="insert, or insert,update.  [first: insert]")
+@click.option("--machine-column", help="Where a row names its machine.  [first: machine_id]")
+@click.option("--mode", help="enforce or observe.  [first: enforce]")
+@click.option("--unowned", help="Rows without a user: reject or allow.  [first: reject]")
+@click.option(
+    "--evidence/--no-evidence",
+    default=None,
+    help="With or without the column arbiter_xid, which an audit needs.  [first: with]",
+)
 def protect_command(
     table: str,
     dsn: str,
     user_path: str | None,
-    verbs: str,
-    machine_column: str,
-    mode: str,
-    unowned: str,
-    no_evidence: bool,
+    verbs: str | None,
+    machine_column: str | None,
+    mode: str | None,
+    unowned: str | None,
+    evidence: bool | None,
 ) -> None:
-    """Put TABLE under arbitration, or change how it is."""
+    """Put TABLE under arbitration, or change how it is.
+
+    An option that is left out keeps the value that it has; the first time it gets the one that is
+    shown as "first".
+    """
     with _connected(dsn) as conn:
         api.protect(
             conn,
             table,
             user_path=user_path,
-            verbs=[verb.strip() for verb in verbs.split(",")],
+            verbs=None if verbs is None else [verb.strip() for verb in verbs.split(",")],
             machine_column=machine_column,
             mode=mode,
             unowned=unowned,
-            evidence=not no_evidence,
+            evidence=evidence,
         )
         say(f"{table} is protected")
         finish(conn, on_step=say)

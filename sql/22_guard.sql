@@ -263,7 +263,7 @@ end
 $$;
 comment on function arbiter.tg_stamp_xid() is 'Sets arbiter_xid to the transaction that updates the row.';
 
--- Of a trigger whose condition is never true (_guard_triggers, 25_protect.sql).
+-- Of a trigger whose condition is never true (_guard_triggers, 25_build.sql).
 create or replace function arbiter.tg_no_parent()
 returns trigger
 language plpgsql

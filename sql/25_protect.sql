@@ -1,194 +1,4 @@
--- protect() and unprotect(): the triggers that a table needs, the copies of the guard's templates, columns and
--- constraints.
-
-create or replace function arbiter._guard_triggers(p_protection arbiter.protections)
-returns table (table_name regclass, trigger_name name, definition text, meaning text)
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_guard text := format('execute function arbiter.%I()', '_guard_' || p_protection.protection_id);
-  v_guard_row text := format('execute function arbiter.%I()', '_guard_row_' || p_protection.protection_id);
-  v_provenance text := format('execute function arbiter.%I()', '_provenance_' || p_protection.protection_id);
-  v_updates boolean := 'update' = any (p_protection.verbs);
-  v_family regclass[] := array(select f.member from arbiter._family(p_protection.protected_table) as f (member));
-  v_member record;
-begin
-  for v_member in
-    select c.oid::regclass as name, c.relkind, c.relispartition,
-           exists (select from pg_catalog.pg_inherits i where i.inhrelid = c.oid) as is_child
-      from unnest(v_family) as f (member)
-      join pg_catalog.pg_class c on c.oid = f.member
-  loop
-    table_name := v_member.name;
-    trigger_name := 'arbiter_guard_insert';
-    definition := format('after insert on %s referencing new table as arbiter_rows for each statement %s', table_name, v_guard);
-    meaning := 'Arbitrates inserts.';
-    return next;
-    if v_updates then
-      trigger_name := 'arbiter_guard_update';
-      definition := format('after update on %s referencing new table as arbiter_rows for each statement %s', table_name, v_guard);
-      meaning := 'Arbitrates updates.';
-      return next;
-    end if;
-    if v_member.relkind = 'r' and not v_member.is_child then
-      -- A write to a parent fires no statement trigger of its children. The server does not make a table with such a
-      -- trigger a child, not even when it is disabled, and its error names the trigger. The condition is never true,
-      -- and inserts and updates never come to it.
-      trigger_name := 'arbiter_unprotect_it_first_then_protect_what_it_is_attached_to';
-      definition := format('after delete on %s referencing old table as arbiter_rows for each row when (false) '
-        'execute function arbiter.tg_no_parent()', table_name);
-      meaning := 'Keeps the table from being attached to another one, whose writes would not be arbitrated.';
-      return next;
-    end if;
-    -- The server copies row triggers of a partitioned table to its partitions, also to later ones.
-    continue when v_member.relispartition;
-    trigger_name := 'arbiter_provenance';
-    -- Without a condition, because dropping a column drops the triggers whose condition names it.
-    definition := format('after update on %s for each row %s', table_name, v_provenance);
-    meaning := 'Keeps who wrote a row.';
-    return next;
-    if v_updates or v_member.relkind = 'p' then
-      -- Before the update, too: a row that moves to another partition fires no trigger after it, and what a foreign key
-      -- does to a row can only be told before other triggers have changed more of it.
-      trigger_name := 'arbiter_provenance_before';
-      definition := format('before update on %s for each row %s', table_name, v_provenance);
-      return next;
-    end if;
-    if v_updates and p_protection.evidence then
-      trigger_name := 'arbiter_stamp';
-      definition := format('before update on %2$s for each row ' ||
-        $w$when (new.source is distinct from 'cloud' or new.%1$I is not null) execute function arbiter.tg_stamp_xid()$w$,
-        p_protection.machine_column, table_name);
-      meaning := 'Names the transaction that last wrote a row.';
-      return next;
-    end if;
-    if v_member.relkind = 'p' then
-      trigger_name := 'arbiter_guard_row';
-      -- A row that MERGE moves to another partition is in no transition table; it fires the trigger for inserts.
-      -- Below a root that is not protected no statement trigger fires; that question has only constants in it, so the
-      -- server answers it once for a statement and not for each row. Tables stand in the condition as regclass, because
-      -- a dump then has their names; a number would be that of another table after a restore.
-      definition := case when v_updates
-        then format('after insert or update on %s for each row %s', table_name, v_guard_row)
-        else format('after insert on %1$s for each row when (new.tableoid <> all (%2$L::regclass[]) '
-          'or pg_partition_root(%3$L::regclass) <> %3$L::regclass) %4$s',
-          table_name, v_family, p_protection.protected_table, v_guard_row)
-        end;
-      meaning := 'Arbitrates what no statement trigger sees: partitions that have come since, rows that move.';
-      return next;
-    end if;
-  end loop;
-end
-$$;
-comment on function arbiter._guard_triggers(arbiter.protections) is
-  'The triggers that a protected table and its partitions must have. definition: what follows the name in CREATE TRIGGER.';
-
-create or replace function arbiter._drop_path_views(p_protection_id integer, p_keep name[] default '{}')
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_view name;
-begin
-  for v_view in
-    select c.relname
-      from pg_catalog.pg_class c
-     where c.relnamespace = 'arbiter'::regnamespace
-       and c.relname ~ format('^_path_%s_[0-9]+$', p_protection_id)
-       and c.relname <> all (p_keep)
-  loop
-    execute format('drop view arbiter.%I', v_view);
-  end loop;
-end
-$$;
-comment on function arbiter._drop_path_views(integer, name[]) is
-  'Drops the views of the path of a protection, except those in p_keep.';
-
-create or replace function arbiter._build_guard(p_protection_id integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_protection arbiter.protections;
-  v_table regclass;
-  v_guard record;
-  v_provenance name := '_provenance_' || p_protection_id;
-  v_words jsonb;
-  v_view record;
-begin
-  select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
-  v_table := v_protection.protected_table;
-  v_words := arbiter._guard_words(v_protection);
-
-  perform arbiter._drop_path_views(p_protection_id, array(select w.view_name from arbiter._path_views(v_protection) w));
-  for v_view in
-    select w.view_name as name, w.query
-      from arbiter._path_views(v_protection) w
-     where not arbiter._is_current_view(w.view_name, w.query, w.parent)
-  loop
-    perform arbiter._make_view(v_view.name, v_view.query, format('A step from a row of %s to its user.', v_table));
-    execute format('comment on column arbiter.%I.key is %L', v_view.name, 'What the foreign key names.');
-    execute format('comment on column arbiter.%I.value is %L', v_view.name, 'The user, or the key of the next step.');
-  end loop;
-
-  -- Two copies for a partitioned table: the second one is for single rows, which no statement trigger has seen.
-  for v_guard in
-    select g.name, g.rows
-      from (values
-        ('_guard_' || p_protection_id, 'arbiter_rows'),
-        ('_guard_row_' || p_protection_id, '(select new.*)')) as g (name, rows)
-     where g.rows = 'arbiter_rows'
-        or (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_table)
-  loop
-    perform arbiter._instantiate('arbiter._guard_template()', v_guard.name,
-      v_words || jsonb_build_object('__rows', v_guard.rows));
-    perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
-      format('Arbitrates writes to %s.', v_table));
-  end loop;
-
-  perform arbiter._instantiate('arbiter._provenance_template()', v_provenance, v_words);
-  perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
-    format('Keeps who wrote a row of %s.', v_table));
-
-  perform arbiter._attach(t.table_name, t.trigger_name, t.definition, t.meaning)
-     from arbiter._guard_triggers(v_protection) t;
-  -- Triggers that only other verbs need.
-  perform arbiter._detach(f.member, array(
-      select t.trigger_name from arbiter._guard_triggers(v_protection) t where t.table_name = f.member))
-     from arbiter._family(v_table) as f (member);
-end
-$$;
-comment on function arbiter._build_guard(integer) is
-  'Generates the functions and triggers of a protected table and its partitions, by its row in arbiter.protections.';
-
-create or replace function arbiter._drop_guard(p_protection_id integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  -- Also from partitions that were detached in the meantime.
-  perform arbiter._detach(t.table_name)
-     from (
-       select distinct t.tgrelid::regclass as table_name
-         from pg_catalog.pg_trigger t
-         join pg_catalog.pg_proc p on p.oid = t.tgfoid
-         join pg_catalog.pg_class c on c.oid = t.tgrelid
-        where p.pronamespace = 'arbiter'::regnamespace
-          and p.proname ~ format('^_(guard|guard_row|provenance)_%s$', p_protection_id)
-          and t.tgparentid = 0
-          and pg_has_role(c.relowner, 'usage')) as t;
-  -- With the triggers of a partition that was detached and given to another role.
-  execute format('drop function if exists arbiter.%I(), arbiter.%I(), arbiter.%I() cascade',
-    '_guard_' || p_protection_id, '_guard_row_' || p_protection_id, '_provenance_' || p_protection_id);
-  perform arbiter._drop_path_views(p_protection_id);
-end
-$$;
-comment on function arbiter._drop_guard(integer) is 'Drops the triggers, functions and views that were generated for a protected table.';
+-- protect() and unprotect(): what a table must have, its columns and constraints, and its row in arbiter.protections.
 
 -- A protected table that was dropped keeps its row in arbiter.protections until it is unprotected, or another table of
 -- its name is protected: otherwise doctor() would find nothing wrong with a table that was swapped for a copy.
@@ -234,15 +44,56 @@ end
 $$;
 comment on function arbiter._drop_xid_default(regclass) is 'Drops the default of arbiter_xid, if there is one.';
 
+create or replace function arbiter._chosen_options(
+  p_table regclass,
+  p_user_path text,
+  p_verbs text[],
+  p_machine_column name,
+  p_mode text,
+  p_unowned text,
+  p_evidence boolean)
+returns arbiter.protections
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_chosen arbiter.protections;
+begin
+  select p.* into v_chosen from arbiter.protections p where p.protected_table = p_table;
+  v_chosen.user_path := coalesce(p_user_path, v_chosen.user_path);
+  v_chosen.verbs := case
+    when p_verbs is null then coalesce(v_chosen.verbs, '{insert}')
+    else (select array_agg(distinct v.verb order by v.verb) from unnest(p_verbs) as v (verb)) end;
+  v_chosen.machine_column := coalesce(p_machine_column, v_chosen.machine_column, 'machine_id');
+  v_chosen.mode := coalesce(p_mode, v_chosen.mode, 'enforce');
+  v_chosen.unowned := coalesce(p_unowned, v_chosen.unowned, 'reject');
+  v_chosen.evidence := coalesce(p_evidence, v_chosen.evidence, true);
+  if p_table is null
+     or v_chosen.verbs is null or v_chosen.verbs not in ('{insert}', '{insert,update}')
+     or v_chosen.mode not in ('enforce', 'observe')
+     or v_chosen.unowned not in ('reject', 'allow')
+  then
+    perform arbiter._fail('invalid_parameter_value',
+      format('protect(%s) with p_verbs %s, p_mode %s, p_unowned %s',
+        coalesce(p_table::text, 'null'), coalesce(p_verbs, v_chosen.verbs), v_chosen.mode, v_chosen.unowned),
+      'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow. What is left out stays as it is.');
+  end if;
+  return v_chosen;
+end
+$$;
+comment on function arbiter._chosen_options(regclass, text, text[], name, text, text, boolean) is
+  'The options of a protection: what is given, else what the table has already, else the default. Error 22023 when one is none of its words.';
+
 -- Definer, as unprotect(): what they create must belong to arbiter's owner, whichever role calls.
 create or replace function arbiter.protect(
   p_table regclass,
   p_user_path text default null,
-  p_verbs text[] default '{insert}',
-  p_machine_column name default 'machine_id',
-  p_mode text default 'enforce',
-  p_unowned text default 'reject',
-  p_evidence boolean default true)
+  p_verbs text[] default null,
+  p_machine_column name default null,
+  p_mode text default null,
+  p_unowned text default null,
+  p_evidence boolean default null)
 returns void
 language plpgsql
 security definer
@@ -251,26 +102,13 @@ set row_security = off
 set lock_timeout = '5s'
 as $$
 declare
-  v_verbs text[];
-  v_path text;
+  v_new arbiter.protections;
   v_registry arbiter.registry;
   v_relative regclass;
-  v_protection_id integer;
 begin
-  select array_agg(distinct v.verb order by v.verb) into v_verbs from unnest(p_verbs) as v (verb);
-  if p_table is null or v_verbs is null or v_verbs not in ('{insert}', '{insert,update}')
-     or p_mode is null or p_mode not in ('enforce', 'observe')
-     or p_unowned is null or p_unowned not in ('reject', 'allow')
-     or p_machine_column is null or p_evidence is null
-  then
-    perform arbiter._fail('invalid_parameter_value',
-      format('protect(%s) with p_verbs %s, p_mode %s, p_unowned %s, p_machine_column %s, p_evidence %s',
-        coalesce(p_table::text, 'null'), coalesce(p_verbs::text, 'null'), coalesce(p_mode, 'null'),
-        coalesce(p_unowned, 'null'), coalesce(p_machine_column, 'null'), coalesce(p_evidence::text, 'null')),
-      'p_verbs is {insert} or {insert,update}; p_mode enforce or observe; p_unowned reject or allow; nothing is null.');
-  end if;
   lock table arbiter.protections in share row exclusive mode;
   perform arbiter._forget_dropped(p_table::text);
+  v_new := arbiter._chosen_options(p_table, p_user_path, p_verbs, p_machine_column, p_mode, p_unowned, p_evidence);
   select r.* into v_registry from arbiter.registry r where r.singleton;
   if p_table = v_registry.registry or p_table in (
     select c.oid from pg_catalog.pg_class c where c.relnamespace = 'arbiter'::regnamespace)
@@ -289,15 +127,15 @@ begin
       format('%s cannot be protected beside %s, which inherits from it or the other way round', p_table, v_relative),
       format('Unprotect %s first: one guard is enough for both.', v_relative));
   end if;
-  v_path := arbiter._need_protectable(p_table, p_user_path, p_machine_column);
+  v_new.user_path := arbiter._need_protectable(p_table, v_new.user_path, v_new.machine_column);
   perform arbiter._need_owner(f.member) from arbiter._family(p_table) as f (member);
   v_relative := arbiter._outer_parent(p_table);
-  if 'update' = any (v_verbs) and v_relative is not null then
+  if 'update' = any (v_new.verbs) and v_relative is not null then
     perform arbiter._fail('wrong_object_type',
       format('%s cannot be protected against updates below %s, which is not protected', p_table, v_relative),
       format('An update of %s would not be arbitrated: protect that table.', v_relative));
   end if;
-  perform arbiter._need_machine_key(p_table, p_machine_column, v_registry.registry);
+  perform arbiter._need_machine_key(p_table, v_new.machine_column, v_registry.registry);
 
   -- No write is in flight under the old rules, and every later one is judged by the new ones. Take the strongest lock
   -- at once, which a default and a policy need: a later upgrade can deadlock with a reader.
@@ -309,9 +147,9 @@ begin
       p_table);
     perform arbiter._record('constraint', p_table, 'arbiter_source_check');
   end if;
-  perform arbiter._add_column(p_table, p_machine_column, 'machine');
-  perform arbiter._add_machine_key(p_table, p_machine_column);
-  if p_evidence then
+  perform arbiter._add_column(p_table, v_new.machine_column, 'machine');
+  perform arbiter._add_machine_key(p_table, v_new.machine_column);
+  if v_new.evidence then
     perform arbiter._add_column(p_table, 'arbiter_xid', 'xid');
     execute format('alter table %s alter column arbiter_xid set default pg_current_xact_id()', p_table);
   else
@@ -319,7 +157,7 @@ begin
   end if;
 
   insert into arbiter.protections (protected_table, declared_as, user_path, verbs, machine_column, mode, unowned, evidence)
-  values (p_table, p_table::text, v_path, v_verbs, p_machine_column, p_mode, p_unowned, p_evidence)
+  values (p_table, p_table::text, v_new.user_path, v_new.verbs, v_new.machine_column, v_new.mode, v_new.unowned, v_new.evidence)
   on conflict on constraint protections_protected_table_key do update
     set declared_as = excluded.declared_as,
         user_path = excluded.user_path,
@@ -328,13 +166,13 @@ begin
         mode = excluded.mode,
         unowned = excluded.unowned,
         evidence = excluded.evidence
-  returning protection_id into v_protection_id;
-  perform arbiter._build_guard(v_protection_id);
+  returning protection_id into v_new.protection_id;
+  perform arbiter._build_guard(v_new.protection_id);
   perform arbiter._build_policies(p_table);
 end
 $$;
 comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
-  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. p_user_path: a uuid column or a path over foreign keys, found where it is obvious. p_verbs {insert}: an update, also that of an upsert or MERGE which finds an older row, is not arbitrated. {insert,update}: it is. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. Options that are left out keep their values; the first time they are: p_user_path, a uuid column or a path over foreign keys, found where it is obvious; p_verbs {insert}; p_machine_column machine_id; p_mode enforce; p_unowned reject; p_evidence true. p_verbs {insert}: an update, also that of an upsert or MERGE which finds an older row, is not arbitrated. {insert,update}: it is. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
 
 create or replace function arbiter.unprotect(p_table regclass)
 returns void

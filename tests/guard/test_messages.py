@@ -103,7 +103,7 @@ TOKEN = (
 NO_REGISTRY = "delete from arbiter.registry"
 PROTECT_HINT = (
     "p_verbs is {{insert}} or {{insert,update}}; p_mode enforce or observe; p_unowned reject or"
-    " allow; nothing is null."
+    " allow. What is left out stays as it is."
 )
 RENAME = "Rename that column; nothing was changed."
 
@@ -387,15 +387,13 @@ FAILURES = {
     "verbs": Failure(
         "select arbiter.protect('public.wide', p_verbs => '{{delete}}')",
         "22023",
-        "arbiter: protect(public.wide) with p_verbs {{delete}}, p_mode enforce, p_unowned reject,"
-        " p_machine_column machine_id, p_evidence true",
+        "arbiter: protect(public.wide) with p_verbs {{delete}}, p_mode enforce, p_unowned reject",
         PROTECT_HINT,
     ),
     "nulls": Failure(
         "select arbiter.protect(null, null, null, null, null, null, null)",
         "22023",
-        "arbiter: protect(null) with p_verbs null, p_mode null, p_unowned null,"
-        " p_machine_column null, p_evidence null",
+        "arbiter: protect(null) with p_verbs {{insert}}, p_mode enforce, p_unowned reject",
         PROTECT_HINT,
     ),
     "the registry protected": Failure(

@@ -236,12 +236,19 @@ def test_protect_and_unprotect_a_table(conn: Connection) -> None:
     ).fetchone()
     assert row == ("user_id", ["insert", "update"], "written_by", "observe", "allow", False)
 
-    api.protect(conn, "public.positions", machine_column="written_by")
+    # What is left out stays as it is.
+    api.protect(conn, "public.positions", mode="enforce")
     row = conn.execute(
-        "select verbs, mode, unowned, evidence from arbiter.protections"
+        "select user_path, verbs, machine_column, mode, unowned, evidence from arbiter.protections"
         " where protected_table = 'public.positions'::regclass"
     ).fetchone()
-    assert row == (["insert"], "enforce", "reject", True)
+    assert row == ("user_id", ["insert", "update"], "written_by", "enforce", "allow", False)
+    api.protect(conn, "public.positions", verbs=["insert"], unowned="reject", evidence=True)
+    row = conn.execute(
+        "select verbs, machine_column, mode, unowned, evidence from arbiter.protections"
+        " where protected_table = 'public.positions'::regclass"
+    ).fetchone()
+    assert row == (["insert"], "written_by", "enforce", "reject", True)
 
     api.unprotect(conn, "public.positions")
     row = conn.execute(
