@@ -195,6 +195,29 @@ def test_a_strangers_function_of_that_name_is_not_called(db: Database) -> None:
     assert count_rows(owner, "realtime.messages") == 2
 
 
+@pytest.mark.parametrize("role", ["superuser", "nosuperuser", None])
+def test_supabases_own_role_counts_where_supabase_is(db: Database, role: str | None) -> None:
+    """Another role could call itself so; only a superuser makes one called supabase_admin."""
+    superuser = db.connect("postgres")
+    superuser.execute(REALTIME)
+    superuser.execute(
+        "alter table realtime.messages owner to app_owner; grant usage on schema realtime to public"
+    )
+    user = add_user(superuser)
+    with superuser.transaction(force_rollback=True):  # roles are those of other tests, too
+        superuser.execute("create role supabase_realtime_admin")
+        superuser.execute("grant all on realtime.messages to supabase_realtime_admin")
+        superuser.execute("alter function realtime.send owner to supabase_realtime_admin")
+        if role:
+            superuser.execute(f"create role supabase_admin {role}".encode())
+        beat(superuser, add_machine(superuser, user, "running"))
+        announced = value(superuser, "select draining_since is not null from arbiter.leases"
+                          " where user_id = %s", user.id)  # fmt: skip
+        assert announced
+        sent = 1 if role == "superuser" else 0
+        assert count_rows(superuser, "realtime.messages") == sent
+
+
 # A queue that is full ----------------------------------------------------------------------------
 
 #: The smallest queue. Before PostgreSQL 17 it has 8 GB on every server, so there the part of it
