@@ -111,8 +111,8 @@ class Finding:
     finding: str
     """`contradiction` for a row, `history` for a handover."""
     reason: str
-    """`wrong_environment`, `wrong_machine`, `no_lease`; `missing_epoch`, `two_holders`,
-    `out_of_order`, `lease_differs`."""
+    """`wrong_environment`, `wrong_machine`, `no_lease`, `two_users`; `missing_epoch`,
+    `two_holders`, `out_of_order`, `lease_differs`."""
     user_id: UUID
     """The user of the row or handover."""
     row_table: str | None

@@ -29,6 +29,25 @@ $$;
 comment on function arbiter.claimed_machine_id() is
   'The machine of the session''s token, its claim machine_id; null for a browser. Error 22P02 when that is no uuid.';
 
+-- In a definer function current_user is the function's owner; the setting is the role that the client has set.
+create or replace function arbiter._session_role()
+returns name
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return coalesce(nullif(current_setting('role'), 'none'), session_user);
+comment on function arbiter._session_role() is 'The role that the session acts as, also inside a definer function.';
+
+create or replace function arbiter._is_trusted_session()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return pg_has_role(arbiter._session_role(), current_user, 'usage') or exists (
+  select from pg_catalog.pg_roles r where r.rolname = arbiter._session_role() and r.rolbypassrls);
+comment on function arbiter._is_trusted_session() is
+  'Whether the session may act for any user: its role may act as arbiter''s owner, or row security does not bind it. For definer functions.';
+
 create or replace function arbiter._caller(p_user_id uuid)
 returns uuid
 language plpgsql
@@ -36,8 +55,6 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- In a definer function current_user is the function's owner; this setting is the role that the client has set.
-  v_role name;
   v_user_id uuid;
 begin
   if p_user_id is null then
@@ -49,12 +66,7 @@ begin
     end if;
     return v_user_id;
   end if;
-  v_role := coalesce(nullif(current_setting('role'), 'none'), session_user);
-  -- Trusted: a role that may act as arbiter's owner, or one that row security does not bind.
-  if pg_has_role(v_role, current_user, 'usage') or p_user_id = arbiter.claimed_user_id() then
-    return p_user_id;
-  end if;
-  if not exists (select from pg_catalog.pg_roles r where r.rolname = v_role and r.rolbypassrls) then
+  if p_user_id is distinct from arbiter.claimed_user_id() and not arbiter._is_trusted_session() then
     perform arbiter._fail('insufficient_privilege',
       'only a trusted role may ask about another user',
       'Leave p_user_id out: the user is the sub of request.jwt.claims.');
@@ -89,6 +101,17 @@ begin atomic
 end;
 comment on function arbiter._client_roles() is
   'The roles of clients that exist, each with its kind: visitor, user or backend. A role that is named as well has two rows.';
+
+create or replace function arbiter._is_client_session()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return not arbiter._is_trusted_session() and exists (
+  select from arbiter._client_roles() k
+   where k.kind in ('visitor', 'user') and pg_has_role(arbiter._session_role(), k.role, 'usage'));
+comment on function arbiter._is_client_session() is
+  'Whether the session is a browser''s or has a machine''s token: its role is that of a client, or a member of it, and is not trusted. For definer functions.';
 
 create or replace function arbiter._grantees(p_kinds text[])
 returns text

@@ -217,10 +217,12 @@ end;
 comment on function arbiter._is_current_view(name, text, regclass) is
   'Whether a generated view was made from this query and still reads this table.';
 
+-- The notices of `if exists` are no news to the caller.
 create or replace function arbiter._make_view(p_view name, p_query text, p_meaning text, p_options text default '')
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set client_min_messages = warning
 as $$
 begin
   execute format('drop view if exists arbiter.%I', p_view);

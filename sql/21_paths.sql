@@ -45,19 +45,24 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_steps text[] := parse_ident((p_protection).user_path);
-  v_table regclass := (p_protection).protected_table;
+  v_number integer := 0;
+  v_table regclass;
+  v_way record;
   v_key record;
 begin
-  for i in 1 .. cardinality(v_steps) - 1 loop
-    v_key := arbiter._need_foreign_key(v_table, v_steps[i], (p_protection).user_path);
-    view_name := format('_path_%s_%s', (p_protection).protection_id, i);
-    query := format(
-      'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%L::regclass, %L, %L::regclass)',
-      v_key.parent_column, v_steps[i + 1], v_key.parent, v_table, v_key.constraint_name, v_key.parent);
-    parent := v_key.parent;
-    return next;
-    v_table := v_key.parent;
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways((p_protection).user_path) w loop
+    v_table := (p_protection).protected_table;
+    for i in 1 .. v_way.last - 1 loop
+      v_key := arbiter._need_foreign_key(v_table, v_way.steps[i], (p_protection).user_path);
+      v_number := v_number + 1;
+      view_name := format('_path_%s_%s', (p_protection).protection_id, v_number);
+      query := format(
+        'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%L::regclass, %L, %L::regclass)',
+        v_key.parent_column, v_way.steps[i + 1], v_key.parent, v_table, v_key.constraint_name, v_key.parent);
+      parent := v_key.parent;
+      return next;
+      v_table := v_key.parent;
+    end loop;
   end loop;
 end
 $$;
@@ -65,7 +70,8 @@ comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
 -- Scalar subqueries by key, because a join would be planned by statistics, which may be stale. A path is broken where a
--- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner.
+-- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner. Of
+-- several ways none may be broken, and those that are not null must agree; otherwise the row has no user.
 create or replace function arbiter._path_expression(p_protection arbiter.protections, p_row text, p_probe text)
 returns text
 language plpgsql
@@ -73,21 +79,45 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_steps text[] := parse_ident((p_protection).user_path);
-  v_value text := format('%s.%I', p_row, v_steps[1]);
+  v_number integer := 0;
+  v_way record;
+  v_value text;
   v_broken text := 'false';
+  v_values text[] := '{}';
+  v_columns text;
+  v_names text;
+  v_differ text;
 begin
-  for i in 1 .. cardinality(v_steps) - 1 loop
-    v_broken := format('(%1$s or (%2$s is not null and not exists (select from arbiter._path_%3$s_%4$s p where p.key = %2$s)))',
-      v_broken, v_value, (p_protection).protection_id, i);
-    v_value := format('(select p%2$s.value from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
-      (p_protection).protection_id, i, v_value);
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways((p_protection).user_path) w loop
+    v_value := format('%s.%I', p_row, v_way.steps[1]);
+    for i in 1 .. v_way.last - 1 loop
+      v_number := v_number + 1;
+      v_broken := format('(%1$s or (%2$s is not null and not exists (select from arbiter._path_%3$s_%4$s p where p.key = %2$s)))',
+        v_broken, v_value, (p_protection).protection_id, v_number);
+      v_value := format('(select p%2$s.value from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
+        (p_protection).protection_id, v_number, v_value);
+    end loop;
+    v_values := v_values || v_value;
   end loop;
-  return case p_probe when 'user' then v_value else v_broken end;
+  if p_probe = 'broken' then
+    return v_broken;
+  elsif cardinality(v_values) = 1 then
+    return case p_probe when 'user' then v_value else 'false' end;
+  end if;
+  select string_agg(format('%s as way_%s', v.value, v.way), ', ' order by v.way), string_agg('w.way_' || v.way, ', ' order by v.way)
+    into v_columns, v_names
+    from unnest(v_values) with ordinality as v (value, way);
+  select string_agg(format('w.way_%s <> w.way_%s', a, b), ' or ' order by a, b)
+    into v_differ
+    from generate_series(1, cardinality(v_values)) as a, generate_series(a + 1, cardinality(v_values)) as b;
+  return case p_probe
+    when 'user' then format('(select case when %s or %s then null else coalesce(%s) end from (select %s offset 0) w)',
+      v_differ, v_broken, v_names, v_columns)
+    else format('(select (%s) is true from (select %s offset 0) w)', v_differ, v_columns) end;
 end
 $$;
 comment on function arbiter._path_expression(arbiter.protections, text, text) is
-  'An SQL expression over the row p_row. p_probe ''user'': its user; ''broken'': whether its path is broken.';
+  'An SQL expression over the row p_row. p_probe ''user'': its user; ''broken'': whether a way to it is broken; ''differ'': whether its ways lead to different users.';
 
 -- When a foreign key with `on update cascade` has acted, its parent has the row with the new key, written by this
 -- transaction, and none with the old one. Outside the statement that changes the parent no row can name a parent that

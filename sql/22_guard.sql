@@ -4,15 +4,18 @@
 -- and options in the place of these words (_guard_words):
 --
 --   __rows          the new rows: the transition table arbiter_rows, or (select new.*) for a row that it does not hold
---   __key           the column where a row's path to its user begins; __key_name is its name as a literal
+--   __keys(x)       the columns where the ways from a row to its user begin, separated by commas
+--   __keeps_keys    whether an update keeps these columns
+--   __follows_keys  whether what it changes of them is what foreign keys with `on update cascade` do
 --   __machine       the column that names the machine; __machine_name is its name as a literal
 --   __user_of(x)    the user to whom the row x leads
---   __is_broken(x)  whether the path of x names a row that does not exist; false where rows without a user are rejected
+--   __is_broken(x)  whether the path of x names a row that does not exist; not asked where that rejects the row anyway
+--   __differ(x)     whether the ways of x lead to different users; false where there is one way
 --   __is_ours(x)    whether arbiter_xid of x is this transaction; true on a table without that column
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
 --   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away to _provenance_template,
 --                   which sees the old row, too
---   __writer(x)     what the rows of one writer have in common: key and machine; null for a key that is not compared so
+--   __writer(x)     what the rows of one writer have in common: keys and machine; null for keys that are not compared so
 --   __has_writer    whether keys are compared so: true or false
 --   __updates       whether updates are arbitrated, too: true or false
 --   __protection, __mode, __unowned   the table's row in arbiter.protections
@@ -22,74 +25,6 @@
 --
 -- Definer: they lock leases and read the registry and the path to the user, which the client may not be allowed to.
 -- With row security off a hidden row is an error, not a missing one.
-
--- An array, because two nulls in an array are equal. The text of a number or a string says exactly which it is, in any
--- session; for other types null sends the rows to the second query, which asks the types themselves.
-create or replace function arbiter._writer_expression(p_protection arbiter.protections, p_row text)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select format(
-           case
-             when a.atttypid = 'uuid'::regtype then 'array[%1$s.%2$I, %1$s.%3$I]'
-             when a.atttypid = any ('{smallint,integer,bigint,text,varchar}'::regtype[])
-               then 'array[%1$s.%2$I::text collate "C", %1$s.%3$I::text]'
-             else 'null::text[]'
-           end, p_row, s.key, (p_protection).machine_column)
-    from (select (parse_ident((p_protection).user_path))[1] as key) s
-    -- A column that was renamed fails writes, not the installation; doctor() names it.
-    left join pg_catalog.pg_attribute a on a.attrelid = (p_protection).protected_table and a.attname = s.key;
-end;
-comment on function arbiter._writer_expression(arbiter.protections, text) is
-  'SQL for what the rows of one writer have in common: where the path to the user begins, and the machine.';
-
-create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-return case when 'update' = any ((p_protection).verbs)
-  then format('(tg_op = ''INSERT'' or %1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null)',
-    p_row, (p_protection).machine_column)
-  else 'true' end;
-comment on function arbiter._judged_expression(arbiter.protections, text) is
-  'SQL for whether the guard judges a row.';
-
-create or replace function arbiter._guard_words(p_protection arbiter.protections)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select jsonb_build_object(
-    '__protection', (p_protection).protection_id::text,
-    '__mode', quote_literal((p_protection).mode),
-    '__unowned', quote_literal((p_protection).unowned),
-    '__updates', ('update' = any ((p_protection).verbs))::text,
-    '__machine', quote_ident((p_protection).machine_column),
-    '__machine_name', quote_literal((p_protection).machine_column),
-    '__key', quote_ident((parse_ident((p_protection).user_path))[1]),
-    '__key_name', quote_literal((parse_ident((p_protection).user_path))[1]),
-    '__user_of(d)', arbiter._path_expression(p_protection, 'd', 'user'),
-    '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
-    '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
-    '__user_of(new)', arbiter._path_expression(p_protection, 'new', 'user'),
-    '__is_broken(n)', case (p_protection).unowned
-      when 'allow' then arbiter._path_expression(p_protection, 'n', 'broken') else 'false' end,
-    '__is_ours(n)', case when (p_protection).evidence
-      then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
-    '__keeps_xid', case when (p_protection).evidence
-      then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
-    '__is_judged(d)', arbiter._judged_expression(p_protection, 'd'),
-    '__is_judged(n)', arbiter._judged_expression(p_protection, 'n'),
-    '__writer(d)', arbiter._writer_expression(p_protection, 'd'),
-    '__writer(n)', arbiter._writer_expression(p_protection, 'n'),
-    '__has_writer', (arbiter._writer_expression(p_protection, 'n') <> 'null::text[]')::text);
-end;
-comment on function arbiter._guard_words(arbiter.protections) is
-  'What the words of the two templates stand for in the guard of this table.';
 
 create or replace function arbiter._guard_template()
 returns trigger
@@ -140,20 +75,18 @@ begin
   if v_several then
     perform
        from (
-         -- A row whose source and machine disagree gets no key, hence no user, and so leaves this case.
-         select distinct
-                case when n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n)
-                  then n.__key end as __key,
-                n.__machine
+         select distinct __keys(n), n.__machine,
+                n.source = case when n.__machine is null then 'local' else 'cloud' end and __is_ours(n) as arbiter_fits
            from __rows as n
           where __is_judged(n)) d
-      where (select l.user_id
-               from arbiter.leases l
-              where l.user_id = __user_of(d)
-                and l.machine_id is not distinct from d.__machine
-                and l.draining_since is null
-                and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
-                for key share skip locked) is null;
+      where case when d.arbiter_fits then (
+              select l.user_id
+                from arbiter.leases l
+               where l.user_id = __user_of(d)
+                 and l.machine_id is not distinct from d.__machine
+                 and l.draining_since is null
+                 and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
+                 for key share skip locked) end is null;
     if not found then
       return null;
     end if;
@@ -166,7 +99,9 @@ begin
            __user_of(n) as user_id,
            n.source::text as source,
            n.__machine as machine_id,
-           case when (__is_ours(n)) is not true then 'evidence' when __is_broken(n) then 'parent' end as flaw
+           case when (__is_ours(n)) is not true then 'evidence'
+                when __is_broken(n) then 'parent'
+                when __differ(n) then 'users' end as flaw
       from __rows as n
      where __is_judged(n)
      order by 1, 2, 3, 4
@@ -205,7 +140,7 @@ declare
   v_error arbiter.error;
 begin
   -- The common case: the provenance has not changed, or the update says who writes.
-  if new.__key is not distinct from old.__key
+  if __keeps_keys
     and (case when __updates then new.source is distinct from 'cloud' or new.__machine is not null
          else new.source is not distinct from old.source
           and new.__machine is not distinct from old.__machine
@@ -220,7 +155,7 @@ begin
     and new.__machine is null
     and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
   if (__user_of(new)) is distinct from v_user_id
-      and not arbiter._follows_key(tg_relid, __key_name, old.__key::text, new.__key::text)
+      and not (__follows_keys)
     or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
       or new.__machine is distinct from old.__machine and not v_machine_gone
         and not arbiter._follows_key(tg_relid, __machine_name, old.__machine::text, new.__machine::text))
@@ -320,11 +255,14 @@ begin
   return case
     when p_flaw = 'evidence' then 'arbiter_xid is not the transaction that writes the row: leave it to its default.'
     when p_flaw = 'parent' then 'The row does not lead to a user: the row that it names does not exist.'
+    when p_flaw = 'users' then 'The row leads to different users: all ways of p_user_path must agree.'
     when p_source is null then 'source is null: write local, or cloud with a machine.'
     when p_source not in ('local', 'cloud') then 'source must be local or cloud.'
     when p_source = 'local' and p_machine_id is not null then 'A local write has no machine: leave it null, or write cloud.'
     when p_user_id is null and p_unowned = 'reject' then
       'The row has no user; a table with such rows is protected with p_unowned => ''allow''.'
+    when p_user_id is null and arbiter._is_client_session() then
+      'A browser cannot write a row without a user, nor can a machine''s token: write it as the backend.'
     when p_user_id is null and p_machine_id is not null then 'A row without a user cannot have a machine.'
     when p_user_id is null then null
     when p_source = 'cloud' and p_machine_id is null then 'A cloud write names its machine.'
@@ -332,7 +270,7 @@ begin
 end
 $$;
 comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
-  'Why source, machine and user of a row do not fit together, as a hint; null when they do. p_flaw: what the guard has found, evidence (arbiter_xid is not this transaction) or parent (the path is broken).';
+  'Why source, machine and user of a row do not fit together, as a hint; null when they do. p_flaw: what the guard has found, evidence (arbiter_xid is not this transaction), parent (the path is broken) or users (its ways lead to different users).';
 
 create or replace function arbiter._admit(
   p_protection_id integer,

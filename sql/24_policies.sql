@@ -154,11 +154,13 @@ end;
 comment on function arbiter._wrong_policies(regclass) is
   'Policies to be made anew, or dropped (definition null), on a table and its partitions or on all tables (null).';
 
--- Changing a policy waits for all users of its table, so only what differs is made again.
+-- Changing a policy waits for all users of its table, so only what differs is made again. The notices of `if exists` are
+-- no news to the caller.
 create or replace function arbiter._build_policies(p_table regclass default null)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set client_min_messages = warning
 as $$
 declare
   v_policy record;

@@ -165,10 +165,12 @@ $$;
 comment on function arbiter._build_guard(integer) is
   'Generates the functions and triggers of a protected table and its partitions, by its row in arbiter.protections.';
 
+-- The notices of `if exists` are no news to the caller.
 create or replace function arbiter._drop_guard(p_protection_id integer)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set client_min_messages = warning
 as $$
 begin
   -- Also from partitions that were detached in the meantime.

@@ -106,7 +106,8 @@ create or replace function arbiter._judge_row(
   p_high bigint,
   p_elsewhere bigint,
   p_was_counted_here boolean,
-  p_is_broken boolean)
+  p_is_broken boolean,
+  p_has_two boolean)
 returns arbiter.audit_finding
 language plpgsql
 stable
@@ -127,6 +128,9 @@ begin
     return v_verdict;
   elsif not p_was_counted_here then
     v_verdict.reason := 'other_cluster';
+    return v_verdict;
+  elsif p_has_two then
+    v_verdict := ('contradiction', 'two_users', p_user_id, null, null, p_source, p_machine_id, p_xid, null, null, null, null);
     return v_verdict;
   elsif p_is_broken then
     v_verdict.reason := 'broken_history';
@@ -193,8 +197,8 @@ begin
   return v_verdict;
 end
 $$;
-comment on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean) is
-  'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have.';
+comment on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean, boolean) is
+  'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have. p_has_two: its ways lead to different users.';
 
 create or replace function arbiter._audit_step(p_block bigint, p_blocks bigint)
 returns boolean
@@ -217,21 +221,28 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_blocks_a_step constant bigint := 2048;
-  v_steps text[] := parse_ident(p_protection.user_path);
+  v_number integer := 0;
+  v_way record;
+  v_value text;
+  v_values text[] := '{}';
   v_joins text := '';
-  v_value text := format('r.%I', v_steps[1]);
   v_blocks bigint;
 begin
-  for i in 1 .. cardinality(v_steps) - 1 loop
-    v_joins := v_joins || format(' left join arbiter._path_%1$s_%2$s p%2$s on p%2$s.key = %3$s',
-      p_protection.protection_id, i, v_value);
-    v_value := format('p%s.value', i);
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_protection.user_path) w loop
+    v_value := format('r.%I', v_way.steps[1]);
+    for i in 1 .. v_way.last - 1 loop
+      v_number := v_number + 1;
+      v_joins := v_joins || format(' left join arbiter._path_%1$s_%2$s p%2$s on p%2$s.key = %3$s',
+        p_protection.protection_id, v_number, v_value);
+      v_value := format('p%s.value', v_number);
+    end loop;
+    v_values := v_values || v_value;
   end loop;
   select max(pg_relation_size(f.member)) / current_setting('block_size')::bigint
     into v_blocks
     from arbiter._family(p_protection.protected_table) as f (member);
   return format($sql$
-    select r.tableoid, r.ctid, r.xmin, %1$s as user_id, r.source::text as source, r.%2$I as machine_id, r.arbiter_xid as xid
+    select r.tableoid, r.ctid, r.xmin, coalesce(%1$s) as user_id, %8$s as has_two, r.source::text as source, r.%2$I as machine_id, r.arbiter_xid as xid
       from generate_series(0, %3$s, %4$s) as b (block)
      cross join lateral (
        select t.tableoid, t.ctid, t.xmin, t.*
@@ -243,8 +254,11 @@ begin
        offset 0) as r
       %6$s
      where %7$s$sql$,
-    v_value, p_protection.machine_column, v_blocks, v_blocks_a_step, p_protection.protected_table, v_joins,
-    case when p_verbose then format('arbiter._audit_step(b.block, %s)', v_blocks) else 'true' end);
+    array_to_string(v_values, ', '), p_protection.machine_column, v_blocks, v_blocks_a_step, p_protection.protected_table, v_joins,
+    case when p_verbose then format('arbiter._audit_step(b.block, %s)', v_blocks) else 'true' end,
+    -- Those that are not null differ from the first of them.
+    (select format('coalesce(%s, false)', string_agg(format('coalesce(%s) <> %s', array_to_string(v_values, ', '), v.value), ' or '))
+       from unnest(v_values) as v (value)));
 end
 $$;
 comment on function arbiter._audit_rows(arbiter.protections, boolean) is
@@ -321,12 +335,13 @@ begin
                and p.machine_id is distinct from '00000000-0000-0000-0000-000000000000'
                and (p.source = 'cloud') = (p.machine_id is not null)
                and p.was_counted_here
-               and not p.is_broken, false) as is_plain
+               and not p.is_broken
+               and not p.has_two, false) as is_plain
         from placed p
     ), judged as (
       select p.tableoid, p.ctid,
              case when not p.is_plain then arbiter._judge_row(p.user_id, p.source, p.machine_id, p.xid,
-               p.low, p.high, p.elsewhere, p.was_counted_here, p.is_broken) end as verdict
+               p.low, p.high, p.elsewhere, p.was_counted_here, p.is_broken, p.has_two) end as verdict
         from plain p
       offset 0
     ), counted as (
@@ -354,4 +369,4 @@ begin
 end
 $$;
 comment on function arbiter.audit(regclass, boolean) is
-  'What contradicts exclusion in a protected table, from its rows and the handovers alone: no row at all when everything is proved. finding contradiction: a row that the holder of its epoch did not write (wrong_environment, wrong_machine, no_lease). history: a flaw of the handovers (missing_epoch, two_holders, out_of_order, lease_differs). not_provable: rows counted by reason. p_verbose: also the number of rows that are proved, and notices of how far it is. Errors 42704 not protected, 55000 no evidence.';
+  'What contradicts exclusion in a protected table, from its rows and the handovers alone: no row at all when everything is proved. finding contradiction: a row that the holder of its epoch did not write (wrong_environment, wrong_machine, no_lease, two_users). history: a flaw of the handovers (missing_epoch, two_holders, out_of_order, lease_differs). not_provable: rows counted by reason. p_verbose: also the number of rows that are proved, and notices of how far it is. Errors 42704 not protected, 55000 no evidence.';

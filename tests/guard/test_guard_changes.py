@@ -607,3 +607,28 @@ def test_a_snapshot_older_than_an_unprotect_can_protect_again(db: Database, leve
     assert {state for (_, state) in found} == {"ok"}, found
     policies = "select count(*) from pg_policy where polname = 'arbiter_claim'"
     assert value(owner, policies) == 1
+
+
+def test_no_call_of_the_owner_speaks_of_arbiters_own_objects(db: Database) -> None:
+    """A notice that a view of arbiter does not exist yet looks like a fault."""
+    owner = db.connect()
+    said: list[str | None] = []
+    owner.add_notice_handler(lambda diagnostic: said.append(diagnostic.message_primary))
+    owner.execute(
+        "create table public.orders (user_id uuid, trader_id uuid references public.traders)"
+    )
+    for call in (
+        "arbiter.protect('public.orders')",
+        "arbiter.protect('public.orders', 'trader_id.user_id')",
+        "arbiter.protect('public.orders', 'user_id')",
+        "arbiter.unprotect('public.orders')",
+        "arbiter.protect('public.positions', p_verbs => '{insert,update}')",
+        "arbiter.register_machines('public.cloud_machines')",
+        "arbiter.expose()",
+        "arbiter.unexpose()",
+        "arbiter.add_client_role('authenticator')",
+        "arbiter.remove_client_role('authenticator')",
+        "arbiter._detach_all(true)",
+    ):
+        owner.execute(f"select {call}".encode())
+    assert said == []

@@ -191,8 +191,68 @@ def test_rows_of_built_in_traders_are_written_where_they_are_allowed(at: Stage) 
     assert at.rejected(add_signal, conn, at.bob.trader) == CLOUD_ACTIVE
     assert value(at.owner, "select count(*) from arbiter.leases where user_id is null") == 0
 
-    at.owner.execute("select arbiter.protect('public.signals')")
+    at.owner.execute("select arbiter.protect('public.signals', p_unowned => 'reject')")
     assert at.rejected(add_signal, conn, at.builtin) == IDENTITY
+
+
+DEFINER = """
+create function public.add_signal_of(p_trader_id uuid) returns void
+language sql security definer set search_path = '' as $$
+  insert into public.signals (trader_id, symbol, interval, signal, bar_time)
+  values (p_trader_id, 'BTCUSDT', '1m', 'buy', clock_timestamp())
+$$
+"""
+
+
+def test_a_client_writes_no_row_without_a_user(at: Stage) -> None:
+    """The app's policies let it, or a function of the app, or row security that is off."""
+    at.owner.execute(ALLOW)
+    at.owner.execute(DEFINER)
+    at.owner.execute("create policy anything on public.signals to anon, authenticated"
+                     " using (true) with check (true)")  # fmt: skip
+    at.owner.execute("grant insert on public.signals to anon")
+    machine = at.db.connect(
+        role="authenticated", claims={"sub": str(at.ada.id), "machine_id": str(at.adas_machine)}
+    )
+    clients = [browser(at.db, at.ada), at.db.connect(role="anon"), machine]
+    for security in ("enable", "disable"):
+        at.owner.execute(f"alter table public.signals {security} row level security".encode())
+        for conn in clients:
+            call = "select public.add_signal_of(%s)"
+            assert at.rejected(conn.execute, call, (at.builtin,)) == IDENTITY
+    for conn in clients:
+        assert at.rejected(add_signal, conn, at.builtin) == IDENTITY
+        assert at.rejected(add_signal, conn, at.builtin, "cloud") == IDENTITY
+
+
+def test_a_member_of_a_clients_role_is_a_client(at: Stage) -> None:
+    """Unless row security does not bind it; other roles are no clients."""
+    at.owner.execute(ALLOW)
+    superuser = at.db.connect("postgres")
+    with superuser.transaction(force_rollback=True):  # roles are those of other tests, too
+        for role, options, group in (
+            ("member", "", "authenticated"),
+            ("worker", "bypassrls", "authenticated"),
+            ("plain", "", "app_readers"),
+        ):
+            superuser.execute("create role app_readers" if group == "app_readers" else "select")
+            superuser.execute(f"create role {role} {options} in role {group}".encode())
+            superuser.execute(f"grant select, insert on public.signals to {role}".encode())
+            superuser.execute(f"grant usage on schema public to {role}".encode())
+        superuser.execute("alter table public.signals disable row level security")
+
+        def write(role: str) -> None:
+            with superuser.transaction():
+                superuser.execute(f"set local role {role}".encode())
+                add_signal(superuser, at.builtin)
+
+        error = rejection(write, "member")
+        assert (error.sqlstate, str(error.diag.message_hint)[:24]) == (
+            "WX005",
+            "A browser cannot write a",
+        )
+        write("worker")
+        write("plain")
 
 
 @pytest.mark.parametrize("unowned", ["reject", "allow"])

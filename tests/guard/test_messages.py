@@ -29,6 +29,7 @@ from story import (
     age,
     as_detail,
     beat,
+    browser,
     detail_of,
     lease,
     one,
@@ -213,7 +214,7 @@ FAILURES = {
         " create trigger q after update on public.cloud_machines for each row"
         " execute function public.tg_q(); create temporary table t ()",
     ),
-    # 04_checks
+    # 04_ways, 05_checks
     "no foreign key": Failure(
         "select arbiter.protect('public.wide', 'plain.user_id')",
         "22023",
@@ -247,7 +248,8 @@ FAILURES = {
         "select arbiter.protect('public.of_two')",
         "22023",
         "arbiter: table public.of_two has more than one way to a user",
-        "Choose one in p_user_path: trader_id.user_id, copied_from.user_id",
+        "Choose one in p_user_path, or several that must agree: trader_id.user_id,"
+        " copied_from.user_id",
     ),
     "source by default": Failure(
         "select arbiter.protect('public.by_default')",
@@ -314,8 +316,8 @@ FAILURES = {
         "select arbiter.protect('public.wide', 'user_id.')",
         "22023",
         "arbiter: p_user_path is not a path: 'user_id.'",
-        "It is a uuid column ('user_id'), or columns over foreign keys joined by dots"
-        " ('trader_id.user_id').",
+        "It is a uuid column ('user_id'), columns over foreign keys joined by dots"
+        " ('trader_id.user_id'), or several of these with commas.",
     ),
     "machine column of another use": Failure(
         "select arbiter.protect('public.wide', p_machine_column => 'user_id')",
@@ -324,14 +326,14 @@ FAILURES = {
         "p_machine_column is a column of its own; it is added when it is missing.",
     ),
     "not one transaction": Failure(
-        until("04_checks.sql").removeprefix(until("03_trust.sql")),
+        until("05_checks.sql").removeprefix(until("03_trust.sql")),
         "55000",
         "arbiter: the files of an installation do not run in one transaction",
         "Run them all between begin and commit, in order; nothing of the app was changed.",
     ),
     # No such server is here: the same code asks for a later one.
     "an old server": Failure(
-        until("04_checks.sql").replace("150000", "990000"),
+        until("05_checks.sql").replace("150000", "990000"),
         "0A000",
         "arbiter: needs PostgreSQL 15 or later, this is {version}",
         "Upgrade the server first; nothing was changed.",
@@ -674,6 +676,21 @@ class Stage:
     def allow_unowned(self) -> None:
         self.owner.execute("select arbiter.protect('public.signals', p_unowned => 'allow')")
 
+    def write_for_two(self) -> None:
+        self.owner.execute(
+            "alter table public.signals add user_id uuid;"
+            "select arbiter.protect('public.signals', 'user_id, trader_id.user_id')"
+        )
+        self.owner.execute(
+            "insert into public.signals (trader_id, user_id, symbol, interval, signal, bar_time)"
+            " values (%s, gen_random_uuid(), 'BTCUSDT', '1m', 'buy', now())",
+            (self.adas,),
+        )
+
+    def write_of_no_user(self) -> None:
+        self.owner.execute("alter table public.signals disable row level security")
+        add_signal(browser(self.db, self.ada), self.builtin)
+
     def forge(self) -> None:
         self.owner.execute(
             "insert into public.signals"
@@ -812,6 +829,23 @@ REJECTIONS = {
         "wrong_identity",
         "The row does not lead to a user: the row that it names does not exist.",
         after(Stage.allow_unowned, Stage.loosen, lambda at: add_signal(at.owner, UUID(int=1))),
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "two users": Rejected(
+        "wrong_identity",
+        "The row leads to different users: all ways of p_user_path must agree.",
+        Stage.write_for_two,
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "a browser's row without a user": Rejected(
+        "wrong_identity",
+        "A browser cannot write a row without a user, nor can a machine's token: write it as the"
+        " backend.",
+        after(Stage.allow_unowned, Stage.write_of_no_user),
         whose=None,
         by_lease=False,
         more=said("local"),

@@ -259,8 +259,7 @@ def test_enforce_and_back(at: Stage) -> None:
         add_signal(at.conn, at.bob.trader)
         assert len(at.observations()) == recorded + 1
         at.protect("enforce")
-    at.protect("observe")
-    at.owner.execute("select arbiter.protect('public.signals')")  # enforce is the default
+    at.owner.execute("select arbiter.protect('public.signals')")  # which leaves it as it is
     assert rejection(add_signal, at.conn, at.bob.trader).sqlstate == "WX001"
 
 

@@ -502,10 +502,15 @@ def test_a_partition_cannot_be_protected_by_itself(db: Database) -> None:
 # The triggers themselves -------------------------------------------------------------------------
 
 PROTECTIONS = {
-    "insert": "'public.ticks'",
-    "insert,update": UPDATES,
-    "no evidence": "'public.ticks', p_evidence => false",
-    "observe": "'public.ticks', p_mode => 'observe'",
+    f"{verbs}, {mode}, {'' if evidence else 'no '}evidence": (
+        f"'public.ticks', p_verbs => '{{{verbs}}}', p_mode => '{mode}', p_evidence => {evidence}"
+    )
+    for verbs, mode, evidence in (
+        ("insert", "enforce", True),
+        ("insert,update", "enforce", True),
+        ("insert", "enforce", False),
+        ("insert", "observe", True),
+    )
 }
 
 

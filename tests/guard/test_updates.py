@@ -452,7 +452,7 @@ def test_without_evidence_updates_are_judged_all_the_same(db: Database) -> None:
 
 
 def test_back_to_inserts_only(at: Stage) -> None:
-    at.owner.execute("select arbiter.protect('public.positions')")
+    at.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert}')")
     assert at.update("quantity = 1") == 2
     assert at.rejected(at.update, AS_LOCAL, at.bob) == IMMUTABLE
     at.owner.execute(PROTECT)

@@ -142,7 +142,14 @@ def test_leaves_no_constraint_unvalidated(populated: Database) -> None:
 def test_tells_its_steps_in_order(trading_db: Database) -> None:
     steps: list[str] = []
     arbiter_db.install(trading_db.conninfo(), on_step=steps.append)
-    checks = ["00_owner.sql", "01_basics.sql", "02_record.sql", "03_trust.sql", "04_checks.sql"]
+    checks = [
+        "00_owner.sql",
+        "01_basics.sql",
+        "02_record.sql",
+        "03_trust.sql",
+        "04_ways.sql",
+        "05_checks.sql",
+    ]
     assert steps[:7] == [*checks, "0001.schema", "0002.columns"]
     files = [step for step in steps[7:] if step.endswith(".sql")]
     assert files == sorted(files)

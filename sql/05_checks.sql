@@ -1,40 +1,6 @@
 -- What a table must be like: the questions that protect() and register_machines() ask before they change anything.
 -- At the end the preflight asks them of the tables that an installation adopts.
 
-create or replace function arbiter._need_foreign_key(
-  p_table regclass,
-  p_column name,
-  p_path text,
-  out parent regclass,
-  out parent_column name,
-  out constraint_name name)
-returns record
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  select k.confrelid::regclass, f.attname, k.conname
-    into parent, parent_column, constraint_name
-    from pg_catalog.pg_constraint k
-    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
-    join pg_catalog.pg_attribute f on f.attrelid = k.confrelid and f.attnum = k.confkey[1]
-   where k.conrelid = p_table
-     and k.contype = 'f'
-     and cardinality(k.conkey) = 1
-     and a.attname = p_column
-   order by k.oid
-   limit 1;
-  if parent is null then
-    perform arbiter._fail('invalid_parameter_value',
-      format('column %I of table %s is not a foreign key of one column', p_column, p_table),
-      format('In the path %s every step but the last must be one.', p_path));
-  end if;
-end
-$$;
-comment on function arbiter._need_foreign_key(regclass, name, text) is
-  'Where the single-column foreign key of a column leads. p_path: the path it is a step of, for the hint. Error 22023 when there is none.';
-
 -- A machine column of the app that leads to another table could never hold a machine.
 create or replace function arbiter._need_machine_key(p_table regclass, p_machine_column name, p_registry regclass)
 returns void
@@ -65,46 +31,6 @@ end
 $$;
 comment on function arbiter._need_machine_key(regclass, name, regclass) is
   'Error 42830 when the machine column has a foreign key to another table than the registry.';
-
--- A path is obvious when the table has a uuid column user_id, or one foreign key to a table that has one. The
--- machine's foreign key does not count: it leads to the owner of the machine that wrote the row, not to the row's user.
-create or replace function arbiter._find_user_path(p_table regclass, p_machine_column name)
-returns text
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_paths text[];
-begin
-  if arbiter._has_column(p_table, 'user_id', 'user') then
-    return 'user_id';
-  end if;
-  select array_agg(format('%I.user_id', a.attname) order by a.attnum)
-    into v_paths
-    from pg_catalog.pg_constraint k
-    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
-    join pg_catalog.pg_attribute u on u.attrelid = k.confrelid and u.attname = 'user_id'
-   where k.conrelid = p_table
-     and k.contype = 'f'
-     and cardinality(k.conkey) = 1
-     and u.atttypid = 'uuid'::regtype
-     and not u.attisdropped
-     and a.attname <> p_machine_column
-     and arbiter._ownership('constraint', p_table, k.conname) <> 'ours';
-  if cardinality(v_paths) = 1 then
-    return v_paths[1];
-  end if;
-  perform arbiter._fail('invalid_parameter_value',
-    format('table %s has %s way to a user', p_table,
-      case when v_paths is null then 'no obvious' else 'more than one' end),
-    case when v_paths is null
-      then 'Name it in p_user_path: a uuid column (''owner_id'') or a path over foreign keys (''trader_id.user_id'').'
-      else 'Choose one in p_user_path: ' || array_to_string(v_paths, ', ') end);
-end
-$$;
-comment on function arbiter._find_user_path(regclass, name) is
-  'The path from a row to its user when one is obvious. Error 22023 otherwise.';
 
 -- The server prints the constraint with casts and brackets, which are removed before the comparison.
 create or replace function arbiter._source_is_checked(p_table regclass)
@@ -259,9 +185,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_path text := p_user_path;
-  v_table regclass := p_table;
-  v_steps text[];
-  v_step text;
+  v_table regclass;
+  v_way record;
   v_next record;
 begin
   perform arbiter._need_owner(p_table);
@@ -282,32 +207,34 @@ begin
     v_path := arbiter._find_user_path(p_table, p_machine_column);
   end if;
   begin
-    v_steps := parse_ident(v_path);
+    perform from arbiter._ways(v_path);
   exception
     when invalid_parameter_value then
       perform arbiter._fail('invalid_parameter_value',
         format('p_user_path is not a path: %L', v_path),
-        'It is a uuid column (''user_id''), or columns over foreign keys joined by dots (''trader_id.user_id'').');
+        'It is a uuid column (''user_id''), columns over foreign keys joined by dots (''trader_id.user_id''), or several of these with commas.');
   end;
-  if p_machine_column in ('source', 'arbiter_xid', v_steps[1]) then
-    perform arbiter._fail('invalid_parameter_value',
-      format('column %I of table %s cannot name the machine', p_machine_column, p_table),
-      'p_machine_column is a column of its own; it is added when it is missing.');
-  end if;
-  for i in 1 .. cardinality(v_steps) - 1 loop
-    v_step := v_steps[i];
-    v_next := arbiter._need_foreign_key(v_table, v_step, v_path);
-    perform arbiter._need_trusted_type(v_table, v_step);
-    perform arbiter._need_trusted_owner(v_next.parent);
-    perform arbiter._need_trusted_type(v_next.parent, v_next.parent_column);
-    v_table := v_next.parent;
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(v_path) w loop
+    if p_machine_column in ('source', 'arbiter_xid', v_way.steps[1]) then
+      perform arbiter._fail('invalid_parameter_value',
+        format('column %I of table %s cannot name the machine', p_machine_column, p_table),
+        'p_machine_column is a column of its own; it is added when it is missing.');
+    end if;
+    v_table := p_table;
+    for i in 1 .. v_way.last - 1 loop
+      v_next := arbiter._need_foreign_key(v_table, v_way.steps[i], v_path);
+      perform arbiter._need_trusted_type(v_table, v_way.steps[i]);
+      perform arbiter._need_trusted_owner(v_next.parent);
+      perform arbiter._need_trusted_type(v_next.parent, v_next.parent_column);
+      v_table := v_next.parent;
+    end loop;
+    perform arbiter._need_column(v_table, v_way.steps[v_way.last], 'user');
   end loop;
-  perform arbiter._need_column(v_table, v_steps[cardinality(v_steps)], 'user');
   return v_path;
 end
 $$;
 comment on function arbiter._need_protectable(regclass, text, name) is
-  'The path from a row of the table to its user: p_user_path, or the obvious one when that is null. Errors when the table cannot be protected.';
+  'The path from a row of the table to its user: p_user_path, or the obvious one when that is null (_find_user_path). Errors when the table cannot be protected.';
 
 -- Only until a table was registered or protected: a later installation must not undo what a DBA has decided.
 create or replace function arbiter._to_adopt(out registry regclass, out signals regclass)
