@@ -569,6 +569,14 @@ TAMPERED = {
         " from arbiter.handovers o where o.epoch = 5 - h.epoch and h.epoch > 1",
         [(3, "out_of_order")],
     ),
+    # It sees all that the handover before it did, and one older transaction not any more.
+    "older snapshot": (
+        "update arbiter.handovers h set snapshot = format('%s:%s:%s', o.older, "
+        " pg_snapshot_xmax(h.snapshot), o.older)::pg_snapshot from (select"
+        " pg_snapshot_xmin(b.snapshot)::text::bigint - 1 as older"
+        " from arbiter.handovers b where b.epoch = 2) o where h.epoch = 3",
+        [(3, "out_of_order")],
+    ),
     "another transaction": (
         "update arbiter.handovers set xid = (select o.xid from arbiter.handovers o"
         " where o.epoch = 1) where epoch = 3",
@@ -596,6 +604,20 @@ def test_a_broken_history_is_reported_and_proves_nothing(owner: Conn, long: User
         ("not_provable", "broken_history", 2)
     ]
     assert proved(owner) == 1
+
+
+def test_a_transaction_that_is_open_all_the_while_is_no_flaw(db: Database) -> None:
+    """The snapshots of all handovers then begin with it, though each sees more than the last."""
+    owner, early = db.connect(), db.connect()
+    with early.transaction():
+        early.execute("select pg_current_xact_id()")
+        ada = story.add_user(owner)
+        story.add_signal(owner, ada.trader)
+        machine = story.activate(owner, ada)
+        take_over(owner, ada, machine)
+        assert [h.epoch for h in story.handovers(owner, ada)] == [1, 2, 3]
+        assert audit(owner) == []
+    assert proved(owner) == 2
 
 
 def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
