@@ -49,9 +49,9 @@ $$;
 comment on function arbiter._need_foreign_key(regclass, name, text) is
   'Where the single-column foreign key of a column leads. p_path: the path it is a step of, for the hint. Error 22023 when there is none.';
 
--- A path is obvious when the table has a uuid column user_id, or one foreign key to a table that has one. A user_id that
--- may be null says nothing where it is, so beside such a key both count. The machine's foreign key does not: it leads to
--- the owner of the machine that wrote the row, not to the row's user.
+-- A path is obvious when the table has a uuid column user_id, or one foreign key to a table that has one. A user_id
+-- that may be null says nothing where it is, so beside such a key both count. The machine's foreign key does not: it
+-- leads to the owner of the machine that wrote the row, not to the row's user.
 create or replace function arbiter._find_user_path(p_table regclass, p_machine_column name)
 returns text
 language plpgsql

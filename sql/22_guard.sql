@@ -15,7 +15,7 @@
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
 --   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away to _provenance_template,
 --                   which sees the old row, too
---   __writer(x)     what the rows of one writer have in common: keys and machine; null for keys that are not compared so
+--   __writer(x)     what the rows of one writer have in common: keys and machine; null for keys not compared so
 --   __has_writer    whether keys are compared so: true or false
 --   __updates       whether updates are arbitrated, too: true or false
 --   __protection, __mode, __unowned   the table's row in arbiter.protections

@@ -154,8 +154,8 @@ end;
 comment on function arbiter._wrong_policies(regclass) is
   'Policies to be made anew, or dropped (definition null), on a table and its partitions or on all tables (null).';
 
--- Changing a policy waits for all users of its table, so only what differs is made again. The notices of `if exists` are
--- no news to the caller.
+-- Changing a policy waits for all users of its table, so only what differs is made again. The notices of `if exists`
+-- are no news to the caller.
 create or replace function arbiter._build_policies(p_table regclass default null)
 returns void
 language plpgsql

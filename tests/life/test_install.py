@@ -150,10 +150,10 @@ def test_tells_its_steps_in_order(trading_db: Database) -> None:
         "04_ways.sql",
         "05_checks.sql",
     ]
-    assert steps[:7] == [*checks, "0001.schema", "0002.columns"]
-    files = [step for step in steps[7:] if step.endswith(".sql")]
+    assert steps[:8] == [*checks, "0001.schema", "0002.columns"]
+    files = [step for step in steps[8:] if step.endswith(".sql")]
     assert files == sorted(files)
-    assert files[:5] == checks, "again, in the transaction of the others"
+    assert files[:6] == checks, "again, in the transaction of the others"
     assert steps[-3:] == [
         "select arbiter._add_machine_index('public.signals')",
         "alter table public.signals validate constraint arbiter_machine_id_fkey",
