@@ -11,6 +11,7 @@
 --   __user_of(x)    the user to whom the row x leads
 --   __is_broken(x)  whether the path of x names a row that does not exist; not asked where that rejects the row anyway
 --   __differ(x)     whether the ways of x lead to different users; false where there is one way
+--   __has_flaw(x)   whether they do, or the path of x names a row that does not exist
 --   __is_ours(x)    whether arbiter_xid of x is this transaction; true on a table without that column
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
 --   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away to _provenance_template,
@@ -154,7 +155,8 @@ begin
     and old.__machine is not null
     and new.__machine is null
     and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
-  if (__user_of(new)) is distinct from v_user_id
+  -- Where the ways of the new row disagree, or one is broken, it has no user yet, and could get one without a write.
+  if ((__user_of(new)) is distinct from v_user_id or __has_flaw(new))
       and not (__follows_keys)
     or not __updates and (new.source is distinct from old.source or not (__keeps_xid)
       or new.__machine is distinct from old.__machine and not v_machine_gone

@@ -277,6 +277,34 @@ def test_a_path_that_is_not_there_yet_is_no_way_in(at: Stage, unowned: str) -> N
     assert value(at.owner, "select count(*) from public.traders where name = 'late'") == 0
 
 
+@pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+def test_nor_is_an_update_to_one(at: Stage, unowned: str, verbs: str) -> None:
+    """A row without a user stays one: its new trader comes later, and is Bob's."""
+    at.owner.execute(
+        "alter table public.signals alter constraint signals_trader_id_fkey"
+        " deferrable initially deferred"
+    )
+    at.owner.execute(ALLOW)
+    signal = add_signal(at.owner, at.builtin)
+    at.owner.execute(
+        "select arbiter.protect('public.signals', p_verbs => %s, p_unowned => %s)", (verbs, unowned)
+    )
+    trader = UUID(int=7)
+
+    def smuggle() -> None:
+        with at.owner.transaction():
+            at.owner.execute(
+                "update public.signals set trader_id = %s where id = %s", (trader, signal)
+            )
+            at.owner.execute(
+                "insert into public.traders (id, user_id, name) values (%s, %s, 'late')",
+                (trader, at.bob.id),
+            )
+
+    assert at.rejected(smuggle) == ("WX006", "provenance_immutable")
+
+
 @pytest.mark.parametrize("unowned", ["reject", "allow"])
 def test_a_row_without_a_trader_has_no_user(at: Stage, unowned: str) -> None:
     at.owner.execute("alter table public.signals alter column trader_id drop not null")

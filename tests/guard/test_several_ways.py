@@ -292,6 +292,19 @@ def test_an_update_that_is_arbitrated_must_agree_too(db: Database) -> None:
 
 
 @pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
+def test_a_row_without_a_user_does_not_come_to_lead_to_two(db: Database, verbs: str) -> None:
+    """Neither way counts where they disagree, so the row would go on without a user."""
+    at = Stage(db, f", p_verbs => '{verbs}', p_unowned => 'allow'")
+    at.insert(("null", "built in"))
+    error = rejection(
+        at.owner.execute,
+        "update public.orders set user_id = %s, trader_id = %s",
+        (at.ada.id, at.bob.trader),
+    )
+    assert error.sqlstate == "WX006"
+
+
+@pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
 def test_a_parents_new_key_is_followed(db: Database, verbs: str) -> None:
     at = Stage(db, f", p_verbs => '{verbs}'")
     at.insert(("ada", "ada"), ("null", "ada"), ("ada", "null"))
