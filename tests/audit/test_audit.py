@@ -620,6 +620,20 @@ def test_a_transaction_that_is_open_all_the_while_is_no_flaw(db: Database) -> No
     assert proved(owner) == 2
 
 
+def test_a_row_of_a_transaction_that_began_two_handovers_before_is_proved(db: Database) -> None:
+    """Its id comes before theirs, and each of their snapshots says that it had not ended."""
+    owner, early = db.connect(), db.connect()
+    ada = story.add_user(owner)
+    story.add_signal(owner, ada.trader)
+    with early.transaction():
+        early.execute("select pg_current_xact_id()")
+        take_over(owner, ada, story.activate(owner, ada))
+        assert [h.epoch for h in story.handovers(owner, ada)] == [1, 2, 3]
+        story.add_signal(early, ada.trader)
+    assert audit(owner) == []
+    assert proved(owner) == 3
+
+
 def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
     """A history that is forged without a flaw is contradicted by the rows."""
     with tampering(owner):

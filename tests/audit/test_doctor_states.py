@@ -247,6 +247,19 @@ DAMAGES = {
         """,
         besides=KEYS,
     ),
+    "registry dropped, and another has its name": Damage(
+        """
+        alter table public.cloud_machines rename to gone; drop table public.gone cascade;
+        create table public.cloud_machines (id uuid primary key, user_id uuid, status text);
+        alter table public.cloud_machines enable row level security;
+        """,
+        "registry",
+        "missing",
+        "The registered table of machines does not exist any more: writes of machines fail.",
+        "select arbiter.register_machines('<the new table>')",
+        "select arbiter.register_machines('public.cloud_machines')",
+        besides=KEYS,
+    ),
     "id renamed": renamed("id", "p_id_column"),
     "user renamed": renamed("user_id", "p_user_column"),
     "status renamed": renamed("status", "p_status_column"),
