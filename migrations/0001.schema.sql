@@ -314,12 +314,12 @@ comment on column arbiter.protections.protected_table is 'The table whose writes
 comment on column arbiter.protections.declared_as is
   'Its schema and name when protect() was called, quoted as in SQL. A table of this name that is another one is not guarded.';
 comment on column arbiter.protections.user_path is
-  'How a row leads to its user: a column, or columns over foreign keys joined by dots.';
+  'How a row leads to its user: a column, or columns over foreign keys joined by dots; or several ways, with commas, which must agree.';
 comment on column arbiter.protections.verbs is
   '{insert}: provenance is immutable afterwards, and updates, also of an upsert, are not arbitrated. {insert,update}: each write says who writes.';
 comment on column arbiter.protections.machine_column is 'The column that names the machine.';
 comment on column arbiter.protections.mode is 'enforce rejects; observe admits and records.';
-comment on column arbiter.protections.unowned is 'Rows whose user is null: reject or allow.';
+comment on column arbiter.protections.unowned is 'Rows whose user is null: reject, or allow from others than clients.';
 comment on column arbiter.protections.evidence is 'Whether rows carry arbiter_xid, checked by the guard.';
 
 create table if not exists arbiter.attachments (
