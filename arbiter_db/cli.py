@@ -316,7 +316,10 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
 @main.command("protect")
 @click.argument("table")
 @_dsn
-@click.option("--user-path", help="A column, or a path such as trader_id.user_id.")
+@click.option(
+    "--user-path",
+    help="A column, or a path such as trader_id.user_id; or several, with commas.",
+)
 @click.option("--verbs", help="insert, or insert,update.  [first: insert]")
 @click.option("--machine-column", help="Where a row names its machine.  [first: machine_id]")
 @click.option("--mode", help="enforce or observe.  [first: enforce]")

@@ -325,9 +325,8 @@ def _wait_for_others(holder: psycopg.Connection[Any], conninfo: str) -> None:
             with _connect(conninfo) as conn:
                 sessions = _column(conn, "lock_holders")
             raise InstallError(
-                "waiting for another install took too long; nothing was changed",
-                hint="Wait until it has ended, or end it: select pg_terminate_backend(<pid>)",
-                detail="; ".join(sessions) or None,
+                "; ".join(["waited too long for another install", *sessions]),
+                hint="Wait until that session has ended, or end it with pg_terminate_backend().",
                 sqlstate=exc.sqlstate,
             ) from exc
 

@@ -69,6 +69,18 @@ $$;
 comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
+create or replace function arbiter._differ_expression(p_users text[])
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('coalesce(%s, false)', string_agg(format('coalesce(%s) <> %s', array_to_string(p_users, ', '), u.value), ' or '))
+    from unnest(p_users) as u (value);
+end;
+comment on function arbiter._differ_expression(text[]) is
+  'SQL for whether the users to whom the ways of a row lead differ from the first of them that is not null. p_users: an expression for each way.';
+
 -- Scalar subqueries by key, because a join would be planned by statistics, which may be stale. A path is broken where a
 -- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner. Of
 -- several ways none may be broken, and those that are not null must agree; otherwise the row has no user.
@@ -85,8 +97,7 @@ declare
   v_broken text := 'false';
   v_values text[] := '{}';
   v_columns text;
-  v_names text;
-  v_differ text;
+  v_names text[];
 begin
   for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways((p_protection).user_path) w loop
     v_value := format('%s.%I', p_row, v_way.steps[1]);
@@ -104,16 +115,13 @@ begin
   elsif cardinality(v_values) = 1 then
     return case p_probe when 'user' then v_value else 'false' end;
   end if;
-  select string_agg(format('%s as way_%s', v.value, v.way), ', ' order by v.way), string_agg('w.way_' || v.way, ', ' order by v.way)
+  select string_agg(format('%s as way_%s', v.value, v.way), ', ' order by v.way), array_agg('w.way_' || v.way order by v.way)
     into v_columns, v_names
     from unnest(v_values) with ordinality as v (value, way);
-  select string_agg(format('w.way_%s <> w.way_%s', a, b), ' or ' order by a, b)
-    into v_differ
-    from generate_series(1, cardinality(v_values)) as a, generate_series(a + 1, cardinality(v_values)) as b;
   return case p_probe
     when 'user' then format('(select case when %s or %s then null else coalesce(%s) end from (select %s offset 0) w)',
-      v_differ, v_broken, v_names, v_columns)
-    else format('(select (%s) is true from (select %s offset 0) w)', v_differ, v_columns) end;
+      arbiter._differ_expression(v_names), v_broken, array_to_string(v_names, ', '), v_columns)
+    else format('(select %s from (select %s offset 0) w)', arbiter._differ_expression(v_names), v_columns) end;
 end
 $$;
 comment on function arbiter._path_expression(arbiter.protections, text, text) is

@@ -227,6 +227,7 @@ declare
   v_values text[] := '{}';
   v_joins text := '';
   v_blocks bigint;
+  v_step text;
 begin
   for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_protection.user_path) w loop
     v_value := format('r.%I', v_way.steps[1]);
@@ -241,24 +242,21 @@ begin
   select max(pg_relation_size(f.member)) / current_setting('block_size')::bigint
     into v_blocks
     from arbiter._family(p_protection.protected_table) as f (member);
-  return format($sql$
-    select r.tableoid, r.ctid, r.xmin, coalesce(%1$s) as user_id, %8$s as has_two, r.source::text as source, r.%2$I as machine_id, r.arbiter_xid as xid
-      from generate_series(0, %3$s, %4$s) as b (block)
-     cross join lateral (
+  v_step := format($sql$
        select t.tableoid, t.ctid, t.xmin, t.*
-         from %5$s t
+         from %1$s t
         where t.ctid >= format('(%%s,0)', b.block)::tid
           -- The last step takes what was appended in the meantime.
-          and t.ctid < case when b.block + %4$s > %3$s then '(4294967295,0)' else format('(%%s,0)', b.block + %4$s) end::tid
+          and t.ctid < case when b.block + %2$s > %3$s then '(4294967295,0)' else format('(%%s,0)', b.block + %2$s) end::tid
        -- Keeps the step a scan of its blocks.
-       offset 0) as r
-      %6$s
-     where %7$s$sql$,
-    array_to_string(v_values, ', '), p_protection.machine_column, v_blocks, v_blocks_a_step, p_protection.protected_table, v_joins,
-    case when p_verbose then format('arbiter._audit_step(b.block, %s)', v_blocks) else 'true' end,
-    -- Those that are not null differ from the first of them.
-    (select format('coalesce(%s, false)', string_agg(format('coalesce(%s) <> %s', array_to_string(v_values, ', '), v.value), ' or '))
-       from unnest(v_values) as v (value)));
+       offset 0$sql$,
+    p_protection.protected_table, v_blocks_a_step, v_blocks);
+  return format('select r.tableoid, r.ctid, r.xmin, r.source::text as source, r.%I as machine_id, r.arbiter_xid as xid, ',
+      p_protection.machine_column)
+    || format('coalesce(%s) as user_id, %s as has_two', array_to_string(v_values, ', '), arbiter._differ_expression(v_values))
+    || format(' from generate_series(0, %s, %s) as b (block) cross join lateral (%s) as r ', v_blocks, v_blocks_a_step, v_step)
+    || v_joins
+    || case when p_verbose then format(' where arbiter._audit_step(b.block, %s)', v_blocks) else '' end;
 end
 $$;
 comment on function arbiter._audit_rows(arbiter.protections, boolean) is
