@@ -6,6 +6,7 @@ takes your own `psycopg.Connection` and neither opens, commits nor closes it.
 """
 
 from ._version import __version__
+from .adoption import Adoption, PlanLine
 from .api import (
     Audit,
     Finding,
@@ -38,10 +39,11 @@ from .errors import (
     from_psycopg,
     translated,
 )
-from .install import check_version, finish, install, sql_text, uninstall
+from .install import check_version, finish, install, plan, sql_text, summary, uninstall
 from .machine import Machine
 
 __all__ = [
+    "Adoption",
     "AppendOnly",
     "ArbiterError",
     "Audit",
@@ -54,6 +56,7 @@ __all__ = [
     "Machine",
     "NotHolder",
     "OutdatedSchema",
+    "PlanLine",
     "ProvenanceImmutable",
     "Status",
     "TakeoverUnconfirmed",
@@ -68,11 +71,13 @@ __all__ = [
     "heartbeat",
     "install",
     "lost_protections",
+    "plan",
     "protect",
     "protected_tables",
     "register_machines",
     "sql_text",
     "status",
+    "summary",
     "translated",
     "uninstall",
     "unprotect",

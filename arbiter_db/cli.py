@@ -9,10 +9,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
+from functools import wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from rich.text import Text
 
 from . import api
 from ._version import __version__
+from .adoption import Adoption, PlanLine
 from .console import DataTable, data, make_console
 from .errors import ArbiterError, InstallError
-from .install import check_version, finish, install, sql_text, uninstall
+from .install import check_version, finish, install, plan, sql_text, summary, uninstall
 from .supabase import export
 from .terminal import say, say_file, show_all_characters
 from .text import one_line, printable, without_password
@@ -52,6 +54,10 @@ _SHOWN = 20
 _SHORTEST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 60.0
 
+#: What an install tells of its steps without saying anything of the database.
+_FILE = re.compile(r"[0-9a-z_]+\.sql|[0-9]{4}\.[a-z_]+")
+
+_STEP_COLOURS = {"register": "green", "protect": "green", "skip": "yellow", "warning": "yellow"}
 _COLOURS = {"local": "green", "cloud": "cyan", "none": "yellow"}
 
 
@@ -180,8 +186,50 @@ def main() -> None:
     """Per user, browser xor cloud: PostgreSQL decides, in the transaction of each write."""
 
 
+def _adopts(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what an installation adopts; the command gets them as one `adoption`."""
+
+    @wraps(command)
+    def with_adoption(**options: Any) -> None:
+        chosen = {field.name: options.pop(field.name) for field in fields(Adoption)}
+        command(adoption=Adoption(**chosen), **options)
+
+    for option in reversed(
+        (
+            click.option(
+                "--no-adopt",
+                "adopt",
+                flag_value=False,
+                default=True,
+                help="Adopt neither public.cloud_machines nor public.signals by default.",
+            ),
+            click.option(
+                "--registry",
+                metavar="TABLE",
+                help="The table of machines. If its columns have other names than id, user_id,"
+                " status and last_health_check, use register-machines.",
+            ),
+            click.option(
+                "--protect",
+                metavar="TABLE",
+                multiple=True,
+                help="Protect this table instead of public.signals. May be given several times.",
+            ),
+            click.option(
+                "--user-path", help="As of protect, for each table that this install protects."
+            ),
+            click.option("--machine-column", help="The same."),
+            click.option("--mode", type=click.Choice(["enforce", "observe"]), help="The same."),
+            click.option("--unowned", type=click.Choice(["reject", "allow"]), help="The same."),
+        )
+    ):
+        with_adoption = option(with_adoption)
+    return with_adoption
+
+
 @main.command("install")
 @_dsn
+@_adopts
 @click.option(
     "--client-role",
     "client_roles",
@@ -189,13 +237,44 @@ def main() -> None:
     multiple=True,
     help="A role of clients, besides those of Supabase. May be given several times.",
 )
-def install_command(dsn: str, client_roles: tuple[str, ...]) -> None:
+@click.option("--plan", "only_plan", is_flag=True, help="Say what it would do, change nothing.")
+@_as_json
+def install_command(
+    dsn: str, adoption: Adoption, client_roles: tuple[str, ...], only_plan: bool, as_json: bool
+) -> None:
     """Install arbiter, or upgrade it.
 
     Also mends an install that was cut short. Connect as the owner of the tables to be protected.
     """
-    install(dsn, client_roles=client_roles, on_step=say)
+    if only_plan:
+        lines = plan(dsn, adoption=adoption)
+        if as_json:
+            say(_to_json([asdict(line) for line in lines]))
+        else:
+            _show_plan(lines)
+            say("nothing was changed")
+        return
+    found: list[PlanLine] = []
+
+    def show(lines: list[PlanLine]) -> None:
+        found.extend(lines)
+        if not as_json:
+            _show_plan(lines)
+
+    def tell(step: str) -> None:
+        if not (as_json or _FILE.fullmatch(step)):
+            say(step)
+
+    install(dsn, adoption=adoption, client_roles=client_roles, on_plan=show, on_step=tell)
+    with _connected(dsn) as conn:
+        result = summary(conn)
+    if as_json:
+        plan_rows = [asdict(line) for line in found]
+        say(_to_json({"version": __version__, "plan": plan_rows, "summary": result}))
+        return
     say(f"arbiter {__version__} is installed")
+    for line in result:
+        say(line)
 
 
 @main.command("uninstall")
@@ -213,9 +292,10 @@ def uninstall_command(dsn: str, drop_columns: bool, yes: bool) -> None:
 
 
 @main.command("sql")
-def sql_command() -> None:
+@_adopts
+def sql_command(adoption: Adoption) -> None:
     """Print what install runs, as a script for psql."""
-    say_file(sql_text().encode())
+    say_file(sql_text(adoption).encode())
 
 
 @main.command("status")
@@ -430,15 +510,19 @@ def supabase_group() -> None:
     metavar="SCHEMA",
     help="Create execution_status() and confirm_takeover() in this schema of the API.",
 )
-def supabase_export(directory: Path, expose: str | None) -> None:
+@_adopts
+@click.option("--plan", "only_plan", is_flag=True, help="Name the files, write none.")
+def supabase_export(
+    directory: Path, expose: str | None, adoption: Adoption, only_plan: bool
+) -> None:
     """Write what install runs as migrations into DIRECTORY.
 
     DIRECTORY is the project's supabase/migrations. Files that were exported earlier stay as they
-    are; an upgrade adds files.
+    are; an upgrade adds files. What the migration finds and does, it says by NOTICE.
     """
-    written = export(directory, expose=expose)
+    written = export(directory, expose=expose, adoption=adoption, only_plan=only_plan)
     for path in written:
-        say(path)
+        say(f"would write {path}" if only_plan else path)
     if not written:
         say(f"{directory} has arbiter {__version__} already")
 
@@ -560,6 +644,22 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show_plan(lines: list[PlanLine]) -> None:
+    """A table; what to do about a finding stands below it."""
+    table = DataTable(box=None, pad_edge=False)
+    table.add_column("plan", no_wrap=True)
+    table.add_column("table", no_wrap=True)
+    table.add_column("finding")
+    for line in lines:
+        colour = _STEP_COLOURS.get(line.step, "")
+        table.add_row(data(line.step, colour), data(line.table), data(line.finding))
+        if line.remedy:
+            table.add_row("", "", data(f"-> {line.remedy}", "dim"))
+    if not lines:
+        table.add_row("note", "", "no table looks like a registry of machines, or like signals")
+    _console().print(table)
 
 
 def _show_audits(audits: list[api.Audit]) -> None:

@@ -3,8 +3,9 @@
 An install is four steps, each of which can be repeated:
 
 1. `sql/0*.sql` in a transaction of its own: refuses, before anything is changed, when another role
-   could have made objects in schema `arbiter`, or when the app's tables do not fit; rolled back
-   where arbiter is installed already, so that functions of two versions are never mixed;
+   could have made objects in schema `arbiter`, or when a table that was asked for does not fit, and
+   makes the plan; rolled back where arbiter is installed already, so that functions of two versions
+   are never mixed;
 2. the migrations, by yoyo, whose own tables live in schema `arbiter` too;
 3. all `sql/*.sql`, in order, in one transaction: clients see the old functions or the new. What
    this version does not have any more is dropped; when an object of the app uses some of it, the
@@ -29,16 +30,27 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from psycopg.rows import scalar_row
+from psycopg.rows import class_row, scalar_row
+from psycopg.sql import Literal
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 from yoyo.migrations import default_migration_table, read_migrations, topological_sort
 
 from ._version import __version__
+from .adoption import Adoption, PlanLine
 from .errors import InstallError, OutdatedSchema
 from .queries import QUERIES
 
-__all__ = ["check_version", "finish", "install", "migration_texts", "sql_text", "uninstall"]
+__all__ = [
+    "check_version",
+    "finish",
+    "install",
+    "migration_texts",
+    "plan",
+    "sql_text",
+    "summary",
+    "uninstall",
+]
 
 _OLDEST_SERVER = 15
 
@@ -53,32 +65,40 @@ _DROPPED = re.compile(r"arbiter: (dropped .*)")
 def install(
     conninfo: str = "",
     *,
+    adoption: Adoption | None = None,
     client_roles: Sequence[str] = (),
+    on_plan: Callable[[list[PlanLine]], None] | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> None:
     """Install arbiter, or upgrade it, or mend an install that was cut short.
 
     `conninfo` is anything libpq takes (a URI, `key=value` pairs); what it leaves out comes from
     libpq's environment variables. Connect as the owner of the tables to be protected, directly or
-    through a session pooler (a transaction pooler loses yoyo's session settings). `client_roles`
-    are named as `arbiter.add_client_role` does; those that were named before stay. `on_step` is
-    called with the name of each step that has just been committed.
+    through a session pooler (a transaction pooler loses yoyo's session settings). `adoption` says
+    which tables become the registry and protected ones. `client_roles` are named as
+    `arbiter.add_client_role` does; those that were named before stay. `on_plan` is called with the
+    plan before any table of the app is locked, `on_step` with the name of each step that has just
+    been committed.
 
     Raises `InstallError` when the database refuses, or a shipped migration is not as released, and
     `psycopg.OperationalError` when it cannot be reached.
     """
     migrations = _migrations()
+    options = adoption or Adoption()
     with _installer(conninfo) as conn:
         _refuse_newer(conn)
         is_first = _installed_version(conn) is None
         roles = [{"role": role} for role in client_roles]
         with conn.transaction(force_rollback=not is_first):
-            _execute(conn, _checks())
+            _execute(conn, _checks(), options)
+            columns = _scalar(conn, "adopt_columns")
+            if on_plan is not None:
+                on_plan(_plan(conn))
             for role in roles:
                 with _naming("client role"):
                     conn.execute(QUERIES["need_client_role"], role)
         _report(_checks() if is_first else (), on_step)
-        with _yoyo(conninfo) as backend:
+        with _yoyo(conninfo, columns) as backend:
             for migration in backend.to_apply(migrations):
                 with _naming(migration.id):
                     backend.apply_one(migration)
@@ -91,11 +111,29 @@ def install(
             for role in roles:
                 with _naming("client role"):
                     conn.execute(QUERIES["name_client_role"], role)
-            _execute(conn, _sql_files())
+            _execute(conn, _sql_files(), options)
         _report(_sql_files(), on_step)
         for objects in dropped:
             on_step(objects)
         finish(conn, on_step=on_step)
+
+
+def plan(conninfo: str = "", *, adoption: Adoption | None = None) -> list[PlanLine]:
+    """What `install` would find and do; changes nothing.
+
+    Takes the same `conninfo` and `adoption`, and raises the same errors. Reads the tables that
+    would be protected.
+    """
+    with _installer(conninfo) as conn:
+        _refuse_newer(conn)
+        with conn.transaction(force_rollback=True):
+            _execute(conn, _checks(), adoption or Adoption())
+            return _plan(conn)
+
+
+def summary(conn: psycopg.Connection[Any]) -> list[str]:
+    """The registry, the protected tables with their options, and what to do next, a line each."""
+    return _column(conn, "summary")
 
 
 def uninstall(conninfo: str = "", *, drop_columns: bool = False) -> list[str]:
@@ -137,7 +175,7 @@ def finish(
         on_step(statement)
 
 
-def sql_text() -> str:
+def sql_text(adoption: Adoption | None = None) -> str:
     """What `install` runs, as one script for psql.
 
     yoyo's bookkeeping is not in it; a later `install` adds it, since every migration can run twice.
@@ -147,38 +185,56 @@ def sql_text() -> str:
         "-- Run it as the owner of the tables to be protected; it can run again.",
         "\\set ON_ERROR_STOP on",
     ]
+    options = adoption or Adoption()
     checks, *others = _units()
-    parts += [QUERIES["has_version"].decode() + " \\gset", *_script(checks)]
+    parts += [QUERIES["has_version"].decode() + " \\gset", *_script(checks, options)]
+    parts += [_query("say_plan")]
     parts += ["\\if :has_version", "rollback;", "\\else", "commit;", "\\endif"]
     for unit in others:
-        parts += [*_script(unit), "commit;"]
+        parts += [*_script(unit, options), "commit;"]
     parts += [
         "-- What reads a whole table, each in a transaction of its own.",
         QUERIES["finish_statements"].decode() + " \\gexec",
+        _query("say_summary"),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _script(unit: Sequence[Path]) -> list[str]:
+def _script(unit: Sequence[Path], options: Adoption) -> list[str]:
     """The files of one transaction, without its end."""
-    parts = ["begin;", QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
+    parts = ["begin;", *_beginning(), _option_setting(options)]
     for path in unit:
         parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
     return parts
 
 
-def migration_texts() -> tuple[str, str]:
+def migration_texts(adoption: Adoption | None = None) -> tuple[str, str]:
     """The same for tools that run a file in one transaction: two files, to be run in that order.
 
     The first changes tables and functions, the second reads whole tables. Both can run again.
     """
-    begin = [QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
-    parts = [*begin]
+    parts = [*_beginning(), _option_setting(adoption or Adoption())]
     for path in dict.fromkeys(path for unit in _units() for path in unit):
         parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
-    last = [*begin, QUERIES["finish"].decode() + ";"]
+        if path == _checks()[-1]:
+            parts.append(_query("say_plan"))
+    parts.append(_query("say_summary"))
+    last = [*_beginning(), _query("finish")]
     first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, last))
     return first, second
+
+
+def _beginning() -> list[str]:
+    return [QUERIES["script_lock"].decode(), QUERIES["unit_settings"].decode()]
+
+
+def _option_setting(options: Adoption) -> str:
+    literal = Literal(options.as_json()).as_string()
+    return f"set local arbiter.install_options to {literal.strip()};"
+
+
+def _query(name: str) -> str:
+    return QUERIES[name].decode().rstrip() + ";"
 
 
 def check_version(conn: psycopg.Connection[Any]) -> None:
@@ -216,6 +272,7 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no t
 
     def init_connection(self, connection: psycopg.Connection[Any]) -> None:
         connection.execute(QUERIES["session_settings"])
+        connection.execute(QUERIES["set_adopt_columns"], self.uri.args)
 
     def _check_transactional_ddl(self) -> bool:
         return True  # yoyo finds out by provoking another error
@@ -235,8 +292,9 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no t
 
 
 @contextmanager
-def _yoyo(conninfo: str) -> Iterator[_Backend]:
-    uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, {"conninfo": conninfo})
+def _yoyo(conninfo: str, adopt_columns: str = "") -> Iterator[_Backend]:
+    args = {"conninfo": conninfo, "adopt_columns": adopt_columns}
+    uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, args)
     with _Backend(uri, default_migration_table) as backend:
         backend.init_database()
         # A row in yoyo's own lock table was left by a crash: the installers' lock is held here.
@@ -336,12 +394,21 @@ def _connect(conninfo: str) -> psycopg.Connection[Any]:
     return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
 
 
-def _execute(conn: psycopg.Connection[Any], paths: Sequence[Path]) -> None:
+def _execute(
+    conn: psycopg.Connection[Any], paths: Sequence[Path], options: Adoption | None = None
+) -> None:
     """Run files in the caller's transaction."""
     conn.execute(QUERIES["unit_settings"])
+    if options is not None:
+        conn.execute(_option_setting(options).encode())
     for path in paths:
         with _naming(path.name):
             conn.execute(path.read_bytes())
+
+
+def _plan(conn: psycopg.Connection[Any]) -> list[PlanLine]:
+    with conn.cursor(row_factory=class_row(PlanLine)) as cur:
+        return cur.execute(QUERIES["plan"]).fetchall()
 
 
 def _report(paths: Sequence[Path], on_step: Callable[[str], None]) -> None:
@@ -391,13 +458,15 @@ def _column(conn: psycopg.Connection[Any], query: str, **params: object) -> list
 
 @contextmanager
 def _naming(step: str) -> Iterator[None]:
-    """Turn the database's error into one that names the step."""
+    """Turn the database's error into one that names the step; one of arbiter's own says enough."""
     try:
         yield
     except psycopg.Error as exc:
         diag = exc.diag
+        message = diag.message_primary or str(exc)
+        own = message.startswith("arbiter: ")
         raise InstallError(
-            f"{step}: {diag.message_primary or exc}",
+            message.removeprefix("arbiter: ") if own else f"{step}: {message}",
             hint=diag.message_hint,
             detail=diag.message_detail,
             sqlstate=exc.sqlstate,

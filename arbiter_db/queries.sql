@@ -116,6 +116,35 @@ select arbiter._need_client_role(%(role)s::text::name)
 -- Before the functions of sql/, which grant it what it needs and make policies for it.
 insert into arbiter.client_roles (role) values (%(role)s::text::name) on conflict do nothing
 
+-- name: plan
+select step, table_name as table, finding, remedy from arbiter._plan()
+
+-- name: say_plan
+-- For scripts, as they are: no parameters, so no doubled percent signs.
+do $say$
+begin
+  perform arbiter._say(array(
+    select format('%s: %s %s%s', p.step, p.table_name, p.finding, '. ' || p.remedy) from arbiter._plan() p));
+end
+$say$
+
+-- name: summary
+select * from arbiter._summary()
+
+-- name: say_summary
+do $say$
+begin
+  perform arbiter._say(array(select s.line from arbiter._summary() as s (line)));
+end
+$say$
+
+-- name: adopt_columns
+-- The preflight has left them there, for a migration that runs in another connection.
+select current_setting('arbiter.adopt_columns')
+
+-- name: set_adopt_columns
+select set_config('arbiter.adopt_columns', %(adopt_columns)s::text, false)
+
 -- name: lock_settings
 -- The connection that holds the installers' lock idles in its transaction while others work.
 -- By name from pg_settings, because transaction_timeout is new in PostgreSQL 17.

@@ -15,6 +15,7 @@ from pathlib import Path
 from psycopg.sql import Literal
 
 from ._version import __version__
+from .adoption import Adoption
 from .errors import InstallError
 from .install import migration_texts
 
@@ -24,7 +25,13 @@ _NAME = re.compile(r"([0-9]+)_.*\.sql")
 _STAMP = "%Y%m%d%H%M%S"
 
 
-def export(directory: Path, *, expose: str | None = None) -> list[Path]:
+def export(
+    directory: Path,
+    *,
+    expose: str | None = None,
+    adoption: Adoption | None = None,
+    only_plan: bool = False,
+) -> list[Path]:
     """Write migration files into a Supabase project's `supabase/migrations`.
 
     Two of them, since the statements that read whole tables belong into a transaction of their
@@ -33,15 +40,16 @@ def export(directory: Path, *, expose: str | None = None) -> list[Path]:
     two more files are: both can run on a database that has an older version already.
 
     `expose` names a schema of the API, such as `public`: a browser's calls are created there
-    (`arbiter.expose`). Returns the files written. Raises `InstallError`, with none written, when
-    the directory is missing or cannot be written to.
+    (`arbiter.expose`). `adoption` says which tables the migration adopts, as of `install`. Returns
+    the files written, or with `only_plan` those that would be. Raises `InstallError`, with none
+    written, when the directory is missing or cannot be written to.
     """
     if not directory.is_dir():
         raise InstallError(
             f"{directory} is not a directory",
             hint="Name the project's supabase/migrations; `supabase init` makes a project.",
         )
-    change, finish = migration_texts()
+    change, finish = migration_texts(adoption)
     if expose is not None:
         change += f"\nselect arbiter.expose({Literal(expose).as_string()});\n"
     digest = sha256((change + finish).encode()).hexdigest()
@@ -67,6 +75,8 @@ def export(directory: Path, *, expose: str | None = None) -> list[Path]:
             f"{mark}\n-- Reads whole tables, so it is a migration of its own.\n\n{finish}"
         ),
     }
+    if only_plan:
+        return [directory / name for name in texts]
     return _write(directory, texts)
 
 

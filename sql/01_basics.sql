@@ -31,6 +31,20 @@ $$;
 comment on function arbiter._fail(text, text, text) is
   'Raises an error. p_condition: an SQLSTATE or the name of its condition. p_hint: what to do next.';
 
+create or replace function arbiter._say(p_lines text[])
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  for i in 1 .. cardinality(p_lines) loop
+    raise notice 'arbiter: %', p_lines[i];
+  end loop;
+end
+$$;
+comment on function arbiter._say(text[]) is
+  'Says each line by NOTICE, which is how a migration tells what it finds and does.';
+
 -- One row for each kind of column: the types that it may have, and for a column that arbiter adds its definition.
 -- A constant default and nullable columns need no rewrite of the table, and existing rows become local.
 create or replace function arbiter._columns()

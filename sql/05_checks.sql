@@ -1,5 +1,4 @@
 -- What a table must be like: the questions that protect() and register_machines() ask before they change anything.
--- At the end the preflight asks them of the tables that an installation adopts.
 
 -- A machine column of the app that leads to another table could never hold a machine.
 create or replace function arbiter._need_machine_key(p_table regclass, p_machine_column name, p_registry regclass)
@@ -235,60 +234,3 @@ end
 $$;
 comment on function arbiter._need_protectable(regclass, text, name) is
   'The path from a row of the table to its user: p_user_path, or the obvious one when that is null (_find_user_path). Errors when the table cannot be protected.';
-
--- Only until a table was registered or protected: a later installation must not undo what a DBA has decided.
-create or replace function arbiter._to_adopt(out registry regclass, out signals regclass)
-returns record
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_done boolean := false;
-begin
-  if to_regclass('arbiter.registry') is not null then
-    select exists (select from arbiter.registry) into v_done;
-  end if;
-  if not v_done then
-    registry := to_regclass('public.cloud_machines');
-  end if;
-  v_done := false;
-  if to_regclass('arbiter.protections') is not null then
-    select s.last_value is not null
-      into v_done
-      from pg_catalog.pg_sequences s
-     where s.schemaname = 'arbiter' and s.sequencename = 'protections_protection_id_seq';
-  end if;
-  if not v_done then
-    signals := to_regclass('public.signals');
-  end if;
-end
-$$;
-comment on function arbiter._to_adopt() is
-  'public.cloud_machines and public.signals where they exist and nothing was ever attached; else nulls.';
-
-do $preflight$
-declare
-  v_adopt record;
-begin
-  -- Set by 01_basics.sql, for one transaction.
-  if coalesce(current_setting('arbiter.documented_before', true), '') = '' then
-    perform arbiter._fail('object_not_in_prerequisite_state',
-      'the files of an installation do not run in one transaction',
-      'Run them all between begin and commit, in order; nothing of the app was changed.');
-  end if;
-  if current_setting('server_version_num')::integer < 150000 then
-    perform arbiter._fail('feature_not_supported',
-      format('needs PostgreSQL 15 or later, this is %s', current_setting('server_version')),
-      'Upgrade the server first; nothing was changed.');
-  end if;
-  v_adopt := arbiter._to_adopt();
-  if v_adopt.registry is not null then
-    perform arbiter._need_registry(v_adopt.registry, 'id', 'user_id', 'status', 'last_health_check');
-  end if;
-  if v_adopt.signals is not null then
-    perform arbiter._need_protectable(v_adopt.signals, null, 'machine_id');
-    perform arbiter._need_machine_key(v_adopt.signals, 'machine_id', v_adopt.registry);
-  end if;
-end
-$preflight$;

@@ -21,11 +21,10 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('coalesce(%L::jsonb ->> %s.%I::text, ''running'')',
-           (p_registry).states, p_row, (p_registry).status_column);
+  select arbiter._state_sql((p_registry).states, format('%s.%I', p_row, (p_registry).status_column));
 end;
 comment on function arbiter._state_expression(arbiter.registry, text) is
-  'SQL for the machine state of a row of the registry. A status word that is not mapped counts as running, because the machine may be alive.';
+  'SQL for the machine state of a row of the registry.';
 
 create or replace function arbiter._registry_words(p_registry arbiter.registry)
 returns jsonb

@@ -211,27 +211,6 @@ $$;
 comment on function arbiter._build_registry() is
   'Generates the view, functions and triggers of the registered table, and takes its machines (_take_machines).';
 
-create or replace function arbiter._heartbeat_indexes(p_registry regclass, p_heartbeat_column name)
-returns setof regclass
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select i.indexrelid::regclass
-    from pg_catalog.pg_index i
-    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attname = p_heartbeat_column
-   where i.indrelid = p_registry
-     and exists (
-       select from pg_catalog.pg_depend d
-        where d.classid = 'pg_class'::regclass
-          and d.objid = i.indexrelid
-          and d.refobjid = i.indrelid
-          and d.refobjsubid = a.attnum)
-   order by i.indexrelid;
-end;
-comment on function arbiter._heartbeat_indexes(regclass, name) is
-  'Indexes that read the heartbeat column, in their keys or their predicate: with one, no heartbeat is a HOT update.';
-
 -- Definer: what it creates must belong to arbiter's owner, whichever role calls.
 create or replace function arbiter.register_machines(
   p_registry regclass,
@@ -249,12 +228,7 @@ set row_security = off
 set lock_timeout = '5s'
 as $$
 declare
-  v_states jsonb := coalesce(p_states, '{
-    "provisioning": "starting", "starting": "starting",
-    "running": "running", "active": "running", "started": "running",
-    "stopping": "stopping", "deprovisioning": "stopping",
-    "stopped": "stopped", "deleted": "stopped", "suspended": "stopped",
-    "error": "error", "failed": "error"}');
+  v_states jsonb := coalesce(p_states, arbiter._default_states());
   v_known constant text[] := '{starting,running,stopping,stopped,error}';
   v_unknown text;
   v_old arbiter.registry;

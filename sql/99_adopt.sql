@@ -1,9 +1,11 @@
--- Runs last: generates anew what depends on the app's names and roles, and on the first installation adopts the tables
--- that the migrations have prepared.
+-- Runs last: generates anew what depends on the app's names and roles, and adopts the tables of the plan
+-- (06_adoption.sql).
 
 do $adopt$
 declare
-  v_adopt record;
+  v_options record := arbiter._install_options();
+  v_registry regclass;
+  v_tables jsonb;
 begin
   -- Before any table of the app, as protect() and register_machines() do. _build_machine_may_write() waits for a change
   -- of the settings in flight, and no write of the app must wait with it.
@@ -27,13 +29,23 @@ begin
         order by r.protection_id) as p;
   perform arbiter._build_policies();
   perform arbiter._expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
-  v_adopt := arbiter._to_adopt();
-  perform arbiter._lock_tables(array_remove(array[v_adopt.signals, v_adopt.registry], null), 'access exclusive');
-  if v_adopt.registry is not null then
-    perform arbiter.register_machines(v_adopt.registry);
+  -- Decided before anything is adopted: the registry decides which column names the machine.
+  select r.table_name into v_registry from arbiter._registry_steps() r where r.step = 'register';
+  select coalesce(jsonb_agg(jsonb_build_object('table', p.table_name, 'path', p.user_path, 'machine', p.machine_column)), '[]')
+    into v_tables
+    from arbiter._protect_steps() p
+   where p.step = 'protect';
+  perform arbiter._lock_tables(
+    array(select (t.value ->> 'table')::regclass from jsonb_array_elements(v_tables) t)
+      || case when v_registry is not null then array[v_registry] else '{}' end, 'access exclusive');
+  if v_registry is not null then
+    perform arbiter.register_machines(v_registry);
   end if;
-  if v_adopt.signals is not null then
-    perform arbiter.protect(v_adopt.signals);
-  end if;
+  perform arbiter.protect((t.value ->> 'table')::regclass, p_user_path => t.value ->> 'path',
+                          p_machine_column => (t.value ->> 'machine')::name, p_mode => v_options.mode,
+                          p_unowned => v_options.unowned)
+     from jsonb_array_elements(v_tables) t;
+  -- What the preflight has left in the session for a migration.
+  perform set_config('arbiter.adopt_columns', '', false);
 end
 $adopt$;

@@ -839,13 +839,38 @@ INSTALLS = [
 def test_install_on_a_database_that_does_not_fit(
     trading_db: Database, table: str, change: str, message: str
 ) -> None:
+    """What was asked for and does not fit is an error, before anything is changed. What was not
+    asked for is left as it is, and the plan says why."""
     owner = trading_db.connect()
     owner.execute(f"alter table public.{table} {change}".encode())
     before = everything(owner)
-    with pytest.raises(arbiter_db.InstallError) as caught:
-        arbiter_db.install(trading_db.conninfo())
-    assert re.search(message, str(caught.value)), caught.value
-    assert everything(owner) == before
+    asked = (
+        arbiter_db.Adoption(protect=["public.signals"])
+        if table == "signals"
+        else arbiter_db.Adoption(registry="public.cloud_machines")
+    )
+    for call in (arbiter_db.install, arbiter_db.plan):
+        with pytest.raises(arbiter_db.InstallError) as caught:
+            call(trading_db.conninfo(), adoption=asked)
+        assert re.search(message, str(caught.value)), caught.value
+        assert caught.value.hint
+        assert everything(owner) == before
+
+    columns = (
+        "select array_agg(attname order by attnum) from pg_attribute where attrelid = %s::regclass"
+    )
+    before_columns = value(owner, columns, f"public.{table}")
+    plan: list[arbiter_db.PlanLine] = []
+    arbiter_db.install(trading_db.conninfo(), on_plan=plan.extend)
+    [skipped] = [line for line in plan if line.table == f"public.{table}"]
+    assert skipped.step == "skip"
+    assert re.search(message, skipped.finding), skipped
+    assert "nothing was changed" not in f"{skipped.remedy}"
+    assert value(owner, columns, f"public.{table}") == before_columns
+    # Without a registry it is not known who writes, so nothing is protected either.
+    assert rows(owner, "select from arbiter.protections") == []
+    adopted = rows(owner, "select registry::text from arbiter.registry")
+    assert adopted == ([("cloud_machines",)] if table == "signals" else [])
 
 
 # Rights -------------------------------------------------------------------------------------------

@@ -326,17 +326,51 @@ FAILURES = {
         "p_machine_column is a column of its own; it is added when it is missing.",
     ),
     "not one transaction": Failure(
-        until("05_checks.sql").removeprefix(until("03_trust.sql")),
+        until("07_plan.sql").removeprefix(until("03_trust.sql")),
         "55000",
         "arbiter: the files of an installation do not run in one transaction",
         "Run them all between begin and commit, in order; nothing of the app was changed.",
     ),
     # No such server is here: the same code asks for a later one.
     "an old server": Failure(
-        until("05_checks.sql").replace("150000", "990000"),
+        until("07_plan.sql").replace("150000", "990000"),
         "0A000",
         "arbiter: needs PostgreSQL 15 or later, this is {version}",
         "Upgrade the server first; nothing was changed.",
+    ),
+    # 06_adoption, 07_plan
+    "a table that is not there": Failure(
+        "select arbiter._need_table('public.nowhere')",
+        "42P01",
+        "arbiter: there is no table public.nowhere",
+        "Name it with its schema, such as public.signals; nothing was changed.",
+    ),
+    "a name that is none": Failure(
+        "select arbiter._need_table('a.b.c.d')",
+        "42P01",
+        "arbiter: there is no table a.b.c.d",
+        "Name it with its schema, such as public.signals; nothing was changed.",
+    ),
+    "two keys to the registry": Failure(
+        "select arbiter.protect('public.elsewhere')",
+        "22023",
+        "arbiter: table public.elsewhere has several foreign keys to the registry"
+        " public.cloud_machines",
+        "Name the column of the machine that wrote the row in p_machine_column: bought_by or"
+        " sold_by.",
+        setup="alter table public.elsewhere"
+        " add bought_by uuid references public.cloud_machines,"
+        " add sold_by uuid references public.cloud_machines",
+    ),
+    "options without a table": Failure(
+        until("07_plan.sql").replace(
+            "set local lock_timeout = '5s';",
+            """set local arbiter.install_options = '{"mode": "observe"}';""",
+            1,
+        ),
+        "22023",
+        "arbiter: this installation protects no table, and was told how to",
+        "Name the table: --protect public.signals; nothing was changed.",
     ),
     # 11_identity
     "another user": Failure(

@@ -149,11 +149,13 @@ def test_tells_its_steps_in_order(trading_db: Database) -> None:
         "03_trust.sql",
         "04_ways.sql",
         "05_checks.sql",
+        "06_adoption.sql",
+        "07_plan.sql",
     ]
-    assert steps[:8] == [*checks, "0001.schema", "0002.columns"]
-    files = [step for step in steps[8:] if step.endswith(".sql")]
+    assert steps[:10] == [*checks, "0001.schema", "0002.columns"]
+    files = [step for step in steps[10:] if step.endswith(".sql")]
     assert files == sorted(files)
-    assert files[:6] == checks, "again, in the transaction of the others"
+    assert files[:8] == checks, "again, in the transaction of the others"
     assert steps[-3:] == [
         "select arbiter._add_machine_index('public.signals')",
         "alter table public.signals validate constraint arbiter_machine_id_fkey",
@@ -423,12 +425,29 @@ def wait_until_an_install_waits(db: Database) -> None:
 
 def test_a_superuser_does_not_adopt_the_tables_of_another_role(populated: Database) -> None:
     """Its owner could make the superuser run functions: in checks and triggers."""
-    before = dump(populated.conninfo())
-    with pytest.raises(arbiter_db.InstallError, match=r"cloud_machines belongs to app_owner") as e:
-        arbiter_db.install(populated.conninfo("postgres"))
+    skipped = arbiter_db.plan(populated.conninfo("postgres"))
+    assert {(line.step, line.table) for line in skipped} == {
+        ("skip", f"public.{table}") for table in ("cloud_machines", "positions", "signals")
+    }
+    assert "belongs to app_owner, who has not the rights of postgres" in skipped[0].finding
+    assert "or install arbiter as app_owner." in str(skipped[0].remedy)
+    assert_adopts_nothing(populated, "postgres")
+    with pytest.raises(arbiter_db.InstallError, match="cloud_machines belongs to app_owner") as e:
+        arbiter_db.install(
+            populated.conninfo("postgres"),
+            adoption=arbiter_db.Adoption(registry="public.cloud_machines"),
+        )
     assert e.value.sqlstate == "42501"
-    assert "Give the table to postgres, or install arbiter as app_owner" in str(e.value.hint)
-    assert_same(before, dump(populated.conninfo()))
+
+
+def assert_adopts_nothing(db: Database, user: str) -> None:
+    """An install leaves the app's schemas as they are, and protects nothing."""
+    before = dump(db.conninfo("postgres"), "--schema=public", "--schema=auth")
+    arbiter_db.install(db.conninfo(user))
+    assert_same(before, dump(db.conninfo("postgres"), "--schema=public", "--schema=auth"))
+    owner = db.connect("postgres")
+    assert column(owner, "select registry from arbiter.registry") == []
+    assert column(owner, "select protected_table from arbiter.protections") == []
 
 
 def test_as_superuser(populated: Database, db: Database) -> None:
@@ -461,15 +480,18 @@ def test_rejects_who_may_not_create_a_schema(populated: Database) -> None:
     assert_same(before, dump(populated.conninfo()))
 
 
-def test_rejects_who_does_not_own_the_tables(populated: Database) -> None:
+def test_skips_tables_that_the_role_does_not_own(populated: Database) -> None:
     grant = sql.SQL("grant create on database {} to authenticator")
     populated.connect().execute(grant.format(sql.Identifier(populated.name)))
-    before = dump(populated.conninfo())
-    with pytest.raises(arbiter_db.InstallError, match=r"cloud_machines belongs to app_owner") as e:
-        arbiter_db.install(populated.conninfo("authenticator"))
-    assert e.value.sqlstate == "42501"
-    assert e.value.hint == "Connect as app_owner; nothing was changed."
-    assert_same(before, dump(populated.conninfo()))
+    skipped = arbiter_db.plan(populated.conninfo("authenticator"))
+    assert [(line.step, line.finding, line.remedy) for line in skipped[:1]] == [
+        (
+            "skip",
+            "table public.cloud_machines belongs to app_owner, not to authenticator",
+            "Connect as app_owner.",
+        )
+    ]
+    assert_adopts_nothing(populated, "authenticator")
 
 
 # -- what was there before ------------------------------------------------------------------------
@@ -980,15 +1002,8 @@ def test_migrations_up_down_up_by_yoyo_alone(trading_db: Database) -> None:
 
 @pytest.mark.slow
 def test_the_script_gives_what_install_gives(populated: Database, fresh: str) -> None:
-    assert populated.server.psql is not None
     for _ in range(2):  # it can run again
-        done = subprocess.run(
-            [populated.server.psql, "-X", "-q", "-d", populated.conninfo()],
-            input=arbiter_db.sql_text(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_script(populated, arbiter_db.sql_text())
         assert done.returncode == 0, done.stderr
         assert "ERROR" not in done.stderr
     by_script = schema(populated.conninfo(), *WITHOUT_YOYO)
@@ -999,20 +1014,34 @@ def test_the_script_gives_what_install_gives(populated: Database, fresh: str) ->
     assert_same(by_script, schema(populated.conninfo(), *WITHOUT_YOYO))
 
 
-def test_the_script_stops_at_what_does_not_fit(populated: Database) -> None:
-    populated.connect().execute("alter table public.signals add column source integer")
-    before = dump(populated.conninfo())
-    assert populated.server.psql is not None
-    done = subprocess.run(
-        [populated.server.psql, "-X", "-q", "-d", populated.conninfo()],
-        input=arbiter_db.sql_text(),
+def run_script(db: Database, text: str) -> subprocess.CompletedProcess[str]:
+    assert db.server.psql is not None
+    return subprocess.run(
+        [db.server.psql, "-X", "-q", "-d", db.conninfo()],
+        input=text,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_script_says_what_it_skips_and_stops_at_what_was_asked_for(populated: Database) -> None:
+    populated.connect().execute("alter table public.signals add column source integer")
+    before = dump(populated.conninfo())
+    asked = arbiter_db.sql_text(arbiter_db.Adoption(protect=["public.signals"]))
+    done = run_script(populated, asked)
     assert done.returncode == 3, "psql's code for a script that failed"
     assert "column source of table public.signals is integer" in done.stderr
     assert_same(before, dump(populated.conninfo()))
+
+    done = run_script(populated, arbiter_db.sql_text())
+    assert done.returncode == 0, done.stderr
+    said = [line.partition("NOTICE:  ")[2] for line in done.stderr.splitlines()]
+    assert (
+        "arbiter: skip: public.signals column source of table public.signals is integer, it must be"
+        " text or character varying. Rename that column, or name another one in the call." in said
+    )
+    assert said[-1].startswith("arbiter: no table is protected, so no write is rejected;")
 
 
 # -- servers that are too old ---------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 
 import arbiter_db
 from arbiter_db import InstallError, OutdatedSchema
+from arbiter_db.adoption import Adoption
 from arbiter_db.install import migration_texts, sql_text
 from arbiter_db.queries import QUERIES
 from arbiter_db.supabase import export
@@ -243,19 +244,24 @@ def query(name: str) -> str:
 
 
 BEGIN = [query("script_lock"), query("unit_settings")]
+OPTIONS = "set local arbiter.install_options to '{}';"
+SAY_PLAN, SAY_SUMMARY = query("say_plan") + ";", query("say_summary") + ";"
 
 
 def test_the_exported_files_are_the_units_of_an_install_each_file_once() -> None:
     change, finish = migration_texts()
     others = [path for path in SQL if path not in CHECKS]
-    assert change == joined(*BEGIN, *map(headed, [*CHECKS, *MIGRATIONS, *others]))
+    parts = [*map(headed, CHECKS), SAY_PLAN, *map(headed, [*MIGRATIONS, *others]), SAY_SUMMARY]
+    assert change == joined(*BEGIN, OPTIONS, *parts)
     assert finish == joined(*BEGIN, query("finish") + ";")
 
 
 def test_the_script_is_the_units_of_an_install_each_in_a_transaction() -> None:
     units = [[path] for path in MIGRATIONS] + [SQL]
     transactions = [
-        part for unit in units for part in ("begin;", *BEGIN, *map(headed, unit), "commit;")
+        part
+        for unit in units
+        for part in ("begin;", *BEGIN, OPTIONS, *map(headed, unit), "commit;")
     ]
     head, *rest = sql_text().split("\n\n", 3)
     assert head == f"-- arbiter {VERSION}: what `arbiter-db install` runs, for psql."
@@ -265,7 +271,9 @@ def test_the_script_is_the_units_of_an_install_each_in_a_transaction() -> None:
         query("has_version") + " \\gset",
         "begin;",
         *BEGIN,
+        OPTIONS,
         *map(headed, CHECKS),
+        SAY_PLAN,
         "\\if :has_version",
         "rollback;",
         "\\else",
@@ -274,7 +282,19 @@ def test_the_script_is_the_units_of_an_install_each_in_a_transaction() -> None:
         *transactions,
         "-- What reads a whole table, each in a transaction of its own.",
         query("finish_statements") + " \\gexec",
+        SAY_SUMMARY,
     )
+
+
+def test_options_are_in_the_script_and_in_the_exported_file() -> None:
+    chosen = Adoption(adopt=False, protect=["public.it's"], mode="observe")
+    setting = (
+        "set local arbiter.install_options to"
+        """ '{"adopt": false, "protect": ["public.it''s"], "mode": "observe"}';"""
+    )
+    assert migration_texts(chosen)[0].count(setting) == 1
+    transactions = sql_text(chosen).count("begin;\n")
+    assert sql_text(chosen).count(setting) == transactions == len(MIGRATIONS) + 2
 
 
 def test_what_an_installed_package_has_inside_is_taken_from_there(

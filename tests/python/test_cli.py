@@ -228,12 +228,20 @@ def test_a_server_that_the_demo_does_not_find() -> None:
 # --------------------------------------------------------------------------- install
 
 
-def test_install_says_its_steps(trading_db: Database) -> None:
+def test_install_says_its_plan_its_steps_and_what_holds(trading_db: Database) -> None:
     lines = fine("install", "--dsn", trading_db.conninfo()).splitlines()
 
-    assert lines[0] == "00_owner.sql"
-    assert "0001.schema" in lines
-    assert lines[-1] == f"arbiter {arbiter_db.__version__} is installed"
+    assert lines[0].split() == ["plan", "table", "finding"]
+    assert lines[1].split(maxsplit=2)[:2] == ["register", "public.cloud_machines"]
+    assert "select arbiter._add_machine_index('public.signals')" in lines
+    assert not [line for line in lines if line.endswith(".sql")]
+    assert lines[-4:] == [
+        f"arbiter {arbiter_db.__version__} is installed",
+        "public.cloud_machines is the registry of machines",
+        "public.signals is protected: mode enforce, user by 'trader_id.user_id', machine in"
+        " machine_id, rows without a user: reject",
+        "next: arbiter-db doctor",
+    ]
     assert api.status(trading_db.connect(), ADA).environment == "local"
 
 

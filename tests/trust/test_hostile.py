@@ -55,16 +55,6 @@ PLANTED = {
         "create schema arbiter; create table arbiter.settings (n integer)",
         "schema arbiter belongs to authenticator",
     ),
-    "the signals": (
-        "create table public.signals (id uuid, user_id uuid,"
-        " source text not null default 'local' check (lair.spy(source)))",
-        "table public.signals belongs to authenticator",
-    ),
-    "the machines": (
-        "create table public.cloud_machines (id uuid primary key, user_id uuid, status text,"
-        " last_health_check timestamptz check (lair.spy('')))",
-        "table public.cloud_machines belongs to authenticator",
-    ),
 }
 
 
@@ -83,6 +73,58 @@ def test_what_was_planted_is_refused_and_does_not_run(hostile: Database, what: s
     assert not value(mallory, RAN)
     schema = "select count(*) from pg_namespace where nspname = 'arbiter' and nspowner = 10"
     assert value(hostile.connect("postgres"), schema) == 0
+
+
+#: Tables by the usual names, and what the plan says of them.
+PLANTED_TABLES = {
+    "the signals": (
+        "create table public.signals (id uuid, user_id uuid,"
+        " source text not null default 'local' check (lair.spy(source)))",
+        "table public.signals belongs to authenticator",
+    ),
+    "the machines": (
+        "create table public.cloud_machines (id uuid primary key, user_id uuid, status text,"
+        " last_health_check timestamptz check (lair.spy('')))",
+        "table public.cloud_machines belongs to authenticator",
+    ),
+    "a view in place of the machines": (
+        "create view public.cloud_machines as select gen_random_uuid() as id,"
+        " null::uuid as user_id, 'running' as status, now() as last_health_check"
+        " where lair.spy('')",
+        "table public.cloud_machines belongs to authenticator",
+    ),
+    "a table that looks like the machines": (
+        "create table public.robots (id uuid primary key, user_id uuid, status text,"
+        " last_health_check timestamptz check (lair.spy('')))",
+        "looks like the registry of machines, but has not the usual name",
+    ),
+    "a table that names machines": (
+        "create table public.trades (id uuid primary key, user_id uuid,"
+        " source text not null default 'local' check (lair.spy(source)))",
+        "table public.trades belongs to authenticator",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED_TABLES)
+def test_a_table_that_was_planted_is_skipped_and_does_not_run(hostile: Database, what: str) -> None:
+    ddl, problem = PLANTED_TABLES[what]
+    mallory = hostile.connect(MALLORY)
+    mallory.execute(ddl.encode())
+    plan: list[arbiter_db.PlanLine] = []
+    arbiter_db.install(hostile.conninfo("postgres"), on_plan=plan.extend)
+    [line] = plan
+    assert line.step == "skip"
+    assert problem in line.finding
+    assert line.remedy
+    asked = {"registry": line.table} if "_machines" in line.table else {"protect": [line.table]}
+    with pytest.raises(arbiter_db.InstallError, match="belongs to authenticator") as caught:
+        arbiter_db.install(hostile.conninfo("postgres"), adoption=arbiter_db.Adoption(**asked))
+    assert caught.value.sqlstate == "42501"
+    assert not value(mallory, RAN)
+    admin = hostile.connect("postgres")
+    assert value(admin, "select count(*) from arbiter.protections") == 0
+    assert value(admin, "select count(*) from arbiter.registry") == 0
 
 
 def test_no_other_role_may_create_in_the_schema(hostile: Database) -> None:
