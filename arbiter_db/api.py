@@ -24,12 +24,16 @@ __all__ = [
     "Audit",
     "Finding",
     "Handover",
+    "Observation",
+    "ObservedTable",
     "Status",
     "audit",
     "confirm_takeover",
     "handovers",
     "heartbeat",
     "lost_protections",
+    "observations",
+    "observed_tables",
     "protect",
     "protected_tables",
     "register_machines",
@@ -74,6 +78,32 @@ class Status:
     """The instant that this is about."""
     poll_interval: timedelta
     """How often to ask, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedTable:
+    """A table in mode `observe`. Instants by the database's clock."""
+
+    table: str
+    since: datetime
+    """Since when it is observed."""
+    writes: int
+    """How many writes since then `enforce` would have rejected; the newest 1,000 are kept."""
+    last_at: datetime | None
+    """The last of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Writes of one user within one hour that `enforce` would have rejected with one code."""
+
+    table: str
+    hour: datetime
+    user_id: str | None
+    """None for rows without a user, and for those that lead to two."""
+    code: str
+    writes: int
+    last_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +258,19 @@ def audit(
 def protected_tables(conn: psycopg.Connection[Any]) -> dict[str, bool]:
     """The tables under arbitration, and whether their rows carry evidence (`arbiter_xid`)."""
     return dict(_all(conn, tuple_row, "protected_tables"))
+
+
+def observed_tables(conn: psycopg.Connection[Any]) -> list[ObservedTable]:
+    """The tables in mode `observe`, and how many writes `enforce` would have rejected."""
+    return _all(conn, class_row(ObservedTable), "observed_tables")
+
+
+def observations(conn: psycopg.Connection[Any]) -> list[Observation]:
+    """What `enforce` would have rejected, per table, hour, user and code, the oldest first.
+
+    Of each table the newest 1,000 writes are kept (`arbiter.observations`).
+    """
+    return _all(conn, class_row(Observation), "observations")
 
 
 def lost_protections(conn: psycopg.Connection[Any]) -> list[str]:

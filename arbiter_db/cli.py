@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,9 @@ __all__ = ["main"]
 
 #: How many findings of a kind are printed without --json.
 _SHOWN = 20
+
+#: So many observations of a table arbiter keeps.
+_KEPT = 1000
 
 #: --watch looks no more and no less often.
 _SHORTEST_PAUSE_S = 0.1
@@ -391,6 +395,49 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
     failed = any(audit.findings or (strict and audit.not_provable) for audit in audits)
     if failed or (strict and (without or lost or not audits)):
         sys.exit(1)
+
+
+@main.command("observations")
+@_dsn
+@_as_json
+def observations_command(dsn: str, as_json: bool) -> None:
+    """Show what enforce would have rejected.
+
+    For tables in mode observe: the writes per hour, user and code, and for how long there were
+    none.
+    """
+    with _connected(dsn) as conn:
+        tables, found = api.observed_tables(conn), api.observations(conn)
+    if as_json:
+        say(
+            _to_json(
+                {"tables": [asdict(t) for t in tables], "observations": [asdict(o) for o in found]}
+            )
+        )
+        return
+    if found:
+        table = _plain_table("table", "hour", "user", "code", "writes", "last")
+        for row in found:
+            table.add_row(
+                row.table,
+                f"{row.hour.astimezone():%Y-%m-%d %H:%M}",
+                row.user_id or "-",
+                row.code,
+                f"{row.writes:,}",
+                _instant(row.last_at),
+            )
+        _console().print(table)
+    for observed in tables:
+        since = f"{observed.table}: observed since {_instant(observed.since)}"
+        if observed.last_at is None:
+            say(f"{since}; writes that enforce would have rejected: none")
+            say(f"next: arbiter-db protect {shlex.quote(observed.table)} --mode enforce")
+            continue
+        kept = " (older ones are not kept)" if observed.writes >= _KEPT else ""
+        count = f"{observed.writes:,}{kept}, the last at {_instant(observed.last_at)}"
+        say(f"{since}; writes that enforce would have rejected: {count}")
+    if not tables:
+        say("no table is in mode observe")
 
 
 @main.command("protect")

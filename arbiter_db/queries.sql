@@ -39,6 +39,27 @@ select p.protected_table::text as name, p.evidence
   join pg_catalog.pg_class c on c.oid = p.protected_table::oid
  order by p.protection_id
 
+-- name: observed_tables
+select format('%%I.%%I', c.relnamespace::regnamespace, c.relname) as table, p.mode_since as since,
+       count(o.observation_id) as writes, max(o.observed_at) as last_at
+  from arbiter.protections p
+  join pg_catalog.pg_class c on c.oid = p.protected_table
+  left join arbiter.observations o on o.protected_table = p.protected_table and o.observed_at >= p.mode_since
+ where p.mode = 'observe'
+ group by p.protection_id, c.oid
+ order by 1
+
+-- name: observations
+-- Those since the table is observed; of a table that is not, all.
+select format('%%I.%%I', c.relnamespace::regnamespace, c.relname) as table, date_trunc('hour', o.observed_at) as hour,
+       o.detail ->> 'user_id' as user_id, o.code, count(*) as writes, max(o.observed_at) as last_at
+  from arbiter.observations o
+  join pg_catalog.pg_class c on c.oid = o.protected_table
+  left join arbiter.protections p on p.protected_table = o.protected_table and p.mode = 'observe'
+ where o.observed_at >= coalesce(p.mode_since, '-infinity')
+ group by 1, 2, 3, 4
+ order by 1, 2, 3, 4
+
 -- name: lost_protections
 select object || ': '::text || problem || ' Remedy: '::text || remedy from arbiter._lost_protections()
 

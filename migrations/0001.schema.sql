@@ -299,6 +299,7 @@ create table if not exists arbiter.protections (
   verbs text[] not null,
   machine_column name not null,
   mode text not null,
+  mode_since timestamptz not null default clock_timestamp(),
   unowned text not null,
   evidence boolean not null,
   constraint protections_pkey primary key (protection_id),
@@ -319,6 +320,7 @@ comment on column arbiter.protections.verbs is
   '{insert}: provenance is immutable afterwards, and updates, also of an upsert, are not arbitrated. {insert,update}: each write says who writes.';
 comment on column arbiter.protections.machine_column is 'The column that names the machine.';
 comment on column arbiter.protections.mode is 'enforce rejects; observe admits and records.';
+comment on column arbiter.protections.mode_since is 'When it got this mode. Database clock.';
 comment on column arbiter.protections.unowned is 'Rows whose user is null: reject, or allow from others than clients.';
 comment on column arbiter.protections.evidence is 'Whether rows carry arbiter_xid, checked by the guard.';
 

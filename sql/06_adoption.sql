@@ -214,7 +214,15 @@ comment on function arbiter._looks_protectable(regclass) is
   'Tables with a foreign key to the registry, and those of the usual names in schema public.';
 
 create or replace function arbiter._protect_steps()
-returns table (step text, table_name regclass, user_path text, machine_column name, reason text, remedy text)
+returns table (
+  step text,
+  table_name regclass,
+  user_path text,
+  machine_column name,
+  mode text,
+  unowned text,
+  reason text,
+  remedy text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -244,19 +252,30 @@ begin
   end if;
   foreach table_name in array v_kept loop
     step := 'keep';
+    select p.user_path, p.machine_column, p.mode, p.unowned
+      into user_path, machine_column, mode, unowned
+      from arbiter.protections p
+     where p.protected_table = table_name;
     return next;
   end loop;
   foreach table_name in array v_asked
     || array(select l.candidate from arbiter._looks_protectable(v_registry) as l (candidate)
               where l.candidate <> all (v_asked || v_kept))
   loop
+    user_path := null;
+    machine_column := null;
+    mode := null;
+    unowned := null;
     begin
       -- What a table has already stays, as protect() does it.
       if to_regclass('arbiter.protections') is not null then
-        select p.user_path, p.machine_column into user_path, machine_column
+        select p.user_path, p.machine_column, p.mode, p.unowned
+          into user_path, machine_column, mode, unowned
           from arbiter.protections p
          where p.protected_table = table_name;
       end if;
+      mode := coalesce(v_options.mode, mode, 'enforce');
+      unowned := coalesce(v_options.unowned, unowned, 'reject');
       machine_column := coalesce(v_options.machine_column, machine_column, arbiter._find_machine_column(table_name, v_registry));
       user_path := arbiter._need_protectable(table_name, coalesce(v_options.user_path, user_path), machine_column);
       perform arbiter._need_machine_key(table_name, machine_column, v_registry);
@@ -293,8 +312,6 @@ begin
         end if;
     end;
     return next;
-    user_path := null;
-    machine_column := null;
   end loop;
 end
 $$;

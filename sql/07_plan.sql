@@ -225,6 +225,15 @@ $$;
 comment on function arbiter._table_notes(regclass, text, text) is
   'What a DBA should know of a table before it is protected by this path. Reads the table.';
 
+create or replace function arbiter._protection_text(p_mode text, p_user_path text, p_machine_column name, p_unowned text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+return format('is protected: mode %s, user by %L, machine in %I, rows without a user: %s',
+              p_mode, p_user_path, p_machine_column, p_unowned);
+comment on function arbiter._protection_text(text, text, name, text) is 'What the options of a protection are, for people.';
+
 create or replace function arbiter._plan()
 returns table (step text, table_name text, finding text, remedy text)
 language plpgsql
@@ -232,7 +241,6 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_options record := arbiter._install_options();
   v_step record;
   v_note record;
 begin
@@ -258,15 +266,13 @@ begin
     table_name := v_step.table_name;
     step := v_step.step;
     finding := case step
-      when 'protect' then format('is protected: mode %s, user by %L, machine in %I, rows without a user: %s',
-        coalesce(v_options.mode, 'enforce'), v_step.user_path, v_step.machine_column, coalesce(v_options.unowned, 'reject'))
-      when 'keep' then 'is protected already'
-      else v_step.reason end;
+      when 'skip' then v_step.reason
+      else arbiter._protection_text(v_step.mode, v_step.user_path, v_step.machine_column, v_step.unowned) end;
     remedy := v_step.remedy;
     return next;
     if step = 'protect' then
       for v_note in
-        select * from arbiter._table_notes(v_step.table_name, v_step.user_path, coalesce(v_options.unowned, 'reject'))
+        select * from arbiter._table_notes(v_step.table_name, v_step.user_path, v_step.unowned)
       loop
         step := case when v_note.is_warning then 'warning' else 'note' end;
         finding := v_note.finding;

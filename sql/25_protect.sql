@@ -157,7 +157,7 @@ begin
     perform arbiter._drop_xid_default(p_table);
   end if;
 
-  insert into arbiter.protections (protected_table, declared_as, user_path, verbs, machine_column, mode, unowned, evidence)
+  insert into arbiter.protections as p (protected_table, declared_as, user_path, verbs, machine_column, mode, unowned, evidence)
   values (p_table, p_table::text, v_new.user_path, v_new.verbs, v_new.machine_column, v_new.mode, v_new.unowned, v_new.evidence)
   on conflict on constraint protections_protected_table_key do update
     set declared_as = excluded.declared_as,
@@ -165,6 +165,7 @@ begin
         verbs = excluded.verbs,
         machine_column = excluded.machine_column,
         mode = excluded.mode,
+        mode_since = case p.mode when excluded.mode then p.mode_since else clock_timestamp() end,
         unowned = excluded.unowned,
         evidence = excluded.evidence
   returning protection_id into v_new.protection_id;

@@ -19,8 +19,8 @@ begin atomic
     select 1, 'no table is the registry of machines, so cloud writes are rejected; next: arbiter-db register-machines TABLE'
      where not exists (select from registry)
     union all
-    select 2, format('%s is protected: mode %s, user by %L, machine in %I, rows without a user: %s',
-                     p.protected_table, p.mode, p.user_path, p.machine_column, p.unowned)
+    select 2, format('%s %s', p.protected_table,
+                     arbiter._protection_text(p.mode, p.user_path, p.machine_column, p.unowned))
       from protected p
     union all
     select 2, 'no table is protected, so no write is rejected; next: arbiter-db install --plan, then arbiter-db protect TABLE'

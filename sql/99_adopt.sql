@@ -3,7 +3,6 @@
 
 do $adopt$
 declare
-  v_options record := arbiter._install_options();
   v_registry regclass;
   v_tables jsonb;
 begin
@@ -31,20 +30,21 @@ begin
   perform arbiter._expose(s.schema_name) from (select distinct e.schema_name from arbiter._exposed() e) as s;
   -- Decided before anything is adopted: the registry decides which column names the machine.
   select r.table_name into v_registry from arbiter._registry_steps() r where r.step = 'register';
-  select coalesce(jsonb_agg(jsonb_build_object('table', p.table_name, 'path', p.user_path, 'machine', p.machine_column)), '[]')
+  select coalesce(jsonb_agg(to_jsonb(p)), '[]')
     into v_tables
     from arbiter._protect_steps() p
    where p.step = 'protect';
   perform arbiter._lock_tables(
-    array(select (t.value ->> 'table')::regclass from jsonb_array_elements(v_tables) t)
+    array(select (t.value ->> 'table_name')::regclass from jsonb_array_elements(v_tables) t)
       || case when v_registry is not null then array[v_registry] else '{}' end, 'access exclusive');
   if v_registry is not null then
     perform arbiter.register_machines(v_registry);
   end if;
-  perform arbiter.protect((t.value ->> 'table')::regclass, p_user_path => t.value ->> 'path',
-                          p_machine_column => (t.value ->> 'machine')::name, p_mode => v_options.mode,
-                          p_unowned => v_options.unowned)
-     from jsonb_array_elements(v_tables) t;
+  perform arbiter.protect(
+            t.table_name, p_user_path => t.user_path, p_machine_column => t.machine_column, p_mode => t.mode,
+            p_unowned => t.unowned)
+     from jsonb_to_recordset(v_tables) as t (
+       table_name regclass, user_path text, machine_column name, mode text, unowned text);
   -- What the preflight has left in the session for a migration.
   perform set_config('arbiter.adopt_columns', '', false);
 end

@@ -29,6 +29,8 @@ from story import (
     value,
 )
 
+import arbiter_db
+
 if TYPE_CHECKING:
     from conftest import Database
 
@@ -473,3 +475,43 @@ def test_serializable_transactions_record_while_there_is_room(at: Stage) -> None
     flood(one, at, 1, first=5_000)
     one.commit()
     assert len(ids(at)) == before
+
+
+def test_what_was_observed_is_told_per_hour_user_and_code(db: Database) -> None:
+    """Since the table has the mode, and again from the start when it gets it anew."""
+    stage = Stage(db)
+    stage.protect("observe", ", p_unowned => 'reject'")
+    [watched] = arbiter_db.observed_tables(stage.owner)
+    assert (watched.table, watched.writes, watched.last_at) == ("public.signals", 0, None)
+    assert arbiter_db.observations(stage.owner) == []
+
+    for _ in range(2):
+        add_signal(stage.conn, stage.bob.trader)
+    add_signal(stage.conn, stage.builtin)
+    add_signal(stage.conn, stage.ada.trader)  # admitted, so not observed
+    stage.owner.execute(
+        "update arbiter.observations set observed_at = observed_at + interval '1 hour'"
+        " where observation_id = (select min(observation_id) from arbiter.observations)"
+    )
+    found = arbiter_db.observations(stage.owner)
+    assert [(o.table, o.user_id, o.code, o.writes) for o in found] == [
+        ("public.signals", str(stage.bob.id), "cloud_active", 1),
+        ("public.signals", None, "wrong_identity", 1),
+        ("public.signals", str(stage.bob.id), "cloud_active", 1),
+    ]
+    assert found[2].hour - found[0].hour == timedelta(hours=1)
+    assert all(o.hour <= o.last_at < o.hour + timedelta(hours=1) for o in found)
+    [watched] = arbiter_db.observed_tables(stage.owner)
+    assert (watched.writes, watched.last_at) == (3, found[2].last_at)
+
+    # The same mode again changes nothing; another one and back does.
+    stage.protect("observe")
+    assert arbiter_db.observed_tables(stage.owner) == [watched]
+    stage.owner.execute("update arbiter.observations set observed_at = now() - interval '1 day'")
+    stage.protect("enforce")
+    assert arbiter_db.observed_tables(stage.owner) == []
+    assert sum(o.writes for o in arbiter_db.observations(stage.owner)) == 3
+    stage.protect("observe")
+    [again] = arbiter_db.observed_tables(stage.owner)
+    assert (again.writes, again.since > watched.since) == (0, True)
+    assert arbiter_db.observations(stage.owner) == []

@@ -6,7 +6,7 @@ What each plan says is a golden file, which must read well: ``RENEW_GOLDEN=1`` w
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -303,6 +303,12 @@ def test_options_say_what_is_adopted(trading_db: Database) -> None:
     protections = "select protected_table::text, mode, unowned from arbiter.protections order by 1"
     assert rows(owner, protections) == [("positions", "observe", "allow")]
     assert rows(owner, "select registry::text from arbiter.registry") == [("cloud_machines",)]
+    kept = (
+        "is protected: mode observe, user by 'user_id', machine in machine_id, rows without a user:"
+        " allow"
+    )
+    plan = arbiter_db.plan(trading_db.conninfo())
+    assert ("keep", "public.positions", kept, None) in map(astuple, plan)
     assert arbiter_db.summary(owner)[2:3] == [
         "public.positions is only observed; next: look at arbiter.observations,"
         " then arbiter-db protect public.positions --mode enforce"

@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 from sessions import TIMEOUT_S
+from story import activate as start_machine
+from story import add_signal, add_user
 
 import arbiter_db
 from arbiter_db import api
@@ -559,3 +561,34 @@ def test_register_machines(db: Database, dsn: str) -> None:
         "select registry::text, id_column, states ->> 'up' from arbiter.registry"
     ).fetchone()
     assert row == ("apps", "app", "running")
+
+
+# --------------------------------------------------------------------------- observations
+
+
+def test_observations_says_what_enforce_would_have_rejected(db: Database) -> None:
+    owner = db.connect()
+    dsn = ["--dsn", db.conninfo()]
+    assert fine("observations", *dsn).splitlines() == ["no table is in mode observe"]
+
+    fine("protect", "public.signals", "--mode", "observe", *dsn)
+    since, following = fine("observations", *dsn).splitlines()
+    assert re.fullmatch(
+        r"public\.signals: observed since \S+ \S+; writes that enforce would have rejected: none",
+        since,
+    )
+    assert following == "next: arbiter-db protect public.signals --mode enforce"
+
+    user = add_user(owner)
+    start_machine(owner, user)
+    for _ in range(2):
+        add_signal(owner, user.trader)
+    heading, row, said = fine("observations", *dsn).splitlines()
+    assert heading.split() == ["table", "hour", "user", "code", "writes", "last"]
+    assert row.split()[0] == "public.signals"
+    assert row.split()[3:6] == [str(user.id), "cloud_active", "2"]
+    assert "; writes that enforce would have rejected: 2, the last at " in said
+
+    shown = json.loads(fine("observations", "--json", *dsn))
+    assert [(t["table"], t["writes"]) for t in shown["tables"]] == [("public.signals", 2)]
+    assert [(o["user_id"], o["writes"]) for o in shown["observations"]] == [(str(user.id), 2)]

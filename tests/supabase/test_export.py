@@ -25,7 +25,17 @@ from conftest import OWNER, ROLES, Database
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from sessions import TIMEOUT_S
-from story import activate, add_machine, add_signal, add_user, backend, browser, rejection, value
+from story import (
+    activate,
+    add_machine,
+    add_signal,
+    add_user,
+    backend,
+    browser,
+    column,
+    rejection,
+    value,
+)
 
 import arbiter_db
 from arbiter_db.cli import main
@@ -145,7 +155,7 @@ def release_newer(monkeypatch: pytest.MonkeyPatch) -> None:
     change, finish = migration_texts()
     newer = change.replace(f"return '{arbiter_db.__version__}';", f"return '{NEWER}';")
     assert newer != change
-    monkeypatch.setattr("arbiter_db.supabase.migration_texts", lambda: (newer, finish))
+    monkeypatch.setattr("arbiter_db.supabase.migration_texts", lambda _: (newer, finish))
     monkeypatch.setattr("arbiter_db.supabase.__version__", NEWER)
 
 
@@ -373,12 +383,31 @@ def test_a_push_that_is_rejected_leaves_nothing(hosted: Hosted) -> None:
     )
     hosted.run("db", "push")
     before = dump(hosted.db.conninfo())
-    exported(hosted.project)
+    asked = exported(hosted.project, "--protect=public.signals")
     with pytest.raises(SupabaseError) as caught:
         hosted.run("db", "push")
     said = "column source of table public.signals is integer, it must be text"
     assert said in str(caught.value)
     assert_same(before, dump(hosted.db.conninfo()))
+
+    # What was not asked for is skipped. The CLI shows no notices, so the plan is asked for.
+    for path in asked:
+        path.unlink()
+    exported(hosted.project)
+    hosted.run("db", "push")
+    plan = {line.table: line for line in arbiter_db.plan(hosted.db.conninfo())}
+    assert plan["public.signals"].step == "skip"
+    assert plan["public.signals"].finding.startswith(said)
+    assert column(hosted.db.connect(), "select protected_table from arbiter.protections") == []
+
+
+def test_a_plan_of_an_export_writes_nothing(project: Project) -> None:
+    planned = export(project.migrations, "--plan", "--mode=observe")
+    assert planned.exit_code == 0
+    paths = [Path(line.removeprefix("would write ")) for line in planned.stdout.splitlines()]
+    names = [path.name.partition("_")[2] for path in paths]
+    assert names == ["arbiter.sql", "arbiter_finish.sql"]
+    assert not [path for path in project.migrations.iterdir() if "arbiter" in path.name]
 
 
 def test_a_push_gives_up_on_a_busy_table_and_can_be_repeated(hosted: Hosted) -> None:
