@@ -41,7 +41,7 @@ from ._version import __version__
 from .adoption import Adoption, PlanLine
 from .console import DataTable, data, make_console
 from .errors import ArbiterError, InstallError
-from .install import check_version, finish, install, plan, sql_text, summary, uninstall
+from .install import check_version, connect, finish, install, plan, sql_text, summary, uninstall
 from .supabase import export
 from .terminal import say, say_file, show_all_characters
 from .text import one_line, printable, without_password
@@ -179,7 +179,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="JSON; intervals
 @contextmanager
 def _connected(dsn: str) -> Iterator[psycopg.Connection[Any]]:
     """A connection to a database that has arbiter in this package's version."""
-    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+    with connect(dsn) as conn:
         check_version(conn)
         yield conn
 

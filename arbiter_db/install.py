@@ -43,6 +43,7 @@ from .queries import QUERIES
 
 __all__ = [
     "check_version",
+    "connect",
     "finish",
     "install",
     "migration_texts",
@@ -211,15 +212,17 @@ def _script(unit: Sequence[Path], options: Adoption) -> list[str]:
 def migration_texts(adoption: Adoption | None = None) -> tuple[str, str]:
     """The same for tools that run a file in one transaction: two files, to be run in that order.
 
-    The first changes tables and functions, the second reads whole tables. Both can run again.
+    The first changes tables and functions, the second reads whole tables. Both can run again, and
+    leave the settings of the transaction as they were.
     """
-    parts = [*_beginning(), _option_setting(adoption or Adoption())]
+    save, restore = _query("save_settings"), _query("restore_settings")
+    parts = [save, *_beginning(), _option_setting(adoption or Adoption())]
     for path in dict.fromkeys(path for unit in _units() for path in unit):
         parts += [f"-- {path.parent.name}/{path.name}", path.read_text(encoding="utf-8")]
         if path == _checks()[-1]:
             parts.append(_query("say_plan"))
-    parts.append(_query("say_summary"))
-    last = [*_beginning(), _query("finish")]
+    parts += [_query("say_summary"), restore]
+    last = [save, *_beginning(), _query("finish"), restore]
     first, second = ("\n\n".join(part.strip() for part in unit) + "\n" for unit in (parts, last))
     return first, second
 
@@ -268,7 +271,7 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo has no t
     )
 
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
-        return _connect(dburi.args["conninfo"])
+        return connect(dburi.args["conninfo"])
 
     def init_connection(self, connection: psycopg.Connection[Any]) -> None:
         connection.execute(QUERIES["session_settings"])
@@ -355,14 +358,14 @@ def _installer(conninfo: str) -> Iterator[psycopg.Connection[Any]]:
 
     yoyo alone is no guard: it creates its tables before it takes its lock.
     """
-    with _connect(conninfo) as holder, holder.transaction():
+    with connect(conninfo) as holder, holder.transaction():
         if holder.info.server_version < _OLDEST_SERVER * 10000:
             raise InstallError(
                 f"arbiter needs PostgreSQL {_OLDEST_SERVER} or newer, "
                 f"this server is {holder.info.parameter_status('server_version')}"
             )
         _wait_for_others(holder, conninfo)
-        with _connect(conninfo) as conn:
+        with connect(conninfo) as conn:
             # Before any function of the schema is called.
             if _scalar(conn, "has_schema"):
                 with conn.transaction(force_rollback=True):
@@ -380,7 +383,7 @@ def _wait_for_others(holder: psycopg.Connection[Any], conninfo: str) -> None:
         try:
             holder.execute(QUERIES["lock"])
         except psycopg.errors.LockNotAvailable as exc:
-            with _connect(conninfo) as conn:
+            with connect(conninfo) as conn:
                 sessions = _column(conn, "lock_holders")
             raise InstallError(
                 "; ".join(["waited too long for another install", *sessions]),
@@ -389,9 +392,13 @@ def _wait_for_others(holder: psycopg.Connection[Any], conninfo: str) -> None:
             ) from exc
 
 
-def _connect(conninfo: str) -> psycopg.Connection[Any]:
-    # No prepared statements: they fail behind some poolers, and nothing here runs often.
-    return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+def connect(conninfo: str) -> psycopg.Connection[Any]:
+    """A connection in autocommit mode, as the functions of this package that open one use it."""
+    # No prepared statements: they fail behind some poolers, and nothing here runs often. Without an
+    # encoding psycopg returns bytes from a database in SQL_ASCII.
+    return psycopg.connect(
+        conninfo, autocommit=True, prepare_threshold=None, client_encoding="utf8"
+    )
 
 
 def _execute(

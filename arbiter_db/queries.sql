@@ -219,6 +219,26 @@ set local search_path to arbiter;
 set local lock_timeout to '5s';
 set local statement_timeout to 0;
 
+-- name: save_settings
+-- Around a file that a migration tool runs in its own transaction: the tool then writes its history, by its own
+-- search_path.
+do $save$
+begin
+  perform pg_catalog.set_config('arbiter.caller_settings', pg_catalog.jsonb_object_agg(s.name, s.setting)::text, true)
+     from (
+       select n.name, pg_catalog.current_setting(n.name) as setting
+         from pg_catalog.unnest('{search_path,lock_timeout,statement_timeout}'::text[]) as n (name)) as s;
+end
+$save$
+
+-- name: restore_settings
+do $restore$
+begin
+  perform pg_catalog.set_config(s.key, s.value, true)
+     from pg_catalog.jsonb_each_text(pg_catalog.current_setting('arbiter.caller_settings')::jsonb) s;
+end
+$restore$
+
 -- name: session_settings
 -- The same for yoyo's connections, which are opened and closed by an install.
 set search_path to arbiter;

@@ -1,4 +1,4 @@
-"""Migration files for the Supabase CLI: what `install` runs, as `<timestamp>_name.sql`.
+"""Migration files for the Supabase CLI: what `install` runs, as `<number>_name.sql`.
 
 The CLI runs each file in one transaction, and takes every `<digits>_<name>.sql` for a migration:
 rollbacks have no place there. It orders them by the digits as text, and rejects one that comes
@@ -7,6 +7,7 @@ before another that a database has already.
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -35,9 +36,11 @@ def export(
     """Write migration files into a Supabase project's `supabase/migrations`.
 
     Two of them, since the statements that read whole tables belong into a transaction of their
-    own. Their timestamps are later than the newest one there. Nothing is written when the newest
-    export there is of the same content; after an upgrade of the package, or with another `expose`,
-    two more files are: both can run on a database that has an older version already.
+    own. Their numbers come after the newest one there: timestamps, or the next two numbers where
+    the project counts. Nothing is written when the newest export there is of the same content;
+    after an upgrade of the package, or with other options, two more files are: both can run on a
+    database that has an older version already. Options that an export leaves out stay as an
+    earlier one has set them.
 
     `expose` names a schema of the API, such as `public`: a browser's calls are created there
     (`arbiter.expose`). `adoption` says which tables the migration adopts, as of `install`. Returns
@@ -49,23 +52,30 @@ def export(
             f"{directory} is not a directory",
             hint="Name the project's supabase/migrations; `supabase init` makes a project.",
         )
+    base = "".join(migration_texts(None))
+    mark = f"-- arbiter {__version__}, export {sha256(base.encode()).hexdigest()}."
     change, finish = migration_texts(adoption)
+    options = json.loads((adoption or Adoption()).as_json())
     if expose is not None:
         change += f"\nselect arbiter.expose({Literal(expose).as_string()});\n"
-    digest = sha256((change + finish).encode()).hexdigest()
-    mark = f"-- arbiter {__version__}, export {digest}."
+        options["expose"] = expose
+    if options:
+        mark += f"\n-- Options: {json.dumps(options)}"
 
     present = {
         path: match[1]
         for path in directory.iterdir()
         if (match := _NAME.fullmatch(path.name)) and path.is_file()
     }
-    exported = [path for path in present if path.name.endswith("_arbiter_finish.sql")]
-    newest_export = max(exported, key=lambda path: present[path], default=None)
-    if newest_export and mark in newest_export.read_text(encoding="utf-8"):
+    exported = sorted(
+        (path for path in present if path.name.endswith("_arbiter_finish.sql")),
+        key=lambda path: present[path],
+    )
+    marks = [path.read_text(encoding="utf-8") for path in exported]
+    if marks and mark.split("\n")[0] in marks[-1] and any(f"{mark}\n" in text for text in marks):
         return []
 
-    first, second = _stamps_after(max(present.values(), default=""))
+    first, second = _numbers_after(max(present.values(), default=""))
     texts = {
         f"{first}_arbiter.sql": (
             f"{mark}\n-- Leave it as it is: `arbiter-db supabase export` adds what comes later.\n\n"
@@ -80,14 +90,25 @@ def export(
     return _write(directory, texts)
 
 
-def _stamps_after(newest: str) -> tuple[str, str]:
-    """Now and a second later, or the two seconds after that number if it is not in the past."""
-    second = timedelta(seconds=1)
-    first = datetime.now(UTC)
+def _numbers_after(newest: str) -> tuple[str, str]:
+    """The two numbers after that one, or timestamps where there is none or it is one.
+
+    By text, as the CLI orders them. A timestamp is not in the past.
+    """
+    if newest and len(newest) != len("YYYYMMDDHHMMSS"):
+        first, second = (str(int(newest) + n).zfill(len(newest)) for n in (1, 2))
+        if len(second) > len(newest):
+            raise InstallError(
+                f"no two numbers of the same length come after the newest migration's, {newest}",
+                hint="The CLI orders by that number as text: give the files longer numbers.",
+            )
+        return first, second
+    step = timedelta(seconds=1)
+    instant = datetime.now(UTC)
     try:
-        if f"{first:{_STAMP}}" <= newest:
-            first = datetime.fromisoformat(f"{newest[:8]}T{newest[8:]}") + second
-        return f"{first:{_STAMP}}", f"{first + second:{_STAMP}}"
+        if f"{instant:{_STAMP}}" <= newest:
+            instant = datetime.fromisoformat(f"{newest[:8]}T{newest[8:]}") + step
+        return f"{instant:{_STAMP}}", f"{instant + step:{_STAMP}}"
     except (ValueError, OverflowError) as error:
         raise InstallError(
             f"no date comes after the newest migration's number, {newest}",

@@ -252,8 +252,9 @@ def test_the_exported_files_are_the_units_of_an_install_each_file_once() -> None
     change, finish = migration_texts()
     others = [path for path in SQL if path not in CHECKS]
     parts = [*map(headed, CHECKS), SAY_PLAN, *map(headed, [*MIGRATIONS, *others]), SAY_SUMMARY]
-    assert change == joined(*BEGIN, OPTIONS, *parts)
-    assert finish == joined(*BEGIN, query("finish") + ";")
+    save, restore = (query(f"{name}_settings") + ";" for name in ("save", "restore"))
+    assert change == joined(save, *BEGIN, OPTIONS, *parts, restore)
+    assert finish == joined(save, *BEGIN, query("finish") + ";", restore)
 
 
 def test_the_script_is_the_units_of_an_install_each_in_a_transaction() -> None:

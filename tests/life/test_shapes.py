@@ -9,7 +9,7 @@ import os
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -19,6 +19,7 @@ from story import rejection, rows, value
 import arbiter_db
 from arbiter_db import Adoption
 from arbiter_db.cli import main
+from arbiter_db.demo.embedded import EmbeddedServer
 from arbiter_db.install import migration_texts
 
 if TYPE_CHECKING:
@@ -330,9 +331,15 @@ def test_an_export_has_the_options_and_says_its_plan(trading_db: Database) -> No
     conn = trading_db.connect()
     said: list[str] = []
     conn.add_notice_handler(lambda notice: said.append(f"{notice.message_primary}"))
+    settings = "select current_setting(n) from unnest('{search_path,lock_timeout}'::text[]) n"
+    conn.execute("set search_path = auth, public")
+    before = rows(conn, settings)
     for text in (change, finish):
         with conn.transaction():
             conn.execute(text.encode())
+            # What dbmate and alembic do next: write into a table of their own.
+            assert rows(conn, settings) == before
+    conn.execute("reset search_path")
     assert rows(conn, "select protected_table::text, mode from arbiter.protections") == [
         ("positions", "observe")
     ]
@@ -342,3 +349,27 @@ def test_an_export_has_the_options_and_says_its_plan(trading_db: Database) -> No
     assert said[-1] == "arbiter: next: arbiter-db doctor"
     assert not value(conn, "select current_setting('arbiter.adopt_columns', true)")
     assert not value(conn, "select current_setting('arbiter.install_options', true)")
+
+
+def test_a_database_without_an_encoding(server: EmbeddedServer) -> None:
+    """psycopg returns bytes there, unless it is told otherwise."""
+    admin = psycopg.connect(server.conninfo(), autocommit=True)
+    admin.execute("drop database if exists ascii with (force)")
+    admin.execute("create database ascii encoding 'SQL_ASCII' template template0 locale 'C'")
+    try:
+        conninfo = server.conninfo(dbname="ascii")
+        with psycopg.connect(conninfo, autocommit=True) as conn:
+            conn.execute((MACHINES + TRADERS + SIGNALS).encode())
+        arbiter_db.install(conninfo)
+        for command in ("status", "handovers", "audit", "observations"):
+            user = [str(uuid4())] if command == "status" else []
+            done = CliRunner().invoke(main, [command, *user, "--dsn", conninfo])
+            assert done.exit_code == 0, done.output
+        assert (
+            "signals: 0 rows proved"
+            in CliRunner().invoke(main, ["audit", "--dsn", conninfo]).stdout
+        )
+        assert arbiter_db.uninstall(conninfo)
+    finally:
+        admin.execute("drop database ascii with (force)")
+        admin.close()

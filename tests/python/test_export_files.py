@@ -15,6 +15,7 @@ import pytest
 
 import arbiter_db
 from arbiter_db import InstallError
+from arbiter_db.adoption import Adoption
 from arbiter_db.install import migration_texts
 from arbiter_db.supabase import export
 
@@ -62,7 +63,7 @@ def test_a_schema_of_the_api_is_exposed_at_the_end_of_the_first(
     change, finish = migration_texts()
     assert first.read_text("utf-8").endswith(f"{change}\nselect arbiter.expose({literal});\n")
     assert second.read_text("utf-8").endswith(f"\n\n{finish}")
-    assert "expose" not in second.read_text("utf-8").removesuffix(finish)
+    assert "arbiter.expose(" not in second.read_text("utf-8").removesuffix(finish)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +106,63 @@ def test_now_counts_as_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_is_written_again_until_something_differs(tmp_path: Path) -> None:
+    """What an export leaves out stays as an earlier one has set it."""
     plain = export(tmp_path)
     assert export(tmp_path) == []
     exposed = export(tmp_path, expose="public")
-    assert export(tmp_path, expose="public") == []
-    # The newest export counts, not any.
-    again = export(tmp_path)
-    assert len(again) == 2
+    assert len(exposed) == 2
+    chosen = Adoption(mode="observe")
+    observed = export(tmp_path, adoption=chosen)
+    assert len(observed) == 2
+    for _ in range(2):
+        assert export(tmp_path, expose="public") == []
+        assert export(tmp_path) == []
+        assert export(tmp_path, adoption=chosen) == []
+    assert len(export(tmp_path, expose="api")) == 2
+    assert names(tmp_path)[:6] == [path.name for path in [*plain, *exposed, *observed]]
+    options = [path.read_text("utf-8").split("\n")[1] for path in (*exposed, *observed)]
+    assert options[::2] == options[1::2]
+    assert options[::2] == ['-- Options: {"expose": "public"}', '-- Options: {"mode": "observe"}']
+
+
+def test_a_newer_package_exports_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path, expose="public")
+    monkeypatch.setattr("arbiter_db.supabase.__version__", "9.9.9")
+    assert len(export(tmp_path)) == 2
     assert export(tmp_path) == []
-    assert names(tmp_path) == sorted(path.name for path in [*plain, *exposed, *again])
-    assert plain[0].read_text("utf-8") == again[0].read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        (["001", "039"], ["040", "041"]),
+        (["0001", "20240230"], ["20240231", "20240232"]),
+        (["1", "7"], ["8", "9"]),
+        (["000", "007"], ["008", "009"]),
+    ],
+)
+def test_a_project_that_counts_gets_the_next_numbers(
+    tmp_path: Path, there: list[str], expected: list[str]
+) -> None:
+    """A timestamp would come after all numbers that the project uses next."""
+    for each in there:
+        (tmp_path / f"{each}_app.sql").touch()
+    first, second = export(tmp_path)
+    assert (first.name, second.name) == (
+        f"{expected[0]}_arbiter.sql",
+        f"{expected[1]}_arbiter_finish.sql",
+    )
+
+
+@pytest.mark.parametrize("number", ["99", "98", "9"])
+def test_a_count_that_is_at_its_end_is_named(tmp_path: Path, number: str) -> None:
+    (tmp_path / f"{number}_last.sql").touch()
+    with pytest.raises(InstallError, match=f"come after the newest migration's, {number}") as e:
+        export(tmp_path)
+    assert e.value.hint == ("The CLI orders by that number as text: give the files longer numbers.")
+    assert len(names(tmp_path)) == 1
 
 
 def test_an_export_of_which_the_second_file_is_gone_is_repeated(tmp_path: Path) -> None:
@@ -123,7 +171,7 @@ def test_an_export_of_which_the_second_file_is_gone_is_repeated(tmp_path: Path) 
     assert len(export(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", ["99_last.sql", "30001399000000_a.sql", "99991231235959_a.sql"])
+@pytest.mark.parametrize("name", ["30001399000000_a.sql", "99991231235959_a.sql"])
 def test_a_number_that_nothing_can_come_after_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(InstallError) as caught:
