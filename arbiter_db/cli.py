@@ -368,7 +368,7 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
     """
     with _connected(dsn) as conn, _progress() as progress:
         lost = api.lost_protections(conn)
-        without = []
+        without, failed, named = [], [], bool(tables)
         if not tables:
             known = api.protected_tables(conn)
             tables = tuple(name for name, evidence in known.items() if evidence)
@@ -380,7 +380,13 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
             def show(done: int, total: int, task: TaskID = task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            audits.append(api.audit(conn, table, on_progress=show))
+            try:
+                audits.append(api.audit(conn, table, on_progress=show))
+            except psycopg.DatabaseError as exc:
+                # One table that has changed must not keep the others from being audited.
+                if named or conn.broken:
+                    raise
+                failed.append(f"{table}: {_failure(exc).message}")
             progress.remove_task(task)
     if as_json:
         say(_to_json([asdict(audit) for audit in audits]))
@@ -388,12 +394,14 @@ def audit_command(tables: tuple[str, ...], dsn: str, strict: bool, as_json: bool
         _show_audits(audits)
         for name in without:
             say(f"{name}: not audited, because it is protected without evidence")
-        if not audits and not without:
+        if not (audits or without or failed):
             say("no table is protected")
     for line in lost:
         say(line, err=as_json)
-    failed = any(audit.findings or (strict and audit.not_provable) for audit in audits)
-    if failed or (strict and (without or lost or not audits)):
+    for line in failed:
+        say(f"{line}; not audited, see arbiter.doctor()", err=True)
+    bad = any(audit.findings or (strict and audit.not_provable) for audit in audits)
+    if bad or failed or (strict and (without or lost or not audits)):
         sys.exit(1)
 
 

@@ -174,6 +174,70 @@ $$;
 comment on function arbiter._need_registry(regclass, name, name, name, name) is
   'Errors when a table cannot be the registry: not ours, a column missing or of another type, ids not unique.';
 
+create or replace function arbiter._need_path(p_table regclass, p_user_path text, p_machine_column name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table regclass;
+  v_way record;
+  v_next record;
+begin
+  begin
+    perform from arbiter._ways(p_user_path);
+  exception
+    when invalid_parameter_value then
+      perform arbiter._fail('invalid_parameter_value',
+        format('p_user_path is not a path: %L', p_user_path),
+        'It is a uuid column (''user_id''), columns over foreign keys joined by dots (''trader_id.user_id''), or several of these with commas.');
+  end;
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_user_path) w loop
+    if p_machine_column in ('source', 'arbiter_xid', v_way.steps[1]) then
+      perform arbiter._fail('invalid_parameter_value',
+        format('column %I of table %s cannot name the machine', p_machine_column, p_table),
+        'p_machine_column is a column of its own; it is added when it is missing.');
+    end if;
+    v_table := p_table;
+    for i in 1 .. v_way.last - 1 loop
+      v_next := arbiter._need_foreign_key(v_table, v_way.steps[i], p_user_path);
+      perform arbiter._need_trusted_type(v_table, v_way.steps[i]);
+      perform arbiter._need_trusted_owner(v_next.parent);
+      perform arbiter._need_trusted_type(v_next.parent, v_next.parent_column);
+      v_table := v_next.parent;
+    end loop;
+    perform arbiter._need_column(v_table, v_way.steps[v_way.last], 'user');
+  end loop;
+end
+$$;
+comment on function arbiter._need_path(regclass, text, name) is
+  'Errors when a path does not lead from the table to users: not a path, a foreign key or a column is missing, or its owner is not trusted.';
+
+-- What an audit and a guard read, however the app uses the columns since.
+create or replace function arbiter._need_provenance(
+  p_table regclass,
+  p_user_path text,
+  p_machine_column name,
+  p_evidence boolean)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._need_owner(p_table);
+  perform arbiter._need_column(p_table, 'source', 'source');
+  perform arbiter._need_column(p_table, p_machine_column, 'machine');
+  if p_evidence then
+    perform arbiter._need_column(p_table, 'arbiter_xid', 'xid');
+  end if;
+  perform arbiter._need_path(p_table, p_user_path, p_machine_column);
+end
+$$;
+comment on function arbiter._need_provenance(regclass, text, name, boolean) is
+  'Errors when a protected table has not the columns any more that say who wrote a row and whose it is.';
+
 create or replace function arbiter._need_protectable(
   p_table regclass,
   p_user_path text,
@@ -184,9 +248,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_path text := p_user_path;
-  v_table regclass;
-  v_way record;
-  v_next record;
 begin
   perform arbiter._need_owner(p_table);
   if (select c.relkind not in ('r', 'p') or c.relispartition or c.relpersistence = 't'
@@ -205,30 +266,7 @@ begin
   if v_path is null then
     v_path := arbiter._find_user_path(p_table, p_machine_column);
   end if;
-  begin
-    perform from arbiter._ways(v_path);
-  exception
-    when invalid_parameter_value then
-      perform arbiter._fail('invalid_parameter_value',
-        format('p_user_path is not a path: %L', v_path),
-        'It is a uuid column (''user_id''), columns over foreign keys joined by dots (''trader_id.user_id''), or several of these with commas.');
-  end;
-  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(v_path) w loop
-    if p_machine_column in ('source', 'arbiter_xid', v_way.steps[1]) then
-      perform arbiter._fail('invalid_parameter_value',
-        format('column %I of table %s cannot name the machine', p_machine_column, p_table),
-        'p_machine_column is a column of its own; it is added when it is missing.');
-    end if;
-    v_table := p_table;
-    for i in 1 .. v_way.last - 1 loop
-      v_next := arbiter._need_foreign_key(v_table, v_way.steps[i], v_path);
-      perform arbiter._need_trusted_type(v_table, v_way.steps[i]);
-      perform arbiter._need_trusted_owner(v_next.parent);
-      perform arbiter._need_trusted_type(v_next.parent, v_next.parent_column);
-      v_table := v_next.parent;
-    end loop;
-    perform arbiter._need_column(v_table, v_way.steps[v_way.last], 'user');
-  end loop;
+  perform arbiter._need_path(p_table, v_path, p_machine_column);
   return v_path;
 end
 $$;

@@ -289,7 +289,7 @@ begin
       format('table %s is protected without evidence', p_table),
       'Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with p_evidence => true.');
   end if;
-  perform arbiter._need_protectable(p_table, v_protection.user_path, v_protection.machine_column);
+  perform arbiter._need_provenance(p_table, v_protection.user_path, v_protection.machine_column, true);
   select 'jsonb_build_object(' || string_agg(format('%L, t.%I', a.attname, a.attname), ', ' order by k.position) || ')'
     into v_key
     from pg_catalog.pg_index i

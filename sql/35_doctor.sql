@@ -67,11 +67,8 @@ begin
     remedy := arbiter._protect_statement(v_protection);
     begin
       perform arbiter._need_protectable(v_protection.protected_table, v_protection.user_path, v_protection.machine_column);
-      perform arbiter._need_column(v_protection.protected_table, 'source', 'source');
-      perform arbiter._need_column(v_protection.protected_table, v_protection.machine_column, 'machine');
-      if v_protection.evidence then
-        perform arbiter._need_column(v_protection.protected_table, 'arbiter_xid', 'xid');
-      end if;
+      perform arbiter._need_provenance(v_protection.protected_table, v_protection.user_path, v_protection.machine_column,
+        v_protection.evidence);
       if exists (
         select from arbiter._path_views(v_protection) w
          where not arbiter._is_current_view(w.view_name, w.query, w.parent))

@@ -41,6 +41,7 @@ COMMANDS = [
     "demo",
     "handovers",
     "install",
+    "observations",
     "protect",
     "register-machines",
     "sql",
@@ -592,3 +593,34 @@ def test_observations_says_what_enforce_would_have_rejected(db: Database) -> Non
     shown = json.loads(fine("observations", "--json", *dsn))
     assert [(t["table"], t["writes"]) for t in shown["tables"]] == [("public.signals", 2)]
     assert [(o["user_id"], o["writes"]) for o in shown["observations"]] == [(str(user.id), 2)]
+
+
+# --------------------------------------------------------------------------- changed tables
+
+
+def test_an_audit_of_all_goes_on_after_a_table_that_has_changed(db: Database) -> None:
+    owner = db.connect()
+    dsn = ["--dsn", db.conninfo()]
+    fine("protect", "public.positions", "--verbs", "insert,update", *dsn)
+    owner.execute("alter table public.signals rename machine_id to fly_id")
+
+    everything = run("audit", *dsn)
+    assert everything.exit_code == 1
+    assert (
+        everything.stdout.splitlines()[0] == "positions: 0 rows proved, 0 contradict the handovers"
+    )
+    problem = "table public.signals has no column machine_id"
+    assert everything.stderr == f"signals: {problem}; not audited, see arbiter.doctor()\n"
+    only = run("audit", "public.signals", *dsn)
+    assert (only.exit_code, only.stdout) == (1, "")
+    assert only.stderr.startswith(f"arbiter-db: {problem}")
+
+
+def test_an_audit_does_not_ask_what_new_rows_get_for_a_source(db: Database) -> None:
+    """A default of the app that is neither local nor cloud is doctor's to find."""
+    owner = db.connect()
+    add_signal(owner, add_user(owner).trader)
+    owner.execute("alter table public.signals alter source set default 'binance'")
+    assert "signals: 1 rows proved" in fine("audit", "--dsn", db.conninfo())
+    problems = owner.execute("select problem from arbiter.doctor() where state = 'outdated'")
+    assert "its default is 'binance'::text" in str(problems.fetchall())
