@@ -220,6 +220,18 @@ begin
                  when c.relnamespace = 'arbiter'::regnamespace then has_any_column_privilege(k.role, c.oid, 'select')
                  else has_any_column_privilege(k.role, c.oid, 'insert,update')
                    or c.oid = v_registry.registry and has_table_privilege(k.role, c.oid, 'delete') end));
+  -- For example after unprotect(), which a migration of the app has called to move a column.
+  return query
+    select format('table %s', a.attached_to), 'note', 'It has columns of arbiter and is not protected.',
+           format('select arbiter.protect(%L)', a.attached_to)
+      from arbiter.attachments a
+      join pg_catalog.pg_class c on c.oid = a.attached_to
+     where a.kind = 'column'
+       and a.name in ('source', 'arbiter_xid')
+       and arbiter._ownership(a.kind, a.attached_to, a.name) = 'ours'
+       and a.attached_to not in (select p.protected_table from arbiter.protections p)
+     group by a.attached_to
+     order by a.attached_to::text;
   return query
     select format('client role %I', r.role), 'missing', 'The role that was named as a client does not exist any more.',
            format('select arbiter.remove_client_role(%L)', r.role)

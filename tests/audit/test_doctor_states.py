@@ -593,3 +593,19 @@ def test_a_table_without_evidence_needs_no_column_for_it(shared: Conn) -> None:
         shared.execute("select arbiter.protect('public.signals', p_evidence => false)")
         shared.execute("alter table public.signals drop column arbiter_xid")
         assert ill(shared) == {}
+
+
+def test_a_table_with_arbiters_columns_and_no_guard_is_noted(shared: Conn) -> None:
+    """Until it is protected again, or its columns are gone."""
+    noted = "select object, state, problem, remedy from arbiter.doctor() where object ~ '^table '"
+    with shared.transaction(force_rollback=True):
+        assert rows(shared, noted) == []
+        shared.execute("select arbiter.unprotect('public.signals')")
+        [(*said, remedy)] = rows(shared, noted)
+        problem = "It has columns of arbiter and is not protected."
+        assert said == ["table public.signals", "note", problem]
+        shared.execute(remedy.encode())
+        assert rows(shared, noted) == []
+        shared.execute("select arbiter.unprotect('public.signals')")
+        shared.execute("alter table public.signals drop source, drop arbiter_xid")
+        assert rows(shared, noted) == []
