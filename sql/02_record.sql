@@ -39,9 +39,9 @@ begin
     when 'constraint' then
       -- Of an expression: the words in it, and the functions that are not the server's own.
       select k.oid, concat_ws(' ', k.contype, nullif(k.confdeltype, ' '),
-               (select string_agg(w.word[1], ',' order by w.word[1])
+               (select string_agg(w.word[1], ',')
                   from regexp_matches(pg_get_expr(k.conbin, k.conrelid), format('%1$s[^%1$s]*%1$s', chr(39)), 'g') as w (word)),
-               (select string_agg(d.refobjid::regprocedure::text, ',' order by d.refobjid::regprocedure::text)
+               (select string_agg(d.refobjid::regprocedure::text, ',')
                   from pg_catalog.pg_depend d
                  where d.classid = 'pg_constraint'::regclass and d.objid = k.oid and d.refclassid = 'pg_proc'::regclass))
         into object_id, shape

@@ -231,8 +231,7 @@ begin atomic
   select r.rolname
     from pg_catalog.pg_roles r
    where has_table_privilege(r.oid, p_table, 'trigger')
-     and not arbiter._is_trusted(r.oid)
-   order by r.rolname;
+     and not arbiter._is_trusted(r.oid);
 end;
 comment on function arbiter._may_create_triggers(regclass) is
   'The roles that may create triggers on the table and have not the rights of arbiter''s owner.';

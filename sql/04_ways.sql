@@ -9,11 +9,10 @@ immutable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select w.number, parse_ident(w.path)
-    from regexp_split_to_table(p_user_path, ',(?=([^"]*"[^"]*")*[^"]*$)') with ordinality as w (path, number)
-   order by w.number;
+    from regexp_split_to_table(p_user_path, ',(?=([^"]*"[^"]*")*[^"]*$)') with ordinality as w (path, number);
 end;
 comment on function arbiter._ways(text) is
-  'The ways of a path to the user, each as its columns. Error 22023 when one is not a path.';
+  'The ways of a path to the user in their order, each as its columns. Error 22023 when one is not a path.';
 
 create or replace function arbiter._need_foreign_key(
   p_table regclass,

@@ -149,19 +149,18 @@ as $$
 declare
   v_word constant text := '(__[a-z_]+(?:[(][a-z]+[)])?)';
   v_source text := (select p.prosrc from pg_catalog.pg_proc p where p.oid = p_template);
-  v_body text;
-  v_left_over text;
+  v_between text[] := regexp_split_to_array(v_source, v_word);
+  v_found text[] := array(select w.word[1] from regexp_matches(v_source, v_word, 'g') as w (word));
+  v_body text := v_between[1];
 begin
-  select string_agg(t.text || coalesce(p_words ->> w.word[1], ''), '' order by t.position),
-         min(w.word[1]) filter (where p_words ->> w.word[1] is null)
-    into v_body, v_left_over
-    from regexp_split_to_table(v_source, v_word) with ordinality as t (text, position)
-    left join regexp_matches(v_source, v_word, 'g') with ordinality as w (word, position) on w.position = t.position;
-  if v_left_over is not null then
-    perform arbiter._fail('internal_error',
-      format('nothing stands for the word %s of template %s', v_left_over, p_template),
-      'Add it where the template''s words are listed: _guard_words(), _machine_may_write_words() or _registry_words().');
-  end if;
+  for i in 1 .. cardinality(v_found) loop
+    if p_words ->> v_found[i] is null then
+      perform arbiter._fail('internal_error',
+        format('nothing stands for the word %s of template %s', v_found[i], p_template),
+        'Add it where the template''s words are listed: _guard_words(), _machine_may_write_words() or _registry_words().');
+    end if;
+    v_body := v_body || (p_words ->> v_found[i]) || v_between[i + 1];
+  end loop;
   return v_body;
 end
 $$;

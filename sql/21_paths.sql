@@ -115,7 +115,7 @@ begin
   elsif cardinality(v_values) = 1 then
     return case p_probe when 'user' then v_value else 'false' end;
   end if;
-  select string_agg(format('%s as way_%s', v.value, v.way), ', ' order by v.way), array_agg('w.way_' || v.way order by v.way)
+  select string_agg(format('%s as way_%s', v.value, v.way), ', '), array_agg('w.way_' || v.way)
     into v_columns, v_names
     from unnest(v_values) with ordinality as v (value, way);
   return case p_probe

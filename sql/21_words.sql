@@ -8,7 +8,7 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select min(w.way), w.steps[1] from arbiter._ways(p_user_path) w group by w.steps[1] order by 1;
 end;
-comment on function arbiter._keys(text) is 'The columns of a table where the ways to the user begin, each once.';
+comment on function arbiter._keys(text) is 'The columns of a table where the ways to the user begin, each once, in the order of the ways.';
 
 -- An array, because two nulls in an array are equal. The text of a number or a string says exactly which it is, in any
 -- session; for other types null sends the rows to the second query, which asks the types themselves.
@@ -20,10 +20,10 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select case
            when bool_and(a.atttypid = 'uuid'::regtype)
-             then format('array[%s, %s.%I]', string_agg(format('%s.%I', p_row, k.key), ', ' order by k.way),
+             then format('array[%s, %s.%I]', string_agg(format('%s.%I', p_row, k.key), ', '),
                p_row, (p_protection).machine_column)
            when bool_and(a.atttypid = any ('{uuid,smallint,integer,bigint,text,varchar}'::regtype[]))
-             then format('array[%s, %s.%I::text]', string_agg(format('%s.%I::text collate "C"', p_row, k.key), ', ' order by k.way),
+             then format('array[%s, %s.%I::text]', string_agg(format('%s.%I::text collate "C"', p_row, k.key), ', '),
                p_row, (p_protection).machine_column)
            else 'null::text[]'
          end
@@ -53,12 +53,12 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   with keys as (
-    select string_agg(format('n.%I', k.key), ', ' order by k.way) as of_row,
-           string_agg(format('new.%1$I is not distinct from old.%1$I', k.key), ' and ' order by k.way) as kept,
+    select string_agg(format('n.%I', k.key), ', ') as of_row,
+           string_agg(format('new.%1$I is not distinct from old.%1$I', k.key), ' and ') as kept,
            string_agg(
              format('(%3$s arbiter._follows_key(tg_relid, %1$L, old.%2$I::text, new.%2$I::text))', k.key, k.key,
                case when k.number > 1 then format('new.%1$I is not distinct from old.%1$I or', k.key) end),
-             ' and ' order by k.way) as followed
+             ' and ') as followed
       from (select y.way, y.key, count(*) over () as number from arbiter._keys((p_protection).user_path) y) k
   )
   select jsonb_build_object(

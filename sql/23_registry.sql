@@ -69,8 +69,7 @@ begin
       v_new.__status := old.__status;
       if v_is_machine and v_new *<> old then
         -- Generated columns have no value yet. By the images, because the text of a value depends on the session.
-        select string_agg(format('select %L where row(($1).%I)::record *<> row(($2).%2$I)::record', a.attname, a.attname), ' union all '
-                 order by a.attnum)
+        select string_agg(format('select %L where row(($1).%I)::record *<> row(($2).%2$I)::record', a.attname, a.attname), ' union all ')
           into v_comparison
           from pg_catalog.pg_attribute a
          where a.attrelid = tg_relid and a.attnum > 0 and not a.attisdropped and a.attgenerated = '';

@@ -148,8 +148,7 @@ begin atomic
      and (n.policy_name is null
        or p.policy_name is null
        or p_table is not null and current_setting('transaction_isolation') <> 'read committed'
-       or not arbiter._is_current_policy(n.table_name, n.policy_name, n.definition, n.meaning))
-   order by 1, 2;
+       or not arbiter._is_current_policy(n.table_name, n.policy_name, n.definition, n.meaning));
 end;
 comment on function arbiter._wrong_policies(regclass) is
   'Policies to be made anew, or dropped (definition null), on a table and its partitions or on all tables (null).';

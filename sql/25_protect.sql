@@ -64,7 +64,7 @@ begin
   v_chosen.user_path := coalesce(p_user_path, v_chosen.user_path);
   v_chosen.verbs := case
     when p_verbs is null then coalesce(v_chosen.verbs, '{insert}')
-    else (select array_agg(distinct v.verb order by v.verb) from unnest(p_verbs) as v (verb)) end;
+    else (select array_agg(distinct v.verb) from unnest(p_verbs) as v (verb)) end;
   v_chosen.machine_column := coalesce(p_machine_column, v_chosen.machine_column,
     arbiter._find_machine_column(p_table, (select r.registry from arbiter.registry r where r.singleton)));
   v_chosen.mode := coalesce(p_mode, v_chosen.mode, 'enforce');

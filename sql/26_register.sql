@@ -251,7 +251,6 @@ begin
     into v_unknown
     from jsonb_each(v_states) s
    where s.value #>> '{}' is null or s.value #>> '{}' <> all (v_known)
-   order by s.key
    limit 1;
   if v_unknown is not null then
     perform arbiter._fail('invalid_parameter_value',
@@ -268,7 +267,6 @@ begin
     into v_unknown
     from unnest(p_machine_statuses) as w (word)
    where (v_states ? w.word) is not true
-   order by 1
    limit 1;
   if v_unknown is not null then
     perform arbiter._fail('invalid_parameter_value',

@@ -50,8 +50,7 @@ begin atomic
       from pg_catalog.pg_control_system() c
   )
   select h.user_id, h.epoch, h.to_holder, h.to_machine_id, h.xid, h.snapshot, h.frontier,
-         bool_and(h.cluster = here.cluster) over (partition by h.user_id order by h.epoch
-           rows between current row and unbounded following),
+         bool_and(h.cluster = here.cluster) over (w rows between current row and unbounded following),
          case
            when h.epoch = lag(h.epoch) over w then 'two_holders'
            when h.epoch <> coalesce(lag(h.epoch) over w, 0) + 1 then 'missing_epoch'
@@ -139,17 +138,14 @@ begin
 
   -- Written after the handovers up to p_low and before those beyond p_high; of the others, before the first one whose
   -- snapshot shows it.
-  select h.epoch - 1
+  select coalesce(min(h.epoch) - 1, p_high)
     into v_last
     from arbiter.handovers h
    where h.user_id = p_user_id
      and h.epoch > p_low
      and h.epoch <= p_high
      and h.xid <> p_xid
-     and pg_visible_in_snapshot(p_xid, h.snapshot)
-   order by h.epoch
-   limit 1;
-  v_last := coalesce(v_last, p_high);
+     and pg_visible_in_snapshot(p_xid, h.snapshot);
   select coalesce(max(h.epoch), p_low)
     into v_first
     from arbiter.handovers h
@@ -290,10 +286,10 @@ begin
       'Its rows carry no arbiter_xid, so nothing can be proved from them; protect it with p_evidence => true.');
   end if;
   perform arbiter._need_provenance(p_table, v_protection.user_path, v_protection.machine_column, true);
-  select 'jsonb_build_object(' || string_agg(format('%L, t.%I', a.attname, a.attname), ', ' order by k.position) || ')'
+  select 'jsonb_build_object(' || string_agg(format('%L, t.%I', a.attname, a.attname), ', ') || ')'
     into v_key
     from pg_catalog.pg_index i
-   cross join lateral unnest(i.indkey::smallint[]) with ordinality as k (attnum, position)
+   cross join lateral unnest(i.indkey::smallint[]) as k (attnum)
     join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
    where i.indrelid = p_table and i.indisprimary;
 

@@ -176,7 +176,7 @@ begin
   -- deleted is an update by the table's owner.
   return query
     select format('grants of trigger on %s', g.table_id), 'note',
-           format('May create triggers there: %s. %s', string_agg(m.role, ', '), g.consequence),
+           format('May create triggers there: %s. %s', string_agg(m.role, ', ' order by m.role), g.consequence),
            arbiter._revoke_trigger_statement(g.table_id)
       from (
         select v_registry.registry, 'One that calls a function of such a role makes confirm_takeover() fail.'

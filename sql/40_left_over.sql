@@ -45,8 +45,7 @@ begin
         where d.classid = p.class_id and d.objid = p.object_id and d.deptype in ('e', 'i'))
        and not exists (
          select from pg_catalog.pg_description d
-          where d.classoid = p.class_id and d.objoid = p.object_id and d.objsubid = 0 and d.ctid <> all (v_before))
-     order by 1, 2;
+          where d.classoid = p.class_id and d.objoid = p.object_id and d.objsubid = 0 and d.ctid <> all (v_before));
 end
 $$;
 comment on function arbiter._left_over() is

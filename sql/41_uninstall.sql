@@ -13,7 +13,7 @@ begin
   -- Before any table of the app, as protect() and register_machines() do.
   lock table arbiter.protections, arbiter.registry in share row exclusive mode;
   perform arbiter._forget_dropped();
-  for v_table in select p.protected_table from arbiter.protections p order by p.protection_id loop
+  for v_table in select p.protected_table from arbiter.protections p loop
     perform arbiter.unprotect(v_table);
   end loop;
   for v_table in delete from arbiter.registry r returning r.registry loop

@@ -16,6 +16,7 @@ from story import (
     SETTINGS,
     activate,
     add_machine,
+    add_signal,
     add_user,
     age,
     beat,
@@ -98,6 +99,52 @@ def test_a_machine_that_is_silent_gives_way_there_too(db: Database, level: str) 
     assert lease(at.owner, at.user).draining_to == at.second
 
 
+@by_level
+def test_a_machine_that_came_back_keeps_the_lease(db: Database, level: str) -> None:
+    """By the snapshot its row is gone, and its claim has ended."""
+    owner = db.connect()
+    user = add_user(owner)
+    machine = activate(owner, user)
+    owner.execute("delete from public.cloud_machines where id = %s", (machine,))
+    age(owner, machine, left_running=2 * SETTINGS["stop_grace"])
+    with old_snapshot(db, level) as conn:
+        owner.execute(
+            "insert into public.cloud_machines (id, user_id, status, last_health_check)"
+            " values (%s, %s, 'running', now())",
+            (machine, user.id),
+        )
+        with pytest.raises(psycopg.errors.SerializationFailure), conn.transaction():
+            add_signal(conn, user.trader)
+    now = lease(owner, user)
+    assert (now.machine_id, now.draining_since) == (machine, None)
+
+
+@by_level
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_takeover_waits_for_no_machine(db: Database, level: str, gone: bool) -> None:
+    """Its row, or the note of one that is gone, is being written, and may be committed."""
+    owner = db.connect()
+    owner.execute("update arbiter.settings set drain_timeout = '100 ms'")
+    user = add_user(owner)
+    machine = activate(owner, user)
+    writing = db.connect(autocommit=False)
+    if gone:
+        owner.execute("delete from public.cloud_machines where id = %s", (machine,))
+        age(owner, machine, left_running=2 * SETTINGS["stop_grace"])
+        writing.execute("update arbiter.machine_notes set left_running_at = null")
+    else:
+        age(owner, machine, heartbeat=2 * SETTINGS["heartbeat_timeout"])
+        beat(writing, machine)
+    with old_snapshot(db, level) as conn:
+        conn.execute("set local statement_timeout = '15 s'")  # where it would wait
+        with conn.transaction(force_rollback=True):
+            assert rejection(add_signal, conn, user.trader).sqlstate == "WX007"
+        conn.execute("rollback")
+        writing.rollback()
+        add_signal(conn, user.trader)
+    assert lease(owner, user).holder == "local"
+
+
 # -- policies and triggers ------------------------------------------------------------------------
 
 CLAIM = """
@@ -172,3 +219,43 @@ def test_a_trigger_that_was_dropped_since_is_made_anew(db: Database, level: str)
         owner.execute("drop trigger arbiter_guard_insert on public.signals")
         conn.execute("select arbiter.protect('public.signals')")
     is_well(owner)
+
+
+#: By kind: how to drop one from public.signals, and how to make it.
+NAMESAKES = {
+    "trigger": (
+        "drop trigger mine on public.signals",
+        "create trigger mine after delete on public.signals for each row"
+        " execute function public.of_the_app()",
+    ),
+    "column": (
+        "alter table public.signals drop column mine",
+        "alter table public.signals add column mine text",
+    ),
+    "constraint": (
+        "alter table public.signals drop constraint mine",
+        "alter table public.signals add constraint mine check (price > 0)",
+    ),
+    "index": ("drop index public.mine", "create index mine on public.signals (price)"),
+    "policy": ("drop policy mine on public.signals", "create policy mine on public.signals"),
+}
+
+
+@by_level
+@pytest.mark.parametrize("kind", NAMESAKES)
+def test_the_newest_of_a_name_is_the_one_that_is_there(db: Database, kind: str, level: str) -> None:
+    """The snapshot also shows those that were dropped since."""
+    drop, make = NAMESAKES[kind]
+    owner = db.connect()
+    db.connect("postgres").execute("vacuum full pg_catalog.pg_attribute")  # the newest comes last
+    owner.execute(
+        "create function public.of_the_app() returns trigger language plpgsql"
+        " as $$ begin return null; end $$"
+    )
+    owner.execute(make.encode())
+    find = "select object_id from arbiter._find(%s, 'public.signals', 'mine')"
+    with old_snapshot(db, level) as conn:
+        owner.execute(drop.encode())
+        conn.execute(make.encode())
+        found = value(conn, find, kind)
+    assert found == value(owner, find, kind)

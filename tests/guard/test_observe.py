@@ -434,6 +434,21 @@ def test_what_is_too_much_goes_step_by_step(at: Stage) -> None:
     assert len(ids(at)) == KEPT
 
 
+def test_the_oldest_go_first(at: Stage) -> None:
+    """By their numbers, wherever the rows lie and however they are found."""
+    at.owner.execute(
+        "insert into arbiter.observations"
+        "   (observation_id, observed_at, protected_table, code, detail, xid)"
+        " overriding system value"
+        " select 2000 - n, now(), 'public.signals'::regclass, 'cloud_active', '{}', '3'"
+        "   from generate_series(0, 1149) n"
+    )
+    for way in ("indexscan", "indexonlyscan", "bitmapscan"):
+        at.owner.execute(f"set enable_{way} = off".encode())
+    at.owner.execute("select arbiter._trim_observations('public.signals')")
+    assert ids(at) == list(range(2000 - KEPT - 49, 2001))
+
+
 @pytest.mark.parametrize("level", ["read committed", "repeatable read"])
 def test_trimming_neither_waits_nor_fails(at: Stage, level: str) -> None:
     """Another session trims at the same time, and has done so since the snapshot."""

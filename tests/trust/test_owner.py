@@ -232,6 +232,18 @@ def test_no_operator_of_another_role_is_in_the_schema(hostile: Database) -> None
     assert not value(mallory, RAN)
 
 
+def test_of_several_objects_of_another_role_the_first_by_name_is_named(hostile: Database) -> None:
+    admin, mallory = hostile.connect("postgres"), hostile.connect(MALLORY)
+    admin.execute(f"create schema arbiter; grant all on schema arbiter to {MALLORY}".encode())
+    mallory.execute(
+        "create table arbiter.a ();"
+        "create function arbiter.z() returns void language sql begin atomic end;"
+        "create function arbiter.y() returns void language sql begin atomic end"
+    )
+    with pytest.raises(arbiter_db.InstallError, match=r"function arbiter\.y\(\) belongs to"):
+        arbiter_db.install(hostile.conninfo("postgres"))
+
+
 def test_the_name_of_an_index_that_is_taken_stops_no_install(db: Database, mallory: Conn) -> None:
     owner = db.connect()
     owner.execute("drop index public.arbiter_signals_machine_idx")
