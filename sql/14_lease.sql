@@ -318,7 +318,7 @@ begin
         return;
       end if;
       -- Null: it has waited for drain_timeout already.
-      v_give_up_at := case when v_shared is null then clock_timestamp() else v_give_up_at end;
+      v_give_up_at := case when v_shared is null then '-infinity' else v_give_up_at end;
     else
       -- Only once: afterwards the row's xmax is this transaction, as if it had written in the epoch.
       if not v_locked then
