@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from story import (
+    User,
     activate,
     add_machine,
     add_signal,
@@ -20,6 +21,8 @@ from story import (
     beat,
     detail_of,
     lease,
+    next_bar,
+    rejection,
     set_status,
     status,
 )
@@ -38,6 +41,8 @@ class Stage:
     def __init__(self, db: Database) -> None:
         self.owner, self.other = db.connect(), db.connect(autocommit=False)
         self.ada, self.bob, self.carol, self.dave = (add_user(self.owner) for _ in range(4))
+        self.eve, self.newcomer = add_user(self.owner), add_user(self.owner)
+        add_signal(self.owner, self.eve.trader)  # local, too
         add_signal(self.owner, self.ada.trader)  # local
         self.adas = add_machine(self.owner, self.ada, "running")
         self.bobs = activate(self.owner, self.bob)  # his machine holds
@@ -53,8 +58,21 @@ class Stage:
         self.other.execute("select from arbiter.leases for update")
 
 
+def write_for(at: Stage, *users: User) -> None:
+    """One statement for several users."""
+    at.owner.execute(
+        "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+        " select id, 'B', '1m', 'buy', %s from unnest(%s::uuid[]) as t (id)",
+        (next_bar(), [user.trader for user in users]),
+    )
+
+
 WAITS: dict[str, Callable[[Stage], object]] = {
     "local write": lambda at: add_signal(at.owner, at.ada.trader),
+    "write for two who hold": lambda at: write_for(at, at.ada, at.eve),
+    "write for one who holds and one without a lease": lambda at: write_for(
+        at, at.ada, at.newcomer
+    ),
     "machine's write": lambda at: add_signal(at.owner, at.bob.trader, "cloud", at.bobs),
     "write that ends a drain": lambda at: add_signal(at.owner, at.dave.trader, "cloud", at.daves),
     "yes to a takeover": lambda at: at.owner.execute(
@@ -74,9 +92,16 @@ ANSWERS: dict[str, Callable[[Stage], object]] = {
 }
 
 
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
 @pytest.mark.parametrize("name", WAITS)
-def test_a_write_gives_up_in_time_and_names_who_is_in_the_way(db: Database, name: str) -> None:
+def test_a_write_gives_up_in_time_and_names_who_is_in_the_way(
+    db: Database, name: str, level: str
+) -> None:
+    """Also where the server waits in spite of `skip locked`: for one that has written already."""
     at = Stage(db)
+    at.owner.execute(f"set default_transaction_isolation = '{level}'".encode())
+    if level != "read committed":
+        at.other.execute("update arbiter.leases set epoch = epoch + 1")
     with pytest.raises(psycopg.Error) as caught:
         WAITS[name](at)
     assert caught.value.sqlstate == "WX007"
@@ -92,3 +117,33 @@ def test_what_is_no_write_waits_for_no_lease(db: Database, name: str) -> None:
     ANSWERS[name](at)
     at.other.rollback()
     assert [lease(at.owner, user) for user in (at.ada, at.bob, at.carol, at.dave)] == before
+
+
+# -- what a write in flight locks -----------------------------------------------------------------
+
+LOCK = "select from arbiter.leases where user_id = %s for {} nowait"
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read"])
+@pytest.mark.parametrize(
+    "name", ["local write", "machine's write", *(w for w in WAITS if "for" in w)]
+)
+def test_a_write_in_flight_keeps_off_a_handover_and_no_mark(
+    db: Database, name: str, level: str
+) -> None:
+    """The mark of a drain changes no key column, and so conflicts with no writer."""
+    at = Stage(db)
+    at.other.rollback()
+    at.owner.execute(f"begin isolation level {level}".encode())
+    WAITS[name](at)
+    users = [at.bob] if name.startswith("machine") else [at.ada]
+    users += [at.eve] if "two" in name else []
+    for user in users:
+        with at.other.transaction(force_rollback=True):
+            at.other.execute(LOCK.format("no key update").encode(), (user.id,))
+        with at.other.transaction(force_rollback=True):
+            error = rejection(at.other.execute, LOCK.format("update").encode(), (user.id,))
+            assert error.sqlstate == "55P03"
+    at.owner.execute("commit")
+    for user in users:
+        at.other.execute(LOCK.format("update").encode(), (user.id,))
