@@ -138,7 +138,7 @@ begin
   loop
     begin
       for i in 1 .. cardinality(v_tables) loop
-        perform set_config('lock_timeout', case when i = 1 then '5s' else '200ms' end, true);
+        perform set_config('lock_timeout', '200ms', true) where i = 2;
         execute format('lock table %s in %s mode', v_tables[i], p_mode);
       end loop;
       return;
