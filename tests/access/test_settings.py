@@ -6,6 +6,7 @@ leaked would bound the caller's own locks, or turn its own queries into errors.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ from story import (
 
 if TYPE_CHECKING:
     from conftest import Database, Templates
+
+# By this way, because the package's attribute `install` is the function.
+installer = importlib.import_module("arbiter_db.install")
 
 Conn = psycopg.Connection[Any]
 
@@ -155,6 +159,17 @@ def test_a_call_leaves_the_settings_alone(shared: Stage, name: str, level: str) 
         before = settings(conn)
         ({**CALLS, **OTHERS})[name](conn, shared)
         assert settings(conn) == before
+
+
+def test_a_migration_of_the_app_leaves_the_settings_alone(db: Database) -> None:
+    """Tools run it in one transaction, and go on with the session; so do poolers."""
+    conn = db.connect()
+    conn.execute("do 'begin end'")  # plpgsql has settings of its own
+    before = settings(conn)
+    for text in installer.migration_texts():
+        with conn.transaction():
+            conn.execute(text.encode())
+        assert settings(conn) == {**before, "arbiter.documented_before": ""}
 
 
 def test_the_comparison_sees_a_leak(shared: Stage) -> None:
