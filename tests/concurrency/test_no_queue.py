@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from sessions import TIMEOUT_S, wait_until_blocked
 from story import (
     User,
     activate,
@@ -108,6 +109,25 @@ def test_a_write_gives_up_in_time_and_names_who_is_in_the_way(
     assert detail_of(caught.value)["blockers"] == [at.other.info.backend_pid]
     at.other.rollback()
     WAITS[name](at)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_where_the_server_waits_it_does_so_for_drain_timeout(db: Database, level: str) -> None:
+    """And not for the setting of the function, 2 s, which only ends with it."""
+    at = Stage(db)
+    at.owner.execute("update arbiter.settings set drain_timeout = '1 min'")
+    at.other.execute("update arbiter.leases set epoch = epoch + 1")
+    with db.session() as writer:
+        writer.run(f"set default_transaction_isolation = '{level}'")
+        written = writer.start(
+            "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+            " values (%s, 'A', '1m', 'buy', now())",
+            (at.ada.trader,),
+        )
+        wait_until_blocked(writer)
+        at.other.execute("select pg_sleep(2.2)")
+        at.other.rollback()
+        assert written.result(TIMEOUT_S).rowcount == 1
 
 
 @pytest.mark.parametrize("name", ANSWERS)

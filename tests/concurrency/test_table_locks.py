@@ -48,6 +48,18 @@ POSITIONS = "update public.positions set quantity = 1"
 SIGNALS = "delete from public.signals"
 MACHINES = "update public.cloud_machines set region = 'ams'"
 
+#: What an earlier version may have made otherwise.
+OLDER = {
+    "policy": (
+        "comment on policy arbiter_claim on public.signals is 'Older.'",
+        "comment on policy arbiter_registry_update on public.cloud_machines is 'Older.'",
+    ),
+    "trigger": (
+        "comment on trigger arbiter_guard_insert on public.signals is 'Older.'",
+        "comment on trigger arbiter_note on public.cloud_machines is 'Older.'",
+    ),
+}
+
 ADD = "select arbiter.add_client_role('pg_monitor')"
 REMOVE = "select arbiter.remove_client_role('pg_monitor')"
 PROTECT = "select arbiter.protect('public.feeds', p_evidence => false)"
@@ -101,7 +113,10 @@ def test_a_reader_may_go_on_to_write_to_a_table_that_is_adopted(bare_db: Databas
     assert value(owner, "select registry::text from arbiter.registry") == "cloud_machines"
 
 
-@pytest.mark.parametrize(("first", "second"), [(SIGNALS, MACHINES), (MACHINES, SIGNALS)])
+TWO = pytest.mark.parametrize(("first", "second"), [(SIGNALS, MACHINES), (MACHINES, SIGNALS)])
+
+
+@TWO
 @pytest.mark.parametrize("call", [ADD, REMOVE])
 def test_a_client_of_two_tables_is_no_victim(
     db: Database, call: str, first: str, second: str
@@ -118,6 +133,26 @@ def test_a_client_of_two_tables_is_no_victim(
         client.execute(second.encode())
         client.commit()
         called.result(TIMEOUT_S)
+
+
+@TWO
+@pytest.mark.parametrize("kind", ["policy", "trigger"])
+def test_a_client_of_two_tables_is_no_victim_of_an_upgrade(
+    db: Database, kind: str, first: str, second: str
+) -> None:
+    owner = prepare(db)
+    arbiter_db.install(db.conninfo())  # which recognises what it has copied
+    for statement in OLDER[kind]:
+        owner.execute(statement.encode())
+    client = db.connect(autocommit=False)
+    client.execute(first.encode())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        installed = pool.submit(arbiter_db.install, installer_of(db))
+        wait_until_it_waits(owner, f"public.{'signals' if first == SIGNALS else 'cloud_machines'}")
+        client.execute(second.encode())
+        client.commit()
+        installed.result(TIMEOUT_S)
+    assert value(owner, "select count(*) from arbiter._wrong_policies(null)") == 0
 
 
 @pytest.mark.parametrize("mode", ["enforce", "observe"])
@@ -270,7 +305,7 @@ def test_each_gives_up_on_a_table_that_is_busy(db: Database, trading_db: Databas
         # The wait counts from the call: this transaction is older.
         two.run("rollback to before")
         again = two.start(both)
-        for _ in range(3):
-            wait_until_blocked(two)
+        wait_until_blocked(two)
+        busy.execute("select pg_sleep(0.5)")  # longer than it waits for the second table
         busy.rollback()
         again.result(TIMEOUT_S)
