@@ -23,6 +23,7 @@ Conn = psycopg.Connection[Any]
 
 #: Plans that give no order by themselves: what is off is not used where another way leads there.
 PLANS = {
+    "as ever": "",
     "in the order of the rows": "indexscan indexonlyscan bitmapscan",
     "by hashes": "indexscan indexonlyscan bitmapscan nestloop mergejoin sort",
     "by sorting": "hashagg hashjoin nestloop presorted_aggregate incremental_sort",
@@ -69,16 +70,18 @@ def move_rows(db: Database) -> None:
             admin.execute(f"alter table arbiter.handovers enable always trigger {name}".encode())
 
 
-def under(db: Database, plan: str) -> Conn:
-    """A session of the owner in which the server plans in that way."""
-    conn = db.connect()
-    for name in PLANS[plan].split():
-        # Some are newer than the oldest server.
-        conn.execute(
-            "select set_config(name, 'off', false) from pg_settings where name = %s",
-            (f"enable_{name}",),
-        )
-    return conn
+def under_each_plan(db: Database) -> Iterator[Conn]:
+    """Sessions of the owner in which the server plans in these ways.
+
+    Before version 18 it plans as ever: what is off has a cost there beside which no other counts,
+    and a plan that is made so may take minutes.
+    """
+    for ways in PLANS.values():
+        conn = db.connect()
+        if conn.info.server_version >= 180000:
+            for way in ways.split():
+                conn.execute(f"set enable_{way} = off".encode())
+        yield conn
 
 
 # -- what is attached -----------------------------------------------------------------------------
@@ -230,11 +233,10 @@ def parts_of_doctor(conn: Conn) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_reports_of_what_is_attached(scene: Scene, plan: str) -> None:
+def test_reports_of_what_is_attached(scene: Scene) -> None:
     db, before = scene
-    conn = under(db, plan)
-    assert answers(conn, REPORTS) | parts_of_doctor(conn) == before
+    for conn in under_each_plan(db):
+        assert answers(conn, REPORTS) | parts_of_doctor(conn) == before
     assert all(len(before[part]) > 3 for part in PARTS)  # type: ignore[arg-type]
 
 
@@ -247,22 +249,27 @@ def test_the_registry_comes_first_and_roles_by_their_names(scene: Scene) -> None
         assert ": anon, authenticated, authenticator, service_role. " in row.problem
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_what_an_upgrade_drops(db: Database, plan: str) -> None:
-    owner = under(db, plan)
+def notices(conn: Conn) -> list[str | None]:
+    """What it will have been told."""
     said: list[str | None] = []
-    owner.add_notice_handler(lambda diag: said.append(diag.message_primary))
-    with owner.transaction(force_rollback=True):
-        # As at the start of an installation: what has no comment is of no version.
-        owner.execute("select set_config('arbiter.documented_before', '(0,0)', true)")
-        for name in "dbca":
-            owner.execute(
-                f"create function arbiter.old_{name}() returns void language sql"
-                " begin atomic end".encode()
-            )
-        owner.execute("select arbiter._drop_left_over()")
+    conn.add_notice_handler(lambda diag: said.append(diag.message_primary))
+    return said
+
+
+def test_what_an_upgrade_drops(db: Database) -> None:
     functions = ", ".join(f"arbiter.old_{name}()" for name in "abcd")
-    assert said == [f"arbiter: dropped routine {functions}"]
+    for conn in under_each_plan(db):
+        said = notices(conn)
+        with conn.transaction(force_rollback=True):
+            # As at the start of an installation: what has no comment is of no version.
+            conn.execute("select set_config('arbiter.documented_before', '(0,0)', true)")
+            for name in "dbca":
+                conn.execute(
+                    f"create function arbiter.old_{name}() returns void language sql"
+                    " begin atomic end".encode()
+                )
+            conn.execute("select arbiter._drop_left_over()")
+        assert said == [f"arbiter: dropped routine {functions}"]
 
 
 # -- audit ----------------------------------------------------------------------------------------
@@ -325,10 +332,10 @@ def audited(templates: Templates) -> Iterator[Scene]:
         yield db, before
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_audits(audited: Scene, plan: str) -> None:
+def test_audits(audited: Scene) -> None:
     db, before = audited
-    assert answers(under(db, plan), AUDITS) == before
+    for conn in under_each_plan(db):
+        assert answers(conn, AUDITS) == before
 
 
 def test_what_an_audit_finds_is_in_order(audited: Scene) -> None:

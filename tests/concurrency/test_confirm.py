@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from story import (
+    activate,
     add_machine,
     add_signal,
     add_user,
@@ -47,3 +48,23 @@ def test_confirm_does_not_queue_behind_a_handover_in_flight(db: Database) -> Non
     fly.commit()
     tab.execute("select arbiter.confirm_takeover()")
     assert lease(owner, user).holder == "local"
+
+
+def test_confirm_does_not_wait_for_a_recovery_in_flight(db: Database) -> None:
+    """Nor does it confirm what may be over: the machine's row is being written."""
+    owner = db.connect()
+    owner.execute("update arbiter.settings set drain_timeout = '100 ms'")
+    user = add_user(owner)
+    machine = activate(owner, user)
+    set_status(owner, machine, "error")
+    age(owner, machine, entered_error=timedelta(minutes=3))
+    fly = db.connect(role="service_role", autocommit=False)
+    set_status(fly, machine, "running")
+    tab = browser(db, user)
+    tab.execute("set statement_timeout = '15s'")
+    assert rejection(tab.execute, "select arbiter.confirm_takeover()").sqlstate == "WX007"
+    beat(fly, machine)
+    fly.commit()
+    assert rejection(tab.execute, "select arbiter.confirm_takeover()").sqlstate == "WX001"
+    now = lease(owner, user)
+    assert (now.machine_id, now.draining_since) == (machine, None)
