@@ -139,7 +139,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_exact boolean := current_setting('transaction_isolation') = 'read committed';
-  v_top bigint := pg_current_xact_id()::text::bigint;
+  v_xid constant xid8 := pg_current_xact_id();
+  v_top constant bigint := v_xid::text::bigint;
   v_frontier xid8;
 begin
   if v_exact then
@@ -161,7 +162,7 @@ begin
     handed_over_at, xid, snapshot, exact, frontier, cluster)
   values (
     p_user_id, coalesce(p_from.epoch, 0) + 1, p_from.holder, p_from.machine_id, p_holder, p_machine_id, p_reason,
-    clock_timestamp(), pg_current_xact_id(), pg_current_snapshot(), v_exact, v_frontier,
+    clock_timestamp(), v_xid, pg_current_snapshot(), v_exact, v_frontier,
     (select c.system_identifier from pg_catalog.pg_control_system() c));
 end
 $$;

@@ -276,10 +276,13 @@ def test_what_an_upgrade_drops(db: Database) -> None:
 
 #: Each in a transaction of its own: handovers to and fro, and a write of each holder.
 HANDOVERS = """
-do $$ begin
+do $$
+declare
+  v_machine arbiter.leases.machine_id%type := '{machine}';
+begin
   for n in 1 .. 30 loop
     perform arbiter._hand_over(l, false, case n % 2 when 1 then 'cloud' else 'local' end,
-              case n % 2 when 1 then '{machine}'::uuid end,
+              case n % 2 when 1 then v_machine end,
               case n % 2 when 1 then 'activated' else 'machine_stopped' end)
        from arbiter.leases l where l.user_id = '{user}';
     insert into public.signals (trader_id, symbol, interval, signal, bar_time, source, machine_id)
@@ -321,9 +324,9 @@ def audited(templates: Templates) -> Iterator[Scene]:
         owner.execute("alter table arbiter.handovers disable trigger user")
         # Of some all handovers are gone, of others one.
         owner.execute(
-            "delete from arbiter.handovers where user_id = any (%s)"
-            " or user_id = any (%s) and epoch = 9",
-            ([user.id for user in lost], [user.id for user in broken]),
+            "delete from arbiter.handovers where user_id::text = any (%s)"
+            " or user_id::text = any (%s) and epoch = 9",
+            ([str(user.id) for user in lost], [str(user.id) for user in broken]),
         )
         for name in ("arbiter_append_only", "arbiter_append_only_truncate"):
             owner.execute(f"alter table arbiter.handovers enable always trigger {name}".encode())

@@ -67,4 +67,4 @@ def test_confirm_does_not_wait_for_a_recovery_in_flight(db: Database) -> None:
     fly.commit()
     assert rejection(tab.execute, "select arbiter.confirm_takeover()").sqlstate == "WX001"
     now = lease(owner, user)
-    assert (now.machine_id, now.draining_since) == (machine, None)
+    assert (str(now.machine_id), now.draining_since) == (str(machine), None)

@@ -113,21 +113,29 @@ def test_a_write_gives_up_in_time_and_names_who_is_in_the_way(
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 def test_where_the_server_waits_it_does_so_for_drain_timeout(db: Database, level: str) -> None:
-    """And not for the setting of the function, 2 s, which only ends with it."""
+    """And not for the setting of the function, 2 s, which only ends with it.
+
+    The snapshot is older than a change of the lease that locks no writer out, and the row of after
+    that change is being handed over.
+    """
     at = Stage(db)
+    at.other.rollback()
     at.owner.execute("update arbiter.settings set drain_timeout = '1 min'")
-    at.other.execute("update arbiter.leases set epoch = epoch + 1")
     with db.session() as writer:
-        writer.run(f"set default_transaction_isolation = '{level}'")
+        writer.run(f"begin isolation level {level}")
+        writer.run("select from public.traders")
+        at.owner.execute("update arbiter.leases set held_since = held_since")
+        at.other.execute("update arbiter.leases set epoch = epoch + 1")
         written = writer.start(
             "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
             " values (%s, 'A', '1m', 'buy', now())",
             (at.ada.trader,),
         )
-        wait_until_blocked(writer)
+        assert wait_until_blocked(writer).wait_event_type == "Lock"
         at.other.execute("select pg_sleep(2.2)")
         at.other.rollback()
         assert written.result(TIMEOUT_S).rowcount == 1
+        writer.run("commit")
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -160,10 +168,10 @@ def test_a_write_in_flight_keeps_off_a_handover_and_no_mark(
     users += [at.eve] if "two" in name else []
     for user in users:
         with at.other.transaction(force_rollback=True):
-            at.other.execute(LOCK.format("no key update").encode(), (user.id,))
+            at.other.execute(LOCK.format("no key update").encode(), (str(user.id),))
         with at.other.transaction(force_rollback=True):
-            error = rejection(at.other.execute, LOCK.format("update").encode(), (user.id,))
+            error = rejection(at.other.execute, LOCK.format("update").encode(), (str(user.id),))
             assert error.sqlstate == "55P03"
     at.owner.execute("commit")
     for user in users:
-        at.other.execute(LOCK.format("update").encode(), (user.id,))
+        at.other.execute(LOCK.format("update").encode(), (str(user.id),))

@@ -116,7 +116,7 @@ def test_a_machine_that_came_back_keeps_the_lease(db: Database, level: str) -> N
         with pytest.raises(psycopg.errors.SerializationFailure), conn.transaction():
             add_signal(conn, user.trader)
     now = lease(owner, user)
-    assert (now.machine_id, now.draining_since) == (machine, None)
+    assert (str(now.machine_id), now.draining_since) == (str(machine), None)
 
 
 @by_level

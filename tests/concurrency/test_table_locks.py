@@ -270,7 +270,7 @@ def test_a_trigger_that_is_being_created_is_seen(db: Database) -> None:
         creating.commit()
         error = called.exception(TIMEOUT_S)
     assert isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState)
-    assert lease(owner, user).machine_id == machine
+    assert str(lease(owner, user).machine_id) == str(machine)
 
 
 # -- how long -------------------------------------------------------------------------------------

@@ -69,13 +69,17 @@ class Stage:
 
     def heartbeat(self, machine: object) -> datetime:
         found: datetime = value(
-            self.conn, "select last_health_check from public.cloud_machines where id = %s", machine
+            self.conn,
+            "select last_health_check from public.cloud_machines where id = %s",
+            str(machine),
         )
         return found
 
     def note(self, column: str, machine: object) -> datetime:
         found: datetime = value(
-            self.conn, f"select {column} from arbiter.machine_notes where machine_id = %s", machine
+            self.conn,
+            f"select {column} from arbiter.machine_notes where machine_id = %s",
+            str(machine),
         )
         return found
 
@@ -294,7 +298,7 @@ def test_a_lapse_that_another_machine_profits_from(at: Stage) -> None:
     at.wait()
     age(at.conn, at.bobs, heartbeat=TIMEOUT)
     beat(at.conn, other)
-    assert lease(at.conn, at.bob).draining_to == other
+    assert str(lease(at.conn, at.bob).draining_to) == str(other)
 
 
 def test_a_lapse_before_registering(at: Stage) -> None:
