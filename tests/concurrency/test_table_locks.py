@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Conn = psycopg.Connection[Any]
 
+TRADING = Path(arbiter_db.__file__).parent / "demo" / "trading.sql"
 TABLES = """
 create table public.vms (id uuid primary key, user_id uuid, status text);
 -- With all that is needed, but for the guard.
@@ -153,6 +155,25 @@ def test_a_client_of_two_tables_is_no_victim_of_an_upgrade(
         client.commit()
         installed.result(TIMEOUT_S)
     assert value(owner, "select count(*) from arbiter._wrong_policies(null)") == 0
+
+
+@TWO
+def test_a_client_of_two_tables_that_are_adopted_is_no_victim(
+    bare_db: Database, first: str, second: str
+) -> None:
+    """They have come after the first installation."""
+    arbiter_db.install(bare_db.conninfo())
+    owner = bare_db.connect()
+    owner.execute(TRADING.read_bytes())
+    client = bare_db.connect(autocommit=False)
+    client.execute(first.encode())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        installed = pool.submit(arbiter_db.install, installer_of(bare_db))
+        wait_until_it_waits(owner, f"public.{'signals' if first == SIGNALS else 'cloud_machines'}")
+        client.execute(second.encode())
+        client.commit()
+        installed.result(TIMEOUT_S)
+    assert value(owner, "select count(*) from arbiter.protections") == 1
 
 
 @pytest.mark.parametrize("mode", ["enforce", "observe"])
