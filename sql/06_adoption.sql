@@ -235,6 +235,7 @@ declare
     select arbiter._need_table(p.name) from unnest(v_options.protect) with ordinality as p (name, position) order by p.position);
   v_kept regclass[] := '{}';
   v_is_first boolean := true;
+  v_is_meant boolean;
   v_message text;
   v_hint text;
 begin
@@ -274,10 +275,15 @@ begin
           from arbiter.protections p
          where p.protected_table = table_name;
       end if;
-      mode := coalesce(v_options.mode, mode, 'enforce');
-      unowned := coalesce(v_options.unowned, unowned, 'reject');
-      machine_column := coalesce(v_options.machine_column, machine_column, arbiter._find_machine_column(table_name, v_registry));
-      user_path := arbiter._need_protectable(table_name, coalesce(v_options.user_path, user_path), machine_column);
+      -- The options are for the tables that this installation protects, if it does.
+      v_is_meant := table_name = any (v_asked)
+        or (v_asked = '{}' and v_is_first and table_name is not distinct from to_regclass('public.signals'));
+      mode := coalesce(case when v_is_meant then v_options.mode end, mode, 'enforce');
+      unowned := coalesce(case when v_is_meant then v_options.unowned end, unowned, 'reject');
+      machine_column := coalesce(case when v_is_meant then v_options.machine_column end, machine_column,
+        arbiter._find_machine_column(table_name, v_registry));
+      user_path := arbiter._need_protectable(
+        table_name, coalesce(case when v_is_meant then v_options.user_path end, user_path), machine_column);
       perform arbiter._need_machine_key(table_name, machine_column, v_registry);
       step := 'protect';
       reason := null;
@@ -288,7 +294,7 @@ begin
           reason := 'could be protected, and --no-adopt was given';
         elsif not v_is_first or v_asked <> '{}' then
           reason := 'is not protected';
-        elsif table_name <> to_regclass('public.signals') or to_regclass('public.signals') is null then
+        elsif not v_is_meant then
           reason := 'is not protected; by default only public.signals is';
         elsif v_undecided then
           reason := 'is not protected, because it is not decided which table is the registry of machines';
