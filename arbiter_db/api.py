@@ -36,6 +36,7 @@ __all__ = [
     "observed_tables",
     "protect",
     "protected_tables",
+    "protection",
     "register_machines",
     "status",
     "unprotect",
@@ -258,6 +259,12 @@ def audit(
 def protected_tables(conn: psycopg.Connection[Any]) -> dict[str, bool]:
     """The tables under arbitration, and whether their rows carry evidence (`arbiter_xid`)."""
     return dict(_all(conn, tuple_row, "protected_tables"))
+
+
+def protection(conn: psycopg.Connection[Any], table: str) -> str:
+    """How a table is protected, for people: its mode, its path to the user and so on."""
+    [(text,)] = _all(conn, tuple_row, "protection", table=table)
+    return str(text)
 
 
 def observed_tables(conn: psycopg.Connection[Any]) -> list[ObservedTable]:

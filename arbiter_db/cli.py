@@ -490,7 +490,7 @@ def protect_command(
             unowned=unowned,
             evidence=evidence,
         )
-        say(f"{table} is protected")
+        say(api.protection(conn, table))
         finish(conn, on_step=say)
 
 

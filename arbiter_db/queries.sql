@@ -39,6 +39,14 @@ select p.protected_table::text as name, p.evidence
   join pg_catalog.pg_class c on c.oid = p.protected_table::oid
  order by p.protection_id
 
+-- name: protection
+-- What protect() has found and kept, for people.
+select format('%%I.%%I ', c.relnamespace::regnamespace, c.relname)
+       || arbiter._protection_text(p.mode, p.user_path, p.machine_column, p.unowned)
+  from arbiter.protections p
+  join pg_catalog.pg_class c on c.oid = p.protected_table
+ where p.protected_table = %(table)s::text::regclass
+
 -- name: observed_tables
 select format('%%I.%%I', c.relnamespace::regnamespace, c.relname) as table, p.mode_since as since,
        count(o.observation_id) as writes, max(o.observed_at) as last_at

@@ -195,6 +195,10 @@ def test_an_audit_counts_and_tells_how_far_it_is(conn: Connection) -> None:
     assert audit == api.Audit("public.signals", proved=1, not_provable={}, findings=[])
     assert heard == [(0, 1)]
     assert api.protected_tables(conn) == {"signals": True}
+    assert api.protection(conn, "public.signals") == (
+        "public.signals is protected: mode enforce, user by 'trader_id.user_id', machine in"
+        " machine_id, rows without a user: reject"
+    )
 
 
 def test_an_audit_lists_what_contradicts(conn: Connection) -> None:

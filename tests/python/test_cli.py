@@ -528,7 +528,10 @@ def test_protect_and_unprotect(db: Database, dsn: str) -> None:
     lines = fine("protect", "public.positions", dsn, *options).splitlines()
 
     conn = db.connect()
-    assert lines[0] == "public.positions is protected"
+    assert lines[0] == (
+        "public.positions is protected: mode observe, user by 'user_id', machine in by,"
+        " rows without a user: allow"
+    )
     row = conn.execute(
         "select user_path, verbs, machine_column, mode, unowned, evidence from arbiter.protections"
         " where protected_table = 'public.positions'::regclass"

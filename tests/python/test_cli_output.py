@@ -415,7 +415,10 @@ def test_protect_has_the_databases_defaults(db: Database, dsn: str) -> None:
     conn = db.connect()
     conn.execute("select arbiter.unprotect('public.signals')")
     lines = fine("protect", "public.signals", dsn).splitlines()
-    assert lines[0] == "public.signals is protected"
+    assert lines[0] == (
+        "public.signals is protected: mode enforce, user by 'trader_id.user_id', machine in"
+        " machine_id, rows without a user: reject"
+    )
     row = conn.execute(
         "select user_path, verbs, machine_column, mode, unowned, evidence from arbiter.protections"
     ).fetchone()
