@@ -55,6 +55,7 @@ NOT_RUN = {
     ): "runs the tests for hours; test_mutate has the tool",
     ("docs/architecture.md", "flowchart LR"): "a drawing, which GitHub makes",
     ("docs/architecture.md", "stateDiagram-v2"): "a drawing, which GitHub makes",
+    ("docs/operations.md", "begin;"): "tests/registry/test_move.py runs it beside writers",
     ("docs/cost.md", "$ make bench ARGS='instructions clients cpu'"): "measures for an hour",
 }
 
