@@ -17,7 +17,7 @@ help:
 	@echo 'make quick [ARGS=...]  the same without the slow ones, PG and JOBS as with make test'
 	@echo 'make test JOBS=0       in one process; the default is two processes for each core'
 	@echo 'make test PG=17        run them on that version, 15 to 18'
-	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI and Chromium; PG=15 or 17'
+	@echo 'make test-supabase     run those against PostgREST, supabase-js, the Supabase CLI, dbmate and Chromium; PG=15 or 17'
 	@echo 'make supabase-tools    get what they need; Chromium is installed as a Debian package'
 	@echo 'make prove [ARGS=...]  try to break exclusion: a million writes, 200 faults, naive rules; half an hour and more'
 	@echo 'make mutate [ARGS=...] change the code at random and see whether a test notices; minutes a change, ARGS=--help'
@@ -47,6 +47,7 @@ supabase-tools: $(VENV)/test.stamp
 	@PYTHONPATH=tests $(BIN)/python -m proof.pgbouncer fetch
 	@PYTHONPATH=tests/supabase $(BIN)/python -m supabase_cli fetch
 	@PYTHONPATH=tests/supabase $(BIN)/python -m happy_dom fetch
+	@PYTHONPATH=tests/supabase $(BIN)/python -m dbmate fetch
 	@command -v chromium >/dev/null \
 	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	  || { echo 'Chromium is needed: install the Debian package chromium' >&2; exit 1; }
