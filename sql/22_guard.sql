@@ -274,6 +274,24 @@ $$;
 comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
   'Why source, machine and user of a row do not fit together, as a hint; null when they do. p_flaw: what the guard has found, evidence (arbiter_xid is not this transaction), parent (the path is broken) or users (its ways lead to different users).';
 
+-- A worker that beats and writes, and whose status was never set to running, must not read that it has to go on.
+create or replace function arbiter._not_holder_hint(p_machine arbiter.machine)
+returns text
+language sql
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select case
+    when p_machine.state <> 'running' then
+      format('Stop trading: the status of this machine means %s. It can get the lease once its status means running and it sends heartbeats.',
+        p_machine.state)
+    when not coalesce(arbiter._is_fresh(p_machine.heartbeat_at, s.heartbeat_timeout, clock_timestamp()), false) then
+      'Stop trading: this machine has sent no heartbeat in time. Send heartbeats, and write again once arbiter.status() names this machine.'
+    end
+    from arbiter.settings s;
+end;
+comment on function arbiter._not_holder_hint(arbiter.machine) is
+  'What a machine lacks to hold the lease: the status, or a heartbeat. Null when it has both, so that another one holds.';
+
 create or replace function arbiter._admit(
   p_protection_id integer,
   p_mode text,
@@ -322,6 +340,8 @@ begin
       elsif v_more -> 'blockers' = '[]' then
         v_hint := 'Try again; if it lasts, look into pg_prepared_xacts: no open session was found that locks the lease.';
       end if;
+    elsif (v_decision.verdict).code = 'not_holder' then
+      v_hint := arbiter._not_holder_hint(arbiter._machine(p_user_id, p_machine_id));
     elsif (v_decision.verdict).code = 'takeover_unconfirmed' and (v_decision.verdict).retry_at is not null then
       v_hint := 'Too early: ask the user at retry_at, then call arbiter.confirm_takeover().';
     end if;

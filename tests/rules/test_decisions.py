@@ -60,6 +60,15 @@ HINTS = {
         " machine."
     ),
 }
+
+NOT_RUNNING = (
+    "Stop trading: the status of this machine means {}. It can get the lease once its status means"
+    " running and it sends heartbeats."
+)
+NOT_FRESH = (
+    "Stop trading: this machine has sent no heartbeat in time. Send heartbeats, and write again"
+    " once arbiter.status() names this machine."
+)
 TOO_EARLY = "Too early: ask the user at retry_at, then call arbiter.confirm_takeover()."
 
 
@@ -299,6 +308,20 @@ def ids(cases: list[Case]) -> list[str]:
     return [c.id for c in cases]
 
 
+def what_the_machine_lacks(stage: Stage) -> str | None:
+    """The hint for the user's only machine: its status, or a heartbeat; None if it has both."""
+    machine = one(
+        stage.owner,
+        "select status, last_health_check > clock_timestamp() - %s as fresh"
+        "  from public.cloud_machines where user_id = %s",
+        TIMEOUT,
+        stage.user.id,
+    )
+    if (state := STATE_OF.get(machine.status, machine.status)) != "running":
+        return NOT_RUNNING.format(state)
+    return None if machine.fresh else NOT_FRESH
+
+
 def assert_rejected(
     stage: Stage,
     write: Callable[[], object],
@@ -312,6 +335,8 @@ def assert_rejected(
     sqlstate, message = SQLSTATES[code], MESSAGES[code]
     assert (error.sqlstate, error.diag.message_primary) == (sqlstate, message)
     assert detail_of(error) == {"code": code, "user_id": str(stage.user.id), **detail}
+    if code == "not_holder" and hint is None:
+        hint = what_the_machine_lacks(stage)
     assert error.diag.message_hint == (hint or HINTS[code])
     assert len((error.diag.context or "").splitlines()) <= 2
     assert stage.everything() == before
@@ -612,6 +637,7 @@ def test_cloud_write_while_another_machine_holds(crowded: Stage) -> None:
         lambda: add_signal(crowded.backend, crowded.user.trader, "cloud", other),
         "not_holder",
         {"holder": "cloud", "machine_id": str(holder), "epoch": 2, "retry_at": None},
+        HINTS["not_holder"],
     )
     add_signal(crowded.backend, crowded.user.trader, "cloud", holder)
 
