@@ -79,6 +79,7 @@ $$;
 comment on function arbiter._find_machine_column(regclass, regclass) is
   'The column with the only foreign key to the registry, machine_id where there is none. Error 22023 when there are several.';
 
+-- A table of a role without the rights of arbiter's owner cannot be the registry, so it raises no doubt which one is.
 create or replace function arbiter._looks_like_registry()
 returns setof regclass
 language sql
@@ -92,6 +93,7 @@ begin atomic
           and not c.relispartition
           and c.relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace, 'arbiter'::regnamespace)
           and c.relpersistence <> 't'
+          and arbiter._is_trusted(c.relowner)
           and (select count(*) = 3
                  from pg_catalog.pg_attribute a
                 where a.attrelid = c.oid
@@ -100,7 +102,7 @@ begin atomic
    order by c.oid::regclass::text;
 end;
 comment on function arbiter._looks_like_registry() is
-  'public.cloud_machines, and tables with the columns user_id, status and last_health_check.';
+  'public.cloud_machines, and tables of trusted owners with the columns user_id, status and last_health_check.';
 
 -- A table may be named by a role that means harm, and a DBA pastes the commands of the plan.
 create or replace function arbiter._shell_word(p_table regclass)

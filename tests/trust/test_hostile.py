@@ -93,11 +93,6 @@ PLANTED_TABLES = {
         " where lair.spy('')",
         "table public.cloud_machines belongs to authenticator",
     ),
-    "a table that looks like the machines": (
-        "create table public.robots (id uuid primary key, user_id uuid, status text,"
-        " last_health_check timestamptz check (lair.spy('')))",
-        "looks like the registry of machines, but has not the usual name",
-    ),
     "a table that names machines": (
         "create table public.trades (id uuid primary key, user_id uuid,"
         " source text not null default 'local' check (lair.spy(source)))",
@@ -125,6 +120,19 @@ def test_a_table_that_was_planted_is_skipped_and_does_not_run(hostile: Database,
     admin = hostile.connect("postgres")
     assert value(admin, "select count(*) from arbiter.protections") == 0
     assert value(admin, "select count(*) from arbiter.registry") == 0
+
+
+def test_a_table_that_looks_like_the_machines_raises_no_doubt(hostile: Database) -> None:
+    """Any role that may create a table could otherwise keep an install from protecting anything."""
+    admin, mallory = hostile.connect("postgres"), hostile.connect(MALLORY)
+    shape = "(id uuid primary key, user_id uuid, status text, last_health_check timestamptz"
+    admin.execute(f"create table public.cloud_machines {shape})".encode())
+    admin.execute("create table public.signals (user_id uuid not null)")
+    mallory.execute(f"create table public.robots {shape} check (lair.spy('')))".encode())
+    arbiter_db.install(hostile.conninfo("postgres"))
+    assert value(admin, "select registry::text from arbiter.registry") == "cloud_machines"
+    assert value(admin, "select count(*) from arbiter.protections") == 1
+    assert not value(mallory, RAN)
 
 
 def test_no_other_role_may_create_in_the_schema(hostile: Database) -> None:
