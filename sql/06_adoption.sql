@@ -203,17 +203,18 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select c.oid::regclass
     from pg_catalog.pg_class c
-   where c.relkind in ('r', 'p')
-     and not c.relispartition
-     and c.relpersistence <> 't'
-     and c.relnamespace <> 'arbiter'::regnamespace
-     and c.oid <> coalesce(p_registry, 0)
-     and (c.oid in (select k.conrelid from pg_catalog.pg_constraint k where k.contype = 'f' and k.confrelid = p_registry)
-          or c.relnamespace = 'public'::regnamespace and c.relname in ('signals', 'trades', 'positions', 'orders'))
+   where c.oid = to_regclass('public.signals')
+      or (c.relkind in ('r', 'p')
+          and not c.relispartition
+          and c.relpersistence <> 't'
+          and c.relnamespace <> 'arbiter'::regnamespace
+          and c.oid <> coalesce(p_registry, 0)
+          and (c.oid in (select k.conrelid from pg_catalog.pg_constraint k where k.contype = 'f' and k.confrelid = p_registry)
+               or c.relnamespace = 'public'::regnamespace and c.relname in ('trades', 'positions', 'orders')))
    order by c.oid::regclass::text;
 end;
 comment on function arbiter._looks_protectable(regclass) is
-  'Tables with a foreign key to the registry, and those of the usual names in schema public.';
+  'public.signals, tables with a foreign key to the registry, and those of other usual names in schema public.';
 
 create or replace function arbiter._protect_steps()
 returns table (

@@ -35,6 +35,7 @@ KNOWN = r"(?!ada00000|b0b00000|b0000000|c10d0000)"
 #: What differs from run to run, and what stands for it in a comparison.
 VARIES = [
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)?", "<time>"),
+    (r"\b\d{4}-\d\d-\d\d \d\d:00\b", "<hour>"),
     (r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", "<time>"),
     (rf"\b{KNOWN}[0-9a-f]{{8}}-[0-9a-f]{{4}}-4[0-9a-f]{{3}}-[0-9a-f]{{4}}-[0-9a-f]{{12}}", "<id>"),
     (r"\b20\d{12}_", "<stamp>_"),

@@ -879,27 +879,41 @@ MISFITS = {
 def test_rejects_what_does_not_fit_and_changes_nothing(
     populated: Database, misfit: str, named: list[str]
 ) -> None:
+    """Where it was asked for. Else it is skipped, and the plan says the same."""
     populated.connect().execute(misfit.encode())
     before = dump(populated.conninfo())
+    asked = (
+        arbiter_db.Adoption(registry="public.cloud_machines")
+        if named[0] == "cloud_machines"
+        else arbiter_db.Adoption(protect=["public.signals"])
+    )
     with pytest.raises(arbiter_db.InstallError) as caught:
-        arbiter_db.install(populated.conninfo())
+        arbiter_db.install(populated.conninfo(), adoption=asked)
     for part in named:
         assert part in str(caught.value)
     assert caught.value.hint
     assert_same(before, dump(populated.conninfo()))
 
+    table = f"public.{named[0]}"
+    skipped = [line for line in arbiter_db.plan(populated.conninfo()) if line.table == table]
+    assert [line.step for line in skipped] == ["skip"]
+    assert skipped[0].finding == str(caught.value)
+    assert skipped[0].remedy
+    assert_same(before, dump(populated.conninfo()))
+
 
 @pytest.mark.slow
-def test_rejects_what_does_not_fit_when_it_comes_later(bare_db: Database) -> None:
-    """An installation that has adopted nothing yet stays as it is, too."""
+def test_skips_what_does_not_fit_until_it_does(bare_db: Database) -> None:
+    """An installation that has adopted nothing yet adopts what comes later and fits."""
     arbiter_db.install(bare_db.conninfo())
     conn = bare_db.connect()
     conn.execute(TRADING.read_bytes())
     conn.execute(b"alter table public.signals add column source integer")
-    before = dump(bare_db.conninfo())
-    with pytest.raises(arbiter_db.InstallError, match=r"source of table \S*signals is integer"):
-        arbiter_db.install(bare_db.conninfo())
-    assert_same(before, dump(bare_db.conninfo()))
+    before = dump(bare_db.conninfo(), "--table=public.signals")
+    arbiter_db.install(bare_db.conninfo())
+    assert_same(before, dump(bare_db.conninfo(), "--table=public.signals"))
+    assert column(conn, "select registry::text from arbiter.registry") == ["cloud_machines"]
+    assert column(conn, "select protected_table::text from arbiter.protections") == []
     conn.execute(b"alter table public.signals drop column source")
     arbiter_db.install(bare_db.conninfo())
     assert column(conn, "select protected_table::text from arbiter.protections") == ["signals"]
@@ -986,7 +1000,13 @@ def stock_yoyo(db: Database) -> Any:
 
 @pytest.mark.slow
 def test_migrations_up_down_up_by_yoyo_alone(trading_db: Database) -> None:
+    """The columns are those that an installation has decided on, and left in a setting."""
     trading_db.connect().execute("create schema arbiter")
+    columns = '[{"table": "public.signals", "column": "source", "kind": "source"}]'
+    setting = sql.SQL("alter role app_owner in database {} set arbiter.adopt_columns = {}")
+    trading_db.connect("postgres").execute(
+        setting.format(sql.Identifier(trading_db.name), sql.Literal(columns))
+    )
     migrations = read_migrations(str(MIGRATIONS))
     with stock_yoyo(trading_db) as backend, backend.lock():
         backend.apply_migrations(backend.to_apply(migrations))

@@ -227,7 +227,7 @@ def test_the_wheel_installs_what_the_repository_does(
     clean: Path, trading_db: Database, db: Database
 ) -> None:
     printed = run(clean, "arbiter-db", "install", **reach(trading_db))
-    assert printed.splitlines()[-1] == f"arbiter {VERSION} is installed"
+    assert printed.splitlines()[-4] == f"arbiter {VERSION} is installed"
     assert_same(schema(db.conninfo()), schema(trading_db.conninfo()))
     printed = run(clean, "arbiter-db", "uninstall", "--drop-columns", "--yes", **reach(db))
     assert "dropped column arbiter_xid of public.signals" in printed
