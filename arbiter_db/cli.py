@@ -51,9 +51,6 @@ __all__ = ["main"]
 #: How many findings of a kind are printed without --json.
 _SHOWN = 20
 
-#: So many observations of a table arbiter keeps.
-_KEPT = 1000
-
 #: --watch looks no more and no less often.
 _SHORTEST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 60.0
@@ -441,8 +438,7 @@ def observations_command(dsn: str, as_json: bool) -> None:
             say(f"{since}; writes that enforce would have rejected: none")
             say(f"next: arbiter-db protect {shlex.quote(observed.table)} --mode enforce")
             continue
-        kept = " (older ones are not kept)" if observed.writes >= _KEPT else ""
-        count = f"{observed.writes:,}{kept}, the last at {_instant(observed.last_at)}"
+        count = f"{observed.writes:,}, the last at {_instant(observed.last_at)}"
         say(f"{since}; writes that enforce would have rejected: {count}")
     if not tables:
         say("no table is in mode observe")

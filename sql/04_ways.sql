@@ -14,6 +14,18 @@ end;
 comment on function arbiter._ways(text) is
   'The ways of a path to the user in their order, each as its columns. Error 22023 when one is not a path.';
 
+create or replace function arbiter._differ_expression(p_users text[])
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format('coalesce(%s, false)', string_agg(format('coalesce(%s) <> %s', array_to_string(p_users, ', '), u.value), ' or '))
+    from unnest(p_users) as u (value);
+end;
+comment on function arbiter._differ_expression(text[]) is
+  'SQL for whether the users to whom the ways of a row lead differ from the first of them that is not null. p_users: an expression for each way.';
+
 create or replace function arbiter._need_foreign_key(
   p_table regclass,
   p_column name,

@@ -49,7 +49,7 @@ comment on function arbiter._heartbeat_indexes(regclass, name) is
   'Indexes that read the heartbeat column, in their keys or their predicate: with one, no heartbeat is a HOT update.';
 
 create or replace function arbiter._registry_notes(p_registry regclass, p_is_kept boolean)
-returns table (is_warning boolean, finding text, remedy text)
+returns table (step text, finding text, remedy text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -78,7 +78,7 @@ begin
   exception
     when others then
       get stacked diagnostics v_words = message_text, v_hint = pg_exception_hint;
-      is_warning := true;
+      step := 'warning';
       select s.reason, s.remedy into finding, remedy from arbiter._skip_reason(v_words, v_hint) s;
       if finding is null then
         raise;
@@ -94,12 +94,12 @@ begin
     p_registry)
     into v_machines, v_silent
     using v_timeout;
-  is_warning := false;
+  step := 'note';
   finding := format('machines: %s; columns %s, %s, %s, %s%s',
     v_machines, quote_ident(v_id), quote_ident(v_user), quote_ident(v_status), quote_ident(v_heartbeat),
     case when v_has_heartbeat then '' else ' (is added)' end);
   return next;
-  is_warning := true;
+  step := 'warning';
   if v_silent > 0 then
     finding := format('machines whose status says that they run, without a heartbeat in the last %s s: %s',
       extract(epoch from v_timeout)::float, v_silent);
@@ -169,7 +169,7 @@ comment on function arbiter._plain_users(regclass, text) is
   'SQL for the users to whom the ways of a row lead; the row is t.';
 
 create or replace function arbiter._table_notes(p_table regclass, p_user_path text, p_unowned text)
-returns table (is_warning boolean, finding text, remedy text)
+returns table (step text, finding text, remedy text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -183,17 +183,16 @@ declare
 begin
   execute format('select count(*), count(*) filter (where coalesce(%1$s) is null), count(*) filter (where %2$s) from %3$s t',
     array_to_string(v_users, ', '),
-    (select string_agg(format('coalesce(%s) <> %s', array_to_string(v_users, ', '), u.value), ' or ')
-       from unnest(v_users) as u (value)),
+    arbiter._differ_expression(v_users),
     p_table)
     into v_rows, v_without, v_differ;
-  is_warning := false;
+  step := 'note';
   finding := format('rows: %s, %s; they stay as they are and count as local', v_rows,
     pg_size_pretty(coalesce((select sum(pg_table_size(f.relid)) from pg_partition_tree(p_table) f), pg_table_size(p_table))));
   if v_rows > 0 then
     return next;
   end if;
-  is_warning := p_unowned = 'reject';
+  step := case p_unowned when 'reject' then 'warning' else 'note' end;
   if v_without > 0 then
     finding := format('rows without a user: %s', v_without);
     remedy := case p_unowned
@@ -201,13 +200,13 @@ begin
       else 'New ones are admitted from trusted roles.' end;
     return next;
   end if;
-  is_warning := true;
+  step := 'warning';
   if v_differ > 0 then
     finding := format('rows that lead to two users: %s, by %s', v_differ, p_user_path);
     remedy := 'New ones are rejected (WX005).';
     return next;
   end if;
-  is_warning := false;
+  step := 'note';
   select string_agg(format('%s on %s', quote_ident(t.tgname), t.tgrelid::regclass), ', ' order by t.tgrelid, t.tgname)
     into v_found
     from arbiter._app_triggers(p_table) t
@@ -242,43 +241,30 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_step record;
-  v_note record;
 begin
   for v_step in select * from arbiter._registry_steps() loop
-    table_name := v_step.table_name;
-    step := v_step.step;
-    finding := case step
-      when 'register' then 'becomes the registry of machines'
-      when 'keep' then 'is the registry of machines'
-      else v_step.reason end;
-    remedy := v_step.remedy;
-    return next;
-    if step <> 'skip' then
-      for v_note in select * from arbiter._registry_notes(v_step.table_name, step = 'keep') loop
-        step := case when v_note.is_warning then 'warning' else 'note' end;
-        finding := v_note.finding;
-        remedy := v_note.remedy;
-        return next;
-      end loop;
+    return query
+      select v_step.step, v_step.table_name::text,
+             case v_step.step when 'register' then 'becomes the registry of machines'
+                              when 'keep' then 'is the registry of machines'
+                              else v_step.reason end,
+             v_step.remedy;
+    if v_step.step <> 'skip' then
+      return query
+        select n.step, v_step.table_name::text, n.finding, n.remedy
+          from arbiter._registry_notes(v_step.table_name, v_step.step = 'keep') n;
     end if;
   end loop;
   for v_step in select * from arbiter._protect_steps() loop
-    table_name := v_step.table_name;
-    step := v_step.step;
-    finding := case step
-      when 'skip' then v_step.reason
-      else arbiter._protection_text(v_step.mode, v_step.user_path, v_step.machine_column, v_step.unowned) end;
-    remedy := v_step.remedy;
-    return next;
-    if step = 'protect' then
-      for v_note in
-        select * from arbiter._table_notes(v_step.table_name, v_step.user_path, v_step.unowned)
-      loop
-        step := case when v_note.is_warning then 'warning' else 'note' end;
-        finding := v_note.finding;
-        remedy := v_note.remedy;
-        return next;
-      end loop;
+    return query
+      select v_step.step, v_step.table_name::text,
+             case v_step.step when 'skip' then v_step.reason
+               else arbiter._protection_text(v_step.mode, v_step.user_path, v_step.machine_column, v_step.unowned) end,
+             v_step.remedy;
+    if v_step.step = 'protect' then
+      return query
+        select n.step, v_step.table_name::text, n.finding, n.remedy
+          from arbiter._table_notes(v_step.table_name, v_step.user_path, v_step.unowned) n;
     end if;
   end loop;
 end

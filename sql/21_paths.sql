@@ -69,18 +69,6 @@ $$;
 comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
-create or replace function arbiter._differ_expression(p_users text[])
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select format('coalesce(%s, false)', string_agg(format('coalesce(%s) <> %s', array_to_string(p_users, ', '), u.value), ' or '))
-    from unnest(p_users) as u (value);
-end;
-comment on function arbiter._differ_expression(text[]) is
-  'SQL for whether the users to whom the ways of a row lead differ from the first of them that is not null. p_users: an expression for each way.';
-
 -- Scalar subqueries by key, because a join would be planned by statistics, which may be stale. A path is broken where a
 -- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner. Of
 -- several ways none may be broken, and those that are not null must agree; otherwise the row has no user.

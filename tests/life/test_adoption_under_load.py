@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from sessions import TIMEOUT_S
-from story import add_user, backend, browser, rows, value
+from story import add_user, backend, browser, rejection, rows, value
 
 import arbiter_db
 from arbiter_db import Adoption
@@ -131,4 +131,6 @@ def test_watch_first_and_enforce_on_a_table_in_use(trading_db: Database) -> None
     modes = rows(owner, "select mode from arbiter.protections")
     assert modes == [("enforce",)]
     assert arbiter_db.status(owner, fleet.id).environment == "cloud"
+    params = {"trader": fleet.trader, "symbol": "by a browser"}
+    assert rejection(owner.execute, PLAIN.encode(), params).sqlstate == "WX001"
     assert arbiter_db.audit(owner, "public.signals").findings == []

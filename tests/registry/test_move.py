@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from sessions import TIMEOUT_S
-from story import activate, add_machine, add_user, backend, browser, handovers, lease, rows, value
+from story import (
+    activate,
+    add_machine,
+    add_user,
+    backend,
+    browser,
+    handovers,
+    lease,
+    rejection,
+    rows,
+    value,
+)
 
 import arbiter_db
 
@@ -115,6 +126,8 @@ def test_the_documented_walk_with_writers(db: Database) -> None:
     assert tab.failed == []
     assert cloud.failed == ["42703"]
     assert tab.written + cloud.written == value(owner, "select count(*) from public.signals")
+    rejected = rejection(owner.execute, SIGNAL.encode(), {"trader": bob.trader, "symbol": "x"})
+    assert rejected.sqlstate == "WX001"
     # The same lease as before, and no handover by the move.
     assert (lease(owner, bob).machine_id, lease(owner, bob).holder) == (machine, "cloud")
     assert lease(owner, bob).epoch == max(before.epoch, 2)
