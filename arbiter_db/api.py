@@ -24,6 +24,7 @@ __all__ = [
     "Audit",
     "Finding",
     "Handover",
+    "Id",
     "Observation",
     "ObservedTable",
     "Status",
@@ -45,6 +46,9 @@ __all__ = [
 
 _Row = TypeVar("_Row")
 
+Id = UUID | str | int
+"""The id of a user or a machine. What the database returns is its text."""
+
 _AUDITED = re.compile(r"arbiter: audited (\d+) of (\d+) blocks")
 
 
@@ -65,7 +69,7 @@ class Status:
     """The text for a badge, such as `Cloud active`."""
     retry_at: datetime | None
     """When a local write may be admitted, where that is known."""
-    machine_id: UUID | None
+    machine_id: str | None
     """The machine concerned, if there is one."""
     machine_state: str | None
     """Its state: `starting`, `running`, `stopping`, `stopped`, `error`, or `deleted`."""
@@ -111,17 +115,17 @@ class Observation:
 class Handover:
     """A change of a lease's holder (`arbiter.handovers`); epoch 1 is the lease's creation."""
 
-    user_id: UUID
-    """The user whose lease changed hands."""
+    user_id: str
+    """The user whose lease changed hands; of a uuid its text in lower case, as all ids."""
     epoch: int
     """The epoch that it began."""
     from_holder: str | None
     """The holder before, `local` or `cloud`; None for the first epoch."""
-    from_machine_id: UUID | None
+    from_machine_id: str | None
     """Its machine, when it was `cloud`."""
     to_holder: str
     """The holder from then on, `local` or `cloud`."""
-    to_machine_id: UUID | None
+    to_machine_id: str | None
     """Its machine, when it is `cloud`."""
     reason: str
     """Why, such as `activated` or `heartbeat_lapsed`."""
@@ -144,7 +148,7 @@ class Finding:
     reason: str
     """`wrong_environment`, `wrong_machine`, `no_lease`, `two_users`; `missing_epoch`,
     `two_holders`, `out_of_order`, `lease_differs`."""
-    user_id: UUID
+    user_id: str
     """The user of the row or handover."""
     row_table: str | None
     """The table or partition that has the row."""
@@ -152,7 +156,7 @@ class Finding:
     """The row's primary key; its `ctid` where there is none."""
     source: str | None
     """The environment that the row names."""
-    machine_id: UUID | None
+    machine_id: str | None
     """The machine that the row names."""
     xid: int | None
     """The transaction (`xid8`) that wrote the row or made the handover."""
@@ -160,7 +164,7 @@ class Finding:
     """The epoch that the row was written in; 0 before the first."""
     holder: str | None
     """Who held that epoch, `local` or `cloud`; None when there was none."""
-    holder_machine_id: UUID | None
+    holder_machine_id: str | None
     """The machine that held it, when it was `cloud`."""
 
 
@@ -178,36 +182,34 @@ class Audit:
     """What contradicts exclusion; empty when it held."""
 
 
-def status(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
+def status(conn: psycopg.Connection[Any], user_id: Id | None = None) -> Status:
     """Who may write for a user: the session's own, or any for a trusted role."""
-    return _one(conn, class_row(Status), "status", user_id=user_id)
+    return _one(conn, class_row(Status), "status", user_id=_text(user_id))
 
 
-def confirm_takeover(conn: psycopg.Connection[Any], user_id: UUID | str | None = None) -> Status:
+def confirm_takeover(conn: psycopg.Connection[Any], user_id: Id | None = None) -> Status:
     """Confirm, as the user, a takeover after a machine error; return the new status.
 
     Raises the `ArbiterError` that a local write would get when there is nothing to confirm or it is
     too soon. Counts when the caller commits.
     """
-    return _one(conn, class_row(Status), "confirm_takeover", user_id=user_id)
+    return _one(conn, class_row(Status), "confirm_takeover", user_id=_text(user_id))
 
 
 @overload
 def heartbeat(  # type: ignore[overload-overlap]  # a str is an iterable of str
-    conn: psycopg.Connection[Any], machine_id: UUID | str
+    conn: psycopg.Connection[Any], machine_id: Id
 ) -> datetime: ...
 @overload
-def heartbeat(conn: psycopg.Connection[Any], machine_id: Iterable[UUID | str]) -> int: ...
-def heartbeat(
-    conn: psycopg.Connection[Any], machine_id: UUID | str | Iterable[UUID | str]
-) -> datetime | int:
+def heartbeat(conn: psycopg.Connection[Any], machine_id: Iterable[Id]) -> int: ...
+def heartbeat(conn: psycopg.Connection[Any], machine_id: Id | Iterable[Id]) -> datetime | int:
     """Send the heartbeat of one machine, or of many in one statement.
 
     Returns the instant that the database stored for one, and the number of machines for many. An
     unknown machine is an error. Counts when the caller commits, so commit at once.
     """
-    if isinstance(machine_id, (UUID, str)):
-        stamped: datetime = _one(conn, scalar_row, "heartbeat", machine_id=machine_id)
+    if isinstance(machine_id, (UUID, str, int)):
+        stamped: datetime = _one(conn, scalar_row, "heartbeat", machine_id=str(machine_id))
         return stamped
     ids = [str(each) for each in machine_id]
     beaten: int = _one(conn, scalar_row, "heartbeats", machine_ids=ids)
@@ -215,10 +217,10 @@ def heartbeat(
 
 
 def handovers(
-    conn: psycopg.Connection[Any], user_id: UUID | str | None = None, *, limit: int | None = None
+    conn: psycopg.Connection[Any], user_id: Id | None = None, *, limit: int | None = None
 ) -> list[Handover]:
     """The handover history of one user or of all, newest last; with `limit` only the newest."""
-    return _all(conn, class_row(Handover), "handovers", user_id=user_id, limit=limit)
+    return _all(conn, class_row(Handover), "handovers", user_id=_text(user_id), limit=limit)
 
 
 def audit(
@@ -363,6 +365,10 @@ def version(conn: psycopg.Connection[Any]) -> str:
     """The version of arbiter that the database has (`arbiter.version`)."""
     installed: str = _one(conn, scalar_row, "version")
     return installed
+
+
+def _text(of_id: Id | None) -> str | None:
+    return None if of_id is None else str(of_id)
 
 
 def _one(

@@ -18,7 +18,6 @@ from functools import wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import click
 import psycopg
@@ -169,7 +168,16 @@ _dsn = click.option(
     " PGSERVICE and so on. Other users of this machine can see what is written here, so leave a"
     " password to these variables.",
 )
-_user = click.argument("user", type=click.UUID, required=False)
+
+
+def _is_id(ctx: click.Context, param: click.Parameter, text: str | None) -> str | None:
+    """Any text may be an id; no message quotes one that may hold a password."""
+    if text is not None and without_password(text) != text:
+        raise click.BadParameter("a connection string is given by --dsn.")
+    return text
+
+
+_user = click.argument("user", required=False, callback=_is_id)
 _as_json = click.option("--json", "as_json", is_flag=True, help="JSON; intervals in seconds.")
 
 
@@ -304,10 +312,10 @@ def sql_command(adoption: Adoption) -> None:
 @_dsn
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, as often as the database says.")
 @_as_json
-def status_command(user: UUID | None, dsn: str, watch: bool, as_json: bool) -> None:
+def status_command(user: str | None, dsn: str, watch: bool, as_json: bool) -> None:
     """Say who may write.
 
-    For USER (a uuid), or for the session's own user.
+    For USER (an id), or for the session's own user.
     """
     with _connected(dsn) as conn:
         if not watch:
@@ -324,10 +332,10 @@ def status_command(user: UUID | None, dsn: str, watch: bool, as_json: bool) -> N
 @_dsn
 @click.option("--limit", type=click.IntRange(min=1), help="Only the newest ones.")
 @_as_json
-def handovers_command(user: UUID | None, dsn: str, limit: int | None, as_json: bool) -> None:
+def handovers_command(user: str | None, dsn: str, limit: int | None, as_json: bool) -> None:
     """List the handovers, newest last.
 
-    Those of USER (a uuid), or of all users.
+    Those of USER (an id), or of all users.
     """
     with _connected(dsn) as conn:
         rows = api.handovers(conn, user, limit=limit)
@@ -636,7 +644,7 @@ def demo_command(real_time: bool, rows: int, major: int, psql: bool, web: bool, 
         raise _Failure(str(exc)) from exc
 
 
-def _watch(conn: psycopg.Connection[Any], user: UUID | None, as_json: bool) -> None:
+def _watch(conn: psycopg.Connection[Any], user: str | None, as_json: bool) -> None:
     console = _console()
     if as_json or not console.is_terminal:
         while True:
@@ -762,7 +770,7 @@ def _console() -> Console:
     return make_console(width=None if sys.stdout.isatty() else 1000)
 
 
-def _holder(holder: str | None, machine_id: UUID | None) -> str:
+def _holder(holder: str | None, machine_id: str | None) -> str:
     return " ".join(str(part) for part in (holder, machine_id) if part) or "-"
 
 

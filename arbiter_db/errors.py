@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, TypeVar
-from uuid import UUID
 
 import psycopg
 
@@ -57,9 +56,9 @@ class ArbiterError(psycopg.DatabaseError):
     """
 
     code: str | None = None
-    user_id: UUID | None = None
+    user_id: str | None = None
     holder: str | None = None
-    machine_id: UUID | None = None
+    machine_id: str | None = None
     epoch: int | None = None
     retry_at: datetime | None = None
     hint: str | None = None
@@ -149,9 +148,9 @@ def from_psycopg(exc: BaseException) -> ArbiterError | None:
     error.detail = detail
     error.hint = diag.message_hint
     error.code = detail.get("code", error.code)
-    error.user_id = _parsed(UUID, detail.get("user_id"))
+    error.user_id = _parsed(_id, detail.get("user_id"))
     error.holder = detail.get("holder")
-    error.machine_id = _parsed(UUID, detail.get("machine_id"))
+    error.machine_id = _parsed(_id, detail.get("machine_id"))
     error.epoch = _parsed(int, detail.get("epoch"))
     error.retry_at = _parsed(_aware, detail.get("retry_at"))
     return error
@@ -223,6 +222,12 @@ def _json_object(text: str | None) -> dict[str, Any]:
 def _aware(text: str) -> datetime:
     value = datetime.fromisoformat(text)
     return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def _id(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("an id in a DETAIL is a text")
+    return value
 
 
 def _parsed(parse: Callable[[Any], _T], value: object) -> _T | None:

@@ -88,14 +88,14 @@ class Machine:
 
     The periods come from `arbiter.settings`, read anew with each heartbeat.
 
-    Raises `ValueError` when `margin` is not more than zero or `machine_id` is no uuid, and
-    `TypeError` for a parameter of another type.
+    Raises `ValueError` when `margin` is not more than zero, and `TypeError` for a parameter of
+    another type.
     """
 
     def __init__(
         self,
         connect: Callable[[], psycopg.Connection[Any]],
-        machine_id: UUID | str,
+        machine_id: api.Id,
         *,
         margin: timedelta = timedelta(seconds=5),
         on_loss: Callable[[], None] | None = None,
@@ -106,11 +106,13 @@ class Machine:
         if margin <= timedelta():
             # Otherwise may_execute() would be true while the browser may write already.
             raise ValueError(f"margin must be more than zero, it is {_shown(margin)}")
+        if not isinstance(machine_id, (UUID, str, int)):
+            raise TypeError(f"machine_id is a uuid, a text or a number, not {machine_id!r}")
         if not callable(connect):
             raise TypeError("connect is a function that opens a connection")
         if on_loss is not None and not callable(on_loss):
             raise TypeError("on_loss is a function, or None")
-        self.machine_id = UUID(str(machine_id))
+        self.machine_id = str(machine_id)
         self._connect = connect
         self._margin = margin
         self._on_loss = on_loss

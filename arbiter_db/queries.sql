@@ -2,16 +2,16 @@
 -- the caller's adapters.
 
 -- name: status
-select * from arbiter.status(%(user_id)s::uuid)
+select * from arbiter.status(%(user_id)s::text)
 
 -- name: confirm_takeover
-select * from arbiter.confirm_takeover(%(user_id)s::uuid)
+select * from arbiter.confirm_takeover(%(user_id)s::text)
 
 -- name: heartbeat
-select arbiter.heartbeat(%(machine_id)s::uuid)
+select arbiter.heartbeat(%(machine_id)s::text)
 
 -- name: heartbeats
-select arbiter.heartbeat(%(machine_ids)s::uuid[])
+select arbiter.heartbeats(%(machine_ids)s::text[])
 
 -- name: handovers
 -- One user's handovers by epoch, which does not depend on a clock; those of all users by the instant.
@@ -20,12 +20,12 @@ select user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, r
   from (
     select *
       from arbiter.handovers h
-     where %(user_id)s::uuid is null or h.user_id = %(user_id)s::uuid
-     order by case when %(user_id)s::uuid is not null then h.epoch end desc,
+     where %(user_id)s::text is null or h.user_id = arbiter._user_text(%(user_id)s::text)
+     order by case when %(user_id)s::text is not null then h.epoch end desc,
               h.handed_over_at desc, h.user_id desc, h.epoch desc
      limit %(limit)s::bigint
   ) as newest
- order by case when %(user_id)s::uuid is not null then epoch end,
+ order by case when %(user_id)s::text is not null then epoch end,
           handed_over_at, user_id, epoch
 
 -- name: audit

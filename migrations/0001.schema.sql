@@ -32,8 +32,8 @@ do $types$
 begin
   if to_regtype('arbiter.machine') is null then
     create type arbiter.machine as (
-      machine_id uuid,
-      user_id uuid,
+      machine_id text collate "C",
+      user_id text collate "C",
       state text,
       heartbeat_at timestamptz,
       left_running_at timestamptz,
@@ -62,7 +62,7 @@ begin
       code text,
       message text,
       retry_at timestamptz,
-      machine_id uuid,
+      machine_id text collate "C",
       machine_state text,
       heartbeat_age interval,
       epoch bigint,
@@ -75,15 +75,15 @@ begin
     create type arbiter.audit_finding as (
       finding text,
       reason text,
-      user_id uuid,
+      user_id text collate "C",
       row_table regclass,
       row_key jsonb,
       source text,
-      machine_id uuid,
+      machine_id text collate "C",
       xid xid8,
       epoch bigint,
       holder text,
-      holder_machine_id uuid,
+      holder_machine_id text collate "C",
       row_count bigint
     );
   end if;
@@ -99,6 +99,7 @@ create table if not exists arbiter.settings (
   drain_timeout interval not null default '2 seconds',
   heartbeat_interval interval not null default '10 seconds',
   poll_interval interval not null default '5 seconds',
+  user_claim text not null default 'sub',
   constraint settings_pkey primary key (singleton),
   -- One row: a second set of rules would be a second judge.
   constraint settings_singleton_check check (singleton),
@@ -117,13 +118,16 @@ create table if not exists arbiter.settings (
     check (poll_interval between interval '100 milliseconds' and interval '24 hours'),
   -- One lost heartbeat must not look like a dead machine.
   constraint settings_timeout_covers_two_heartbeats_check
-    check (heartbeat_timeout >= 2 * heartbeat_interval)
+    check (heartbeat_timeout >= 2 * heartbeat_interval),
+  -- Names joined by dots; one with dots or spaces is in double quotes.
+  constraint settings_user_claim_check
+    check (user_claim ~ '^("[^"]+"|[^".[:space:]]+)([.]("[^"]+"|[^".[:space:]]+))*$' and length(user_claim) <= 200)
 );
 
 insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
 
 comment on table arbiter.settings is
-  'One row: the periods by which arbiter decides. A change counts from the next decision on.';
+  'One row: the periods by which arbiter decides, and who its users are. A change counts from the next decision on.';
 comment on column arbiter.settings.singleton is 'Always true: there is one row.';
 comment on column arbiter.settings.heartbeat_timeout is
   'A machine is fresh while its last heartbeat is younger than this.';
@@ -139,6 +143,8 @@ comment on column arbiter.settings.heartbeat_interval is
   'Told to machines: how often to send a heartbeat. At most half of heartbeat_timeout.';
 comment on column arbiter.settings.poll_interval is
   'Told to browsers: how often to ask arbiter.status().';
+comment on column arbiter.settings.user_claim is
+  'The claim of request.jwt.claims that names the session''s user: a name, or a path such as app_metadata.org_id.';
 
 create table if not exists arbiter.registry (
   singleton boolean not null default true,
@@ -160,8 +166,8 @@ comment on table arbiter.registry is
 comment on column arbiter.registry.singleton is 'Always true: there is one registry.';
 comment on column arbiter.registry.registry is 'The app''s table of machines.';
 comment on column arbiter.registry.declared_as is 'Its schema and name when it was registered, quoted as in SQL.';
-comment on column arbiter.registry.id_column is 'Its uuid key, which machine_id of protected rows names.';
-comment on column arbiter.registry.user_column is 'Its uuid column that names the owner.';
+comment on column arbiter.registry.id_column is 'Its key, which machine_id of protected rows names.';
+comment on column arbiter.registry.user_column is 'Its column that names the owner.';
 comment on column arbiter.registry.status_column is 'Its column with the status word.';
 comment on column arbiter.registry.heartbeat_column is 'Its timestamptz column that arbiter stamps.';
 comment on column arbiter.registry.states is
@@ -173,7 +179,7 @@ do $machines$
 begin
   if to_regclass('arbiter.machines') is null then
     create view arbiter.machines as
-      select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state,
+      select null::text as machine_id, null::text as user_id, null::text as status, null::text as state,
              null::timestamptz as heartbeat_at
        where false;
   end if;
@@ -181,8 +187,8 @@ end
 $machines$;
 
 create table if not exists arbiter.machine_notes (
-  user_id uuid not null,
-  machine_id uuid not null,
+  user_id text collate "C" not null,
+  machine_id text collate "C" not null,
   left_running_at timestamptz,
   entered_error_at timestamptz,
   constraint machine_notes_pkey primary key (user_id, machine_id)
@@ -198,14 +204,14 @@ comment on column arbiter.machine_notes.entered_error_at is
   'When it entered error; null while it is not in error. Database clock.';
 
 create table if not exists arbiter.leases (
-  user_id uuid not null,
+  user_id text collate "C" not null,
   epoch bigint not null,
   holder text not null,
-  machine_id uuid,
-  draining_to uuid,
+  machine_id text collate "C",
+  draining_to text collate "C",
   draining_since timestamptz,
   held_since timestamptz not null,
-  claimant uuid generated always as (case when draining_since is null then machine_id else draining_to end) stored,
+  claimant text collate "C" generated always as (case when draining_since is null then machine_id else draining_to end) stored,
   constraint leases_pkey primary key (user_id),
   -- Unique so that the epoch is a key column: a handover then conflicts with `for key share` on an
   -- older version of the row, also for a writer whose snapshot is older than the handover.
@@ -222,7 +228,8 @@ create table if not exists arbiter.leases (
 
 comment on table arbiter.leases is
   'One row per user: who may write now. Written only by arbiter; heartbeats never touch it.';
-comment on column arbiter.leases.user_id is 'The user whose strategy runs.';
+comment on column arbiter.leases.user_id is
+  'The user whose strategy runs, by the text of the id, as in all tables of arbiter: a uuid in lower case.';
 comment on column arbiter.leases.epoch is 'The fencing token: grows by one with every handover.';
 comment on column arbiter.leases.holder is 'local (browser) or cloud (machine).';
 comment on column arbiter.leases.machine_id is 'The machine that holds, when the holder is cloud.';
@@ -235,12 +242,12 @@ comment on column arbiter.leases.claimant is
   'Whom the lease is for: the machine that holds it, or while it drains the one it drains to; null when that is local.';
 
 create table if not exists arbiter.handovers (
-  user_id uuid not null,
+  user_id text collate "C" not null,
   epoch bigint not null,
   from_holder text,
-  from_machine_id uuid,
+  from_machine_id text collate "C",
   to_holder text not null,
-  to_machine_id uuid,
+  to_machine_id text collate "C",
   reason text not null,
   handed_over_at timestamptz not null,
   xid xid8 not null,

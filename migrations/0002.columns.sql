@@ -48,14 +48,15 @@ begin
   perform set_config('lock_timeout', '5s', true);
 
   for v_column in
-    select (m.value ->> 'table')::regclass as of_table, m.value ->> 'column' as name, k.definition, k.meaning
+    select (m.value ->> 'table')::regclass as of_table, m.value ->> 'column' as name,
+           coalesce(k.definition, (m.value ->> 'type')::regtype::text) as definition, k.meaning
       from unnest(v_missing) as m (value)
       join (values
         ('heartbeat', 'timestamptz',
           'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
         ('source', 'text not null default ''local''',
           'the environment that wrote the row, local (browser) or cloud (machine).'),
-        ('machine', 'uuid',
+        ('machine', null,
           'the machine that wrote the row when source is cloud.'),
         ('xid', 'xid8',
           'the transaction that wrote the row; null on rows older than protection.')) as k (kind, definition, meaning)

@@ -54,18 +54,69 @@ immutable
 set search_path = pg_catalog, pg_temp
 begin atomic
   values
-    ('user', '{uuid}'::text[], null, null),
-    ('machine id', '{uuid}', null, null),
+    ('user', '{uuid,text,character varying,smallint,integer,bigint}'::text[], null, null),
+    ('machine id', '{uuid,text,character varying,smallint,integer,bigint}', null, null),
     ('status', null, null, null),
     ('heartbeat', '{timestamp with time zone}', 'timestamptz',
       'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
     ('source', '{text,character varying}', 'text not null default ''local''',
       'the environment that wrote the row, local (browser) or cloud (machine).'),
-    ('machine', '{uuid}', 'uuid', 'the machine that wrote the row when source is cloud.'),
+    ('machine', '{uuid,text,character varying,smallint,integer,bigint}', null, 'the machine that wrote the row when source is cloud.'),
     ('xid', '{xid8}', 'xid8', 'the transaction that wrote the row; null on rows older than protection.');
 end;
 comment on function arbiter._columns() is
-  'The kinds of columns of the app''s tables: types (null: any), and where arbiter adds such a column its definition and meaning.';
+  'The kinds of columns of the app''s tables: types (null: any), and where arbiter adds such a column its definition and meaning. A machine column gets the type of the registry''s ids.';
+
+create or replace function arbiter._base_type(p_type oid)
+returns oid
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  with recursive bases (id, is_domain) as (
+    select t.oid, t.typtype = 'd' from pg_catalog.pg_type t where t.oid = p_type
+    union all
+    select t.oid, t.typtype = 'd'
+      from bases b
+      join pg_catalog.pg_type d on d.oid = b.id and b.is_domain
+      join pg_catalog.pg_type t on t.oid = d.typbasetype
+  )
+  select b.id from bases b where not b.is_domain;
+end;
+comment on function arbiter._base_type(oid) is 'The type that a domain is made from; any other type itself.';
+
+-- A domain is left out: it may reject the rows that are there already.
+create or replace function arbiter._id_type(p_table regclass, p_column name)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format_type(arbiter._base_type(a.atttypid), null)
+    from pg_catalog.pg_attribute a
+   where a.attrelid = p_table
+     and a.attname = p_column
+     and not a.attisdropped;
+end;
+comment on function arbiter._id_type(regclass, name) is
+  'The type of a column''s ids, without domain and length, for columns that arbiter adds; null when there is no such column.';
+
+-- 1 in one table and 1 in another are the same id, whichever integers they are.
+create or replace function arbiter._id_class(p_table regclass, p_column name)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return case arbiter._id_type(p_table, p_column)
+  when 'uuid' then 'uuid'
+  when 'smallint' then 'bigint'
+  when 'integer' then 'bigint'
+  when 'bigint' then 'bigint'
+  when 'text' then 'text'
+  when 'character varying' then 'text'
+end;
+comment on function arbiter._id_class(regclass, name) is
+  'How the ids of a column are written: as uuid, bigint or text; null when it cannot hold ids, or there is no such column.';
 
 create or replace function arbiter._has_column(p_table regclass, p_column name, p_kind text)
 returns boolean
@@ -76,11 +127,14 @@ as $$
 declare
   v_types text[];
   v_type text;
+  v_base text;
+  v_collation text;
   v_generated "char";
 begin
   select c.types into strict v_types from arbiter._columns() c where c.kind = p_kind;
-  select format_type(a.atttypid, null), a.attgenerated
-    into v_type, v_generated
+  select format_type(a.atttypid, null), format_type(arbiter._base_type(a.atttypid), null), a.attgenerated,
+         (select l.collname from pg_catalog.pg_collation l where l.oid = a.attcollation and not l.collisdeterministic)
+    into v_type, v_base, v_generated, v_collation
     from pg_catalog.pg_attribute a
    where a.attrelid = p_table
      and a.attname = p_column
@@ -89,7 +143,14 @@ begin
   if v_type is null then
     return false;
   end if;
-  if v_type <> all (v_types) then
+  -- Of other types, and by such a collation, values may be equal and have different texts: 1.0 and 1.00, Ada and ADA.
+  if p_kind in ('user', 'machine id', 'machine') and (v_base <> all (v_types) or v_collation is not null) then
+    perform arbiter._fail('datatype_mismatch',
+      format('column %I of table %s is %s, an id must be %s', p_column, p_table,
+        concat_ws(' with the nondeterministic collation ', v_type, quote_ident(v_collation)),
+        case when v_collation is null then array_to_string(v_types, ' or ') else 'of a deterministic one' end),
+      'arbiter compares the text of ids. Change the type of that column, or name another one in the call; nothing was changed.');
+  elsif p_kind not in ('user', 'machine id', 'machine') and v_type <> all (v_types) then
     perform arbiter._fail('datatype_mismatch',
       format('column %I of table %s is %s, it must be %s', p_column, p_table, v_type, array_to_string(v_types, ' or ')),
       'Rename that column, or name another one in the call; nothing was changed.');

@@ -194,7 +194,11 @@ declare
   v_column record;
 begin
   if not arbiter._has_column(p_table, p_column, p_kind) then
-    select c.definition, c.meaning into strict v_column from arbiter._columns() c where c.kind = p_kind;
+    select coalesce(c.definition, (select arbiter._id_type(r.registry, r.id_column) from arbiter.registry r), 'uuid') as definition,
+           c.meaning
+      into strict v_column
+      from arbiter._columns() c
+     where c.kind = p_kind;
     execute format('alter table %s add column %I %s', p_table, p_column, v_column.definition);
     execute format('comment on column %s.%I is %L', p_table, p_column, 'arbiter: ' || v_column.meaning);
     perform arbiter._record('column', p_table, p_column);

@@ -1,5 +1,5 @@
--- How a row leads to its user. p_user_path is one way or several, separated by commas; a way is a uuid column of the
--- table, or columns over foreign keys joined by dots. All ways of a row that are not null must agree.
+-- How a row leads to its user. p_user_path is one way or several, separated by commas; a way is a column of the table
+-- with the user's id, or columns over foreign keys joined by dots. All ways of a row that are not null must agree.
 
 -- A comma may stand in a quoted name.
 create or replace function arbiter._ways(p_user_path text)
@@ -60,9 +60,32 @@ $$;
 comment on function arbiter._need_foreign_key(regclass, name, text) is
   'Where the single-column foreign key of a column leads. p_path: the path it is a step of, for the hint. Error 22023 when there is none.';
 
--- A path is obvious when the table has a uuid column user_id, or one foreign key to a table that has one. A user_id
--- that may be null says nothing where it is, so beside such a key both count. The machine's foreign key does not: it
--- leads to the owner of the machine that wrote the row, not to the row's user.
+-- Where the ways end: the columns that hold users.
+create or replace function arbiter._ends(p_table regclass, p_user_path text)
+returns table (way bigint, end_table regclass, end_column name)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_steps text[];
+begin
+  for way, v_steps in select w.way, w.steps from arbiter._ways(p_user_path) w loop
+    end_table := p_table;
+    for i in 1 .. cardinality(v_steps) - 1 loop
+      end_table := (arbiter._need_foreign_key(end_table, v_steps[i], p_user_path)).parent;
+    end loop;
+    end_column := v_steps[cardinality(v_steps)];
+    return next;
+  end loop;
+end
+$$;
+comment on function arbiter._ends(regclass, text) is
+  'The columns at which the ways of a path end, each with its table. Error 22023 when a foreign key of the path is gone.';
+
+-- A path is obvious when the table has a column user_id that can be an id, or one foreign key to a table that has one.
+-- A user_id that may be null says nothing where it is, so beside such a key both count. The machine's foreign key does
+-- not: it leads to the owner of the machine that wrote the row, not to the row's user.
 create or replace function arbiter._find_user_path(p_table regclass, p_machine_column name)
 returns text
 language plpgsql
@@ -88,7 +111,7 @@ begin
    where k.conrelid = p_table
      and k.contype = 'f'
      and cardinality(k.conkey) = 1
-     and u.atttypid = 'uuid'::regtype
+     and arbiter._id_class(k.confrelid, 'user_id') is not null
      and not u.attisdropped
      and a.attname not in (p_machine_column, 'user_id')
      and arbiter._ownership('constraint', p_table, k.conname) <> 'ours';
@@ -96,7 +119,7 @@ begin
     perform arbiter._fail('invalid_parameter_value',
       format('table %s has %s way to a user', p_table, case v_found when 0 then 'no obvious' else 'more than one' end),
       case v_found
-        when 0 then 'Name it in p_user_path: a uuid column (''owner_id'') or a path over foreign keys (''trader_id.user_id'').'
+        when 0 then 'Name it in p_user_path: a column with the user''s id (''owner_id'') or a path over foreign keys (''trader_id.user_id'').'
         else 'Choose one in p_user_path, or several that must agree: ' || concat_ws(', ', v_column, v_paths) end);
   end if;
   return concat_ws(', ', v_column, v_paths);

@@ -31,6 +31,77 @@ $$;
 comment on function arbiter._need_machine_key(regclass, name, regclass) is
   'Error 42830 when the machine column has a foreign key to another table than the registry.';
 
+-- All forms that the server reads as a uuid, and not only the one that it prints.
+create or replace function arbiter._any_id_expression(p_class text, p_text text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+return case p_class
+  when 'uuid' then format(
+    'case when %1$s collate "C" ~ ''^(([0-9a-fA-F]{4}-?){7}[0-9a-fA-F]{4}|[{]([0-9a-fA-F]{4}-?){7}[0-9a-fA-F]{4}[}])$'' then %1$s::uuid end',
+    p_text)
+  when 'bigint' then format(
+    'case when %1$s collate "C" ~ ''^[+-]?[0-9]{1,19}$'' then '
+      'case when %1$s::numeric between -9223372036854775808 and 9223372036854775807 then %1$s::bigint end end', p_text)
+  else p_text
+end;
+comment on function arbiter._any_id_expression(text, text) is
+  'SQL for the id of a class that a text names in any form; null when it names none.';
+
+-- Ids are compared as texts. A text beside a uuid is read as one (_id_expression, 20_ids.sql), so that upper case names
+-- the same user. Other types that are mixed could never be equal, or only by chance.
+create or replace function arbiter._need_comparable_ids(
+  p_table regclass,
+  p_column name,
+  p_registry regclass,
+  p_registry_column name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_class text := arbiter._id_class(p_table, p_column);
+  v_registry_class text := arbiter._id_class(p_registry, p_registry_column);
+  v_types text[];
+begin
+  if v_class <> v_registry_class and (v_class, v_registry_class) <> ('text', 'uuid') then
+    select array_agg(format_type(a.atttypid, null) order by a.attrelid <> p_table)
+      into v_types
+      from pg_catalog.pg_attribute a
+     where (a.attrelid, a.attname) in ((p_table, p_column), (p_registry, p_registry_column));
+    perform arbiter._fail('datatype_mismatch',
+      format('column %I of table %s is %s, but column %I of the registry %s is %s',
+        p_column, p_table, v_types[1], p_registry_column, p_registry, v_types[2]),
+      'Give both the same type. A column that arbiter has added: unprotect the table, drop the column, register the machines, protect again. Nothing was changed.');
+  end if;
+end
+$$;
+comment on function arbiter._need_comparable_ids(regclass, name, regclass, name) is
+  'Error 42804 when the ids of a column can never be those of the registry''s column. No error while one of them does not exist.';
+
+create or replace function arbiter._need_ids_of_registry(
+  p_table regclass,
+  p_user_path text,
+  p_machine_column name,
+  p_registry regclass,
+  p_id_column name,
+  p_user_column name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform arbiter._need_comparable_ids(p_table, p_machine_column, p_registry, p_id_column);
+  perform arbiter._need_comparable_ids(e.end_table, e.end_column, p_registry, p_user_column)
+     from arbiter._ends(p_table, p_user_path) e;
+end
+$$;
+comment on function arbiter._need_ids_of_registry(regclass, text, name, regclass, name, name) is
+  'Error 42804 when users or machines of a table can never be those of the registry.';
+
 -- The server prints the constraint with casts and brackets, which are removed before the comparison.
 create or replace function arbiter._source_is_checked(p_table regclass)
 returns boolean
@@ -152,7 +223,9 @@ begin
       'Register the table that holds one row per machine; nothing was changed.');
   end if;
   perform arbiter._need_column(p_registry, p_id_column, 'machine id');
+  perform arbiter._need_trusted_type(p_registry, p_id_column);
   perform arbiter._need_column(p_registry, p_user_column, 'user');
+  perform arbiter._need_trusted_type(p_registry, p_user_column);
   perform arbiter._need_column(p_registry, p_status_column, 'status');
   perform arbiter._need_trusted_type(p_registry, p_status_column);
   perform arbiter._has_column(p_registry, p_heartbeat_column, 'heartbeat');
@@ -191,7 +264,7 @@ begin
     when invalid_parameter_value then
       perform arbiter._fail('invalid_parameter_value',
         format('p_user_path is not a path: %L', p_user_path),
-        'It is a uuid column (''user_id''), columns over foreign keys joined by dots (''trader_id.user_id''), or several of these with commas.');
+        'It is a column with the user''s id (''user_id''), columns over foreign keys joined by dots (''trader_id.user_id''), or several of these with commas.');
   end;
   for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_user_path) w loop
     if p_machine_column in ('source', 'arbiter_xid', v_way.steps[1]) then
@@ -208,6 +281,7 @@ begin
       v_table := v_next.parent;
     end loop;
     perform arbiter._need_column(v_table, v_way.steps[v_way.last], 'user');
+    perform arbiter._need_trusted_type(v_table, v_way.steps[v_way.last]);
   end loop;
 end
 $$;
@@ -261,6 +335,7 @@ begin
     perform arbiter._need_source_meaning(p_table);
   end if;
   perform arbiter._has_column(p_table, p_machine_column, 'machine');
+  perform arbiter._need_trusted_type(p_table, p_machine_column);
   perform arbiter._has_column(p_table, 'arbiter_xid', 'xid');
 
   if v_path is null then

@@ -132,7 +132,7 @@ comment on function arbiter._skip_reason(text, text) is
   'What an error of arbiter says of a table that is skipped; nulls for any other error.';
 
 create or replace function arbiter._registry_steps()
-returns table (step text, table_name regclass, reason text, remedy text)
+returns table (step text, table_name regclass, id_column name, user_column name, reason text, remedy text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -144,17 +144,19 @@ declare
   v_message text;
   v_hint text;
 begin
+  id_column := 'id';
+  user_column := 'user_id';
   if v_options.registry is not null then
     step := 'register';
     table_name := arbiter._need_table(v_options.registry);
-    perform arbiter._need_registry(table_name, 'id', 'user_id', 'status', 'last_health_check');
+    perform arbiter._need_registry(table_name, id_column, user_column, 'status', 'last_health_check');
     return next;
     return;
   end if;
   -- Only until a table was registered: a later installation must not undo what a DBA has decided.
   if to_regclass('arbiter.registry') is not null then
-    select r.registry
-      into table_name
+    select r.registry, r.id_column, r.user_column
+      into table_name, id_column, user_column
       from arbiter.registry r
       join pg_catalog.pg_class c on c.oid = r.registry;
     if found then
@@ -162,6 +164,8 @@ begin
       return next;
       return;
     end if;
+    id_column := 'id';
+    user_column := 'user_id';
   end if;
   foreach table_name in array v_found loop
     step := 'skip';
@@ -174,7 +178,7 @@ begin
       reason := 'looks like the registry of machines, but has not the usual name, public.cloud_machines';
     else
       begin
-        perform arbiter._need_registry(table_name, 'id', 'user_id', 'status', 'last_health_check');
+        perform arbiter._need_registry(table_name, id_column, user_column, 'status', 'last_health_check');
         step := 'register';
         reason := null;
         remedy := null;
@@ -192,7 +196,7 @@ begin
 end
 $$;
 comment on function arbiter._registry_steps() is
-  'What an installation does about the registry. step: register, keep (it is one already) or skip. Errors when a table that was asked for does not fit.';
+  'What an installation does about the registry. step: register, keep (it is one already) or skip; id_column, user_column: its ids. Errors when a table that was asked for does not fit.';
 
 -- Tables that name machines, or have a name that trading apps give to what a strategy writes.
 create or replace function arbiter._looks_protectable(p_registry regclass)
@@ -232,8 +236,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_options record := arbiter._install_options();
-  v_registry regclass := (select r.table_name from arbiter._registry_steps() r where r.step <> 'skip');
-  v_undecided boolean := v_registry is null and exists (select from arbiter._registry_steps());
+  v_registry record;
   v_asked regclass[] := array(
     select arbiter._need_table(p.name) from unnest(v_options.protect) with ordinality as p (name, position) order by p.position);
   v_kept regclass[] := '{}';
@@ -242,6 +245,7 @@ declare
   v_message text;
   v_hint text;
 begin
+  select r.* into v_registry from arbiter._registry_steps() r where r.step <> 'skip';
   if to_regclass('arbiter.protections') is not null then
     v_kept := array(
       select p.protected_table
@@ -263,7 +267,7 @@ begin
     return next;
   end loop;
   foreach table_name in array v_asked
-    || array(select l.candidate from arbiter._looks_protectable(v_registry) as l (candidate)
+    || array(select l.candidate from arbiter._looks_protectable(v_registry.table_name) as l (candidate)
               where l.candidate <> all (v_asked || v_kept))
   loop
     user_path := null;
@@ -284,10 +288,12 @@ begin
       mode := coalesce(case when v_is_meant then v_options.mode end, mode, 'enforce');
       unowned := coalesce(case when v_is_meant then v_options.unowned end, unowned, 'reject');
       machine_column := coalesce(case when v_is_meant then v_options.machine_column end, machine_column,
-        arbiter._find_machine_column(table_name, v_registry));
+        arbiter._find_machine_column(table_name, v_registry.table_name));
       user_path := arbiter._need_protectable(
         table_name, coalesce(case when v_is_meant then v_options.user_path end, user_path), machine_column);
-      perform arbiter._need_machine_key(table_name, machine_column, v_registry);
+      perform arbiter._need_machine_key(table_name, machine_column, v_registry.table_name);
+      perform arbiter._need_ids_of_registry(table_name, user_path, machine_column,
+        v_registry.table_name, v_registry.id_column, v_registry.user_column);
       step := 'protect';
       reason := null;
       remedy := null;
@@ -299,7 +305,7 @@ begin
           reason := 'is not protected';
         elsif not v_is_meant then
           reason := 'is not protected; by default only public.signals is';
-        elsif v_undecided then
+        elsif v_registry.table_name is null and exists (select from arbiter._registry_steps()) then
           reason := 'is not protected, because it is not decided which table is the registry of machines';
         end if;
         if reason is not null then

@@ -137,55 +137,67 @@ $$;
 comment on function arbiter._registry_notes(regclass, boolean) is
   'What a DBA should know of a registry. p_is_kept: by the columns that were declared, else by the usual ones. Reads the table.';
 
--- The user of a row, without the views of a guard, which do not exist yet.
-create or replace function arbiter._plain_users(p_table regclass, p_user_path text)
-returns text[]
+-- The users of a row, without the views of a guard, which do not exist yet. A text beside a registry of uuids is read
+-- as a uuid, as the guard does.
+create or replace function arbiter._plain_users(p_table regclass, p_user_path text, p_user_class text)
+returns table (value text, is_strange text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_users text[] := '{}';
-  v_value text;
   v_table regclass;
   v_way record;
   v_key record;
 begin
   for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_user_path) w loop
     v_table := p_table;
-    v_value := format('t.%I', v_way.steps[1]);
+    value := format('t.%I', v_way.steps[1]);
     for i in 1 .. v_way.last - 1 loop
       v_key := arbiter._need_foreign_key(v_table, v_way.steps[i], p_user_path);
-      v_value := format('(select p.%I from %s p where p.%I = %s limit 1)',
-        v_way.steps[i + 1], v_key.parent, v_key.parent_column, v_value);
+      value := format('(select p.%I from %s p where p.%I = %s limit 1)',
+        v_way.steps[i + 1], v_key.parent, v_key.parent_column, value);
       v_table := v_key.parent;
     end loop;
-    v_users := v_users || v_value;
+    value := value || '::text';
+    is_strange := 'false';
+    if p_user_class = 'uuid' and arbiter._id_class(v_table, v_way.steps[v_way.last]) = 'text' then
+      is_strange := format('%s is not null and (%s) is null', value, arbiter._any_id_expression('uuid', value));
+      value := format('coalesce((%s)::text, %s)', arbiter._any_id_expression('uuid', value), value);
+    end if;
+    value := value || ' collate "C"';
+    return next;
   end loop;
-  return v_users;
 end
 $$;
-comment on function arbiter._plain_users(regclass, text) is
-  'SQL for the users to whom the ways of a row lead; the row is t.';
+comment on function arbiter._plain_users(regclass, text, text) is
+  'SQL for the users to whom the ways of a row lead, as texts, and for whether the registry can have no such user; the row is t. p_user_class: of the registry''s users, as _id_class(); null without a registry.';
 
-create or replace function arbiter._table_notes(p_table regclass, p_user_path text, p_unowned text)
+create or replace function arbiter._table_notes(p_table regclass, p_user_path text, p_unowned text, p_user_class text)
 returns table (step text, finding text, remedy text)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_users text[] := arbiter._plain_users(p_table, p_user_path);
+  v_users text[];
+  v_strange text;
   v_found text;
   v_rows bigint;
   v_without bigint;
   v_differ bigint;
+  v_strangers bigint;
 begin
-  execute format('select count(*), count(*) filter (where coalesce(%1$s) is null), count(*) filter (where %2$s) from %3$s t',
+  select array_agg(u.value), string_agg(u.is_strange, ' or ')
+    into v_users, v_strange
+    from arbiter._plain_users(p_table, p_user_path, p_user_class) u;
+  execute format('select count(*), count(*) filter (where coalesce(%1$s) is null), count(*) filter (where %2$s), '
+      'count(*) filter (where %3$s) from %4$s t',
     array_to_string(v_users, ', '),
     arbiter._differ_expression(v_users),
+    v_strange,
     p_table)
-    into v_rows, v_without, v_differ;
+    into v_rows, v_without, v_differ, v_strangers;
   step := 'note';
   finding := format('rows: %s, %s; they stay as they are and count as local', v_rows,
     pg_size_pretty(coalesce((select sum(pg_table_size(f.relid)) from pg_partition_tree(p_table) f), pg_table_size(p_table))));
@@ -206,6 +218,11 @@ begin
     remedy := 'New ones are rejected (WX005).';
     return next;
   end if;
+  if v_strangers > 0 then
+    finding := format('rows whose user is no uuid, as the users of the registry are: %s, by %s', v_strangers, p_user_path);
+    remedy := 'Such a user never has a machine. If another column holds the user, name it: --user-path.';
+    return next;
+  end if;
   step := 'note';
   select string_agg(format('%s on %s', quote_ident(t.tgname), t.tgrelid::regclass), ', ' order by t.tgrelid, t.tgname)
     into v_found
@@ -221,8 +238,8 @@ begin
   return next;
 end
 $$;
-comment on function arbiter._table_notes(regclass, text, text) is
-  'What a DBA should know of a table before it is protected by this path. Reads the table.';
+comment on function arbiter._table_notes(regclass, text, text, text) is
+  'What a DBA should know of a table before it is protected by this path. p_user_class: as for _plain_users(). Reads the table.';
 
 create or replace function arbiter._protection_text(p_mode text, p_user_path text, p_machine_column name, p_unowned text)
 returns text
@@ -241,6 +258,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_step record;
+  v_user_class text;
 begin
   for v_step in select * from arbiter._registry_steps() loop
     return query
@@ -250,6 +268,7 @@ begin
                               else v_step.reason end,
              v_step.remedy;
     if v_step.step <> 'skip' then
+      v_user_class := arbiter._id_class(v_step.table_name, v_step.user_column);
       return query
         select n.step, v_step.table_name::text, n.finding, n.remedy
           from arbiter._registry_notes(v_step.table_name, v_step.step = 'keep') n;
@@ -264,7 +283,7 @@ begin
     if v_step.step = 'protect' then
       return query
         select n.step, v_step.table_name::text, n.finding, n.remedy
-          from arbiter._table_notes(v_step.table_name, v_step.user_path, v_step.unowned) n;
+          from arbiter._table_notes(v_step.table_name, v_step.user_path, v_step.unowned, v_user_class) n;
     end if;
   end loop;
 end
@@ -279,20 +298,25 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select coalesce(jsonb_agg(jsonb_build_object('table', c.table_name::text, 'column', c.column_name, 'kind', c.kind)), '[]')
+  select coalesce(jsonb_agg(jsonb_build_object(
+           'table', c.table_name::text, 'column', c.column_name, 'kind', c.kind, 'type', c.type)), '[]')
     from (
-      select r.table_name, 'last_health_check'::name, 'heartbeat' from arbiter._registry_steps() r where r.step = 'register'
+      select r.table_name, 'last_health_check'::name, 'heartbeat', null from arbiter._registry_steps() r where r.step = 'register'
       union all
-      select p.table_name, k.column_name, k.kind
+      select p.table_name, k.column_name, k.kind, k.type
         from arbiter._protect_steps() p
+        left join arbiter._registry_steps() r on r.step <> 'skip'
        cross join lateral (
-         values ('source'::name, 'source'), (p.machine_column, 'machine'), ('arbiter_xid', 'xid')) as k (column_name, kind)
+         values
+           ('source'::name, 'source', null),
+           (p.machine_column, 'machine', coalesce(arbiter._id_type(r.table_name, r.id_column), 'uuid')),
+           ('arbiter_xid', 'xid', null)) as k (column_name, kind, type)
        where p.step = 'protect'
-    ) as c (table_name, column_name, kind)
+    ) as c (table_name, column_name, kind, type)
    where not arbiter._has_column(c.table_name, c.column_name, c.kind);
 end;
 comment on function arbiter._columns_to_add() is
-  'The columns that the tables of this installation are missing, as a JSON array of table, column and kind (_columns()).';
+  'The columns that the tables of this installation are missing, as a JSON array of table, column, kind (_columns()) and, where the kind has no definition, type.';
 
 do $preflight$
 declare

@@ -60,7 +60,7 @@ comment on function arbiter._rejection(text) is 'SQLSTATE, message and hint of a
 -- The instant is printed in UTC, so that it does not depend on the session's time zone.
 create or replace function arbiter._detail(
   p_code text,
-  p_user_id uuid,
+  p_user_id text,
   p_lease arbiter.leases,
   p_retry_at timestamptz,
   p_more jsonb default '{}')
@@ -77,7 +77,7 @@ begin atomic
     'epoch', (p_lease).epoch,
     'retry_at', to_char(p_retry_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) || p_more;
 end;
-comment on function arbiter._detail(text, uuid, arbiter.leases, timestamptz, jsonb) is
+comment on function arbiter._detail(text, text, arbiter.leases, timestamptz, jsonb) is
   'The DETAIL of a rejection as a JSON object: code, user_id, holder, machine_id, epoch, retry_at (UTC), and more where a code has more to say.';
 
 -- To an SQLSTATE that it does not know PostgREST answers HTTP 400 or 500. It takes status and headers from an error

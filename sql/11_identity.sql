@@ -1,80 +1,78 @@
--- Who asks: what the API has read from a verified token and put into the setting request.jwt.claims. In
--- policies these functions are wrapped as (select ...), which the server evaluates once for a statement.
+-- Who asks: what the API has read from a verified token and put into the setting request.jwt.claims. Two generated
+-- functions read it (20_ids.sql): claimed_user_id(), by the claim settings.user_claim, and claimed_machine_id(). In
+-- policies these are wrapped as (select ...), which the server evaluates once for a statement.
 
-create or replace function arbiter.claimed_user_id()
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
-end
-$$;
-comment on function arbiter.claimed_user_id() is
-  'The user of the session''s token, its claim sub, as auth.uid() reads it; null without one. Error 22P02 when that is no uuid.';
-
--- Only the claim itself counts: users can edit user_metadata. A claim that is no uuid is an error and not null,
--- because null would make the token a browser's.
-create or replace function arbiter.claimed_machine_id()
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'machine_id';
-end
-$$;
-comment on function arbiter.claimed_machine_id() is
-  'The machine of the session''s token, its claim machine_id; null for a browser. Error 22P02 when that is no uuid.';
-
--- In a definer function current_user is the function's owner; the setting is the role that the client has set.
+-- In a definer function current_user is the function's owner; the setting is the role that the client has set. These
+-- two are without settings of their own, so that the server puts their bodies into the caller's: it read them when they
+-- were made.
 create or replace function arbiter._session_role()
 returns name
 language sql
 stable
-set search_path = pg_catalog, pg_temp
 return coalesce(nullif(current_setting('role'), 'none'), session_user);
 comment on function arbiter._session_role() is 'The role that the session acts as, also inside a definer function.';
 
-create or replace function arbiter._is_trusted_session()
+create or replace function arbiter._is_owner_session()
 returns boolean
 language sql
 stable
+return pg_has_role(arbiter._session_role(), current_user, 'usage');
+comment on function arbiter._is_owner_session() is
+  'Whether the session''s role may act as arbiter''s owner. For definer functions.';
+
+create or replace function arbiter._is_trusted_session()
+returns boolean
+language plpgsql
+stable
 set search_path = pg_catalog, pg_temp
-return pg_has_role(arbiter._session_role(), current_user, 'usage') or exists (
-  select from pg_catalog.pg_roles r where r.rolname = arbiter._session_role() and r.rolbypassrls);
+as $$
+begin
+  if arbiter._is_owner_session() then
+    return true;
+  end if;
+  return exists (select from pg_catalog.pg_roles r where r.rolname = arbiter._session_role() and r.rolbypassrls);
+end
+$$;
 comment on function arbiter._is_trusted_session() is
   'Whether the session may act for any user: its role may act as arbiter''s owner, or row security does not bind it. For definer functions.';
 
-create or replace function arbiter._caller(p_user_id uuid)
-returns uuid
+create or replace function arbiter._caller(p_user_id text)
+returns text
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid;
+  -- By its bytes: a caller may choose the collation of the argument, and one by which other users' ids are equal.
+  v_user_id text collate "C";
 begin
   if p_user_id is null then
     v_user_id := arbiter.claimed_user_id();
     if v_user_id is null then
       perform arbiter._fail('invalid_parameter_value',
         'no user',
-        'Pass p_user_id, or set request.jwt.claims with a sub.');
+        'Pass p_user_id, or set request.jwt.claims with the claim of arbiter.settings.user_claim.');
     end if;
     return v_user_id;
   end if;
-  if p_user_id is distinct from arbiter.claimed_user_id() and not arbiter._is_trusted_session() then
+  -- Most often it is a uuid as the server prints it, which has no other text. To see that is cheaper than to read it.
+  v_user_id := p_user_id;
+  if v_user_id not like '________-____-____-____-____________' or v_user_id <> lower(v_user_id) then
+    v_user_id := arbiter._user_text(v_user_id);
+  end if;
+  -- The cheapest question first.
+  if not arbiter._is_owner_session()
+     and v_user_id is distinct from arbiter.claimed_user_id()
+     and not arbiter._is_trusted_session()
+  then
     perform arbiter._fail('insufficient_privilege',
       'only a trusted role may ask about another user',
-      'Leave p_user_id out: the user is the sub of request.jwt.claims.');
+      'Leave p_user_id out: the user is the one of request.jwt.claims.');
   end if;
-  return p_user_id;
+  return v_user_id;
 end
 $$;
-comment on function arbiter._caller(uuid) is
+comment on function arbiter._caller(text) is
   'The user that a call is about: p_user_id, or the session''s user when that is null. Error 42501 when that is another user and the role is not trusted, 22023 when there is none.';
 
 -- Clients are Supabase's roles, where it has made them, and the roles that the owner has named. By kind:

@@ -46,7 +46,7 @@ comment on function arbiter._is_fresh(timestamptz, interval, timestamptz) is
 -- from the instant at which a browser may take over, the machine's writes are rejected.
 create or replace function arbiter._verdict(
   p_source text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_lease arbiter.leases,
   p_machine arbiter.machine,
   p_settings arbiter.settings,
@@ -115,5 +115,5 @@ begin
 end
 $$;
 comment on function
-  arbiter._verdict(text, uuid, arbiter.leases, arbiter.machine, arbiter.settings, timestamptz) is
+  arbiter._verdict(text, text, arbiter.leases, arbiter.machine, arbiter.settings, timestamptz) is
   'What a write from an environment (source, and the machine when cloud) gets at an instant. Reads nothing but its arguments.';

@@ -53,7 +53,7 @@ $$;
 comment on function arbiter._is_in_progress(xid) is
   'Whether a transaction has not ended yet: for the xmin of a row that can be seen, whether this transaction has written it.';
 
-create or replace function arbiter._blockers(p_user_id uuid)
+create or replace function arbiter._blockers(p_user_id text)
 returns jsonb
 language sql
 set search_path = pg_catalog, pg_temp
@@ -73,7 +73,7 @@ begin atomic
           where t.pid = r.pid and t.locktype = 'transactionid' and t.granted)
        end;
 end;
-comment on function arbiter._blockers(uuid) is
+comment on function arbiter._blockers(text) is
   'Process ids of the sessions whose open transactions lock a user''s lease. For the detail of WX007; may miss a released savepoint.';
 
 -- A transaction's own lock does not keep it from ending the epoch that it has written in, and its rows would then
@@ -129,9 +129,9 @@ comment on function arbiter._wrote_in_epoch(arbiter.leases, xid) is
 -- Needs the lease locked exclusively by this transaction: the snapshot then shows every write of the epoch that ends.
 create or replace function arbiter._record_handover(
   p_from arbiter.leases,
-  p_user_id uuid,
+  p_user_id text,
   p_holder text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_reason text)
 returns void
 language plpgsql
@@ -166,7 +166,7 @@ begin
     (select c.system_identifier from pg_catalog.pg_control_system() c));
 end
 $$;
-comment on function arbiter._record_handover(arbiter.leases, uuid, text, uuid, text) is
+comment on function arbiter._record_handover(arbiter.leases, text, text, text, text) is
   'Appends a handover to the history with its evidence. p_from: the lease until then; nulls when it was created.';
 
 -- The history proves exclusion only as long as it is not rewritten.

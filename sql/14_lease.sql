@@ -22,7 +22,7 @@
 -- At read committed each statement of a volatile plpgsql function takes a new snapshot. The steps below rely on that:
 -- a statement after a lock sees what the lock protects.
 
-create or replace function arbiter._machine(p_user_id uuid, p_machine_id uuid)
+create or replace function arbiter._machine(p_user_id text, p_machine_id text)
 returns arbiter.machine
 language plpgsql
 stable
@@ -37,7 +37,7 @@ begin
     select m.state, m.heartbeat_at
       into v_machine.state, v_machine.heartbeat_at
       from arbiter.machines m
-     where m.machine_id = p_machine_id and m.user_id = p_user_id;
+     where arbiter._is_machine(m.machine_id, p_machine_id) and m.user_id::text collate "C" = p_user_id;
     if v_machine.state is distinct from 'running' then
       select n.left_running_at, n.entered_error_at
         into v_machine.left_running_at, v_machine.entered_error_at
@@ -49,11 +49,11 @@ begin
   return v_machine;
 end
 $$;
-comment on function arbiter._machine(uuid, uuid) is
+comment on function arbiter._machine(text, text) is
   'A machine of a user: what the registry says, and what the database noted itself.';
 
 create or replace function arbiter._lock_lease(
-  p_user_id uuid,
+  p_user_id text,
   out locked boolean,
   out wrote boolean,
   out lease arbiter.leases)
@@ -70,12 +70,12 @@ begin
   wrote := locked and arbiter._wrote_in_epoch(lease, v_xmax);
 end
 $$;
-comment on function arbiter._lock_lease(uuid) is
+comment on function arbiter._lock_lease(text) is
   'Tries once to lock a lease for a handover, without waiting. locked: got it; lease is the row as it now stands. wrote: this transaction has written in its epoch.';
 
 -- Of two transactions that create a lease at once one succeeds. The other does not wait for the first one to end: it
 -- returns null, and its caller looks again.
-create or replace function arbiter._create_lease(p_user_id uuid, p_reason text)
+create or replace function arbiter._create_lease(p_user_id text, p_reason text)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -96,7 +96,7 @@ exception
     return null;
 end
 $$;
-comment on function arbiter._create_lease(uuid, text) is
+comment on function arbiter._create_lease(text, text) is
   'Creates the lease of a user, local, epoch 1. False when there is one already, null while another transaction is creating it.';
 
 -- As text, because every heartbeat asks it for each row, where a call would cost too much.
@@ -112,8 +112,8 @@ comment on function arbiter._settled_machine_expression(text) is
 do $settled_machine$
 begin
   execute format($sql$
-    create or replace function arbiter._settled_machine(p_user_id uuid)
-    returns uuid
+    create or replace function arbiter._settled_machine(p_user_id text)
+    returns text
     language plpgsql
     stable
     set search_path = pg_catalog, pg_temp
@@ -126,11 +126,11 @@ begin
     arbiter._settled_machine_expression('p_user_id'));
 end
 $settled_machine$;
-comment on function arbiter._settled_machine(uuid) is '_settled_machine_expression() as a function.';
+comment on function arbiter._settled_machine(text) is '_settled_machine_expression() as a function.';
 
 -- Found means locked to the end of the transaction. The guard's query for the common case (_guard_template,
 -- 22_guard.sql) has this lock written out, where a call would cost too much; test_one_rule holds the two together.
-create or replace function arbiter._share_lease(p_user_id uuid, p_source text, p_machine_id uuid)
+create or replace function arbiter._share_lease(p_user_id text, p_source text, p_machine_id text)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -145,7 +145,7 @@ begin
   return found;
 end
 $$;
-comment on function arbiter._share_lease(uuid, text, uuid) is
+comment on function arbiter._share_lease(text, text, text) is
   'Locks the lease for a write if this environment, and machine, holds it. Never waits at read committed.';
 
 -- For a caller that may have to try again. The lock is tried in a savepoint first and undone, for two reasons. When
@@ -154,7 +154,7 @@ comment on function arbiter._share_lease(uuid, text, uuid) is
 -- for a handover under way in spite of `skip locked`; lock_timeout bounds that wait and ends with this function. The
 -- savepoint is rolled back and never released, because pg_locks does not show the lock of a released savepoint to the
 -- sessions that wait for it.
-create or replace function arbiter._share_lease_bounded(p_user_id uuid, p_source text, p_machine_id uuid)
+create or replace function arbiter._share_lease_bounded(p_user_id text, p_source text, p_machine_id text)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -180,7 +180,7 @@ begin
   return arbiter._share_lease(p_user_id, p_source, p_machine_id);
 end
 $$;
-comment on function arbiter._share_lease_bounded(uuid, text, uuid) is
+comment on function arbiter._share_lease_bounded(text, text, text) is
   'Locks the lease for a write like _share_lease, and leaves no lock when it cannot. Null when a handover under way has kept it waiting for drain_timeout.';
 
 -- Needs the row locked by _lock_lease. A drain that ends without a change of holder is no handover.
@@ -188,7 +188,7 @@ create or replace function arbiter._hand_over(
   p_lease arbiter.leases,
   p_wrote boolean,
   p_holder text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_reason text)
 returns boolean
 language plpgsql
@@ -217,7 +217,7 @@ begin
   return true;
 end
 $$;
-comment on function arbiter._hand_over(arbiter.leases, boolean, text, uuid, text) is
+comment on function arbiter._hand_over(arbiter.leases, boolean, text, text, text) is
   'Gives a locked lease to a holder and records the handover. False, and nothing done, when this transaction has itself written in the epoch that would end.';
 
 -- A takeover depends on the machine's row in the registry. At repeatable read or above the snapshot may be old, and a
@@ -240,7 +240,7 @@ begin
             for no key update skip locked;
       else
         perform from arbiter.machines m
-          where m.machine_id = p_machine.machine_id
+          where arbiter._is_machine(m.machine_id, p_machine.machine_id)
             for no key update skip locked;
       end if;
       v_seen := found;
@@ -277,9 +277,9 @@ comment on function arbiter._pause(timestamptz) is
 -- creation. An admitted write returns with the lease locked to the end of the transaction. A rejection, once it is
 -- raised, gives back all locks that were taken here.
 create or replace function arbiter._decide(
-  p_user_id uuid,
+  p_user_id text,
   p_source text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_wait boolean,
   out verdict arbiter.verdict,
   out lease arbiter.leases)
@@ -352,5 +352,5 @@ begin
   end loop;
 end
 $$;
-comment on function arbiter._decide(uuid, text, uuid, boolean) is
+comment on function arbiter._decide(text, text, text, boolean) is
   'The verdict on one write, with the lease locked when it is admitted. p_wait: wait up to drain_timeout for other transactions.';

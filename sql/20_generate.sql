@@ -121,6 +121,19 @@ $$;
 comment on function arbiter._close(text, text, aclitem[], oid) is
   'Revokes every privilege on an object of arbiter from every role but its owner. p_kind: routine, table, sequence or schema.';
 
+create or replace function arbiter._sign(p_function regprocedure, p_meaning text)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('comment on function %s is %L', p_function,
+    format('%s [%s]', p_meaning, md5(pg_get_functiondef(p_function))));
+end
+$$;
+comment on function arbiter._sign(regprocedure, text) is
+  'Gives a generated function its comment, with the hash of its definition.';
+
 create or replace function arbiter._seal(p_function regprocedure, p_meaning text)
 returns void
 language plpgsql
@@ -130,12 +143,11 @@ begin
   perform arbiter._close('routine', p_function::text, p.proacl, p.proowner)
      from pg_catalog.pg_proc p
     where p.oid = p_function;
-  execute format('comment on function %s is %L', p_function,
-    format('%s [%s]', p_meaning, md5(pg_get_functiondef(p_function))));
+  perform arbiter._sign(p_function, p_meaning);
 end
 $$;
 comment on function arbiter._seal(regprocedure, text) is
-  'Gives a generated function its comment, with the hash of its definition, and closes it (_close).';
+  'Gives a generated function its comment (_sign), and closes it (_close).';
 
 -- A template is a real function with words like __machine or __user_of(n) in the place of the app's names. The body of
 -- the copy is quoted anew, because a name may contain the quotes of the template's body. All words are replaced in one
@@ -157,7 +169,7 @@ begin
     if p_words ->> v_found[i] is null then
       perform arbiter._fail('internal_error',
         format('nothing stands for the word %s of template %s', v_found[i], p_template),
-        'Add it where the template''s words are listed: _guard_words(), _machine_may_write_words() or _registry_words().');
+        'Add it where the template''s words are listed: _id_words(), _guard_words(), _machine_may_write_words() or _registry_words().');
     end if;
     v_body := v_body || (p_words ->> v_found[i]) || v_between[i + 1];
   end loop;

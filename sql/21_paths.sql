@@ -69,39 +69,63 @@ $$;
 comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
+-- A text beside a registry of uuids may name the same user in upper case.
+create or replace function arbiter._user_expression(p_class text, p_value text)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select format(
+    case when p_class = 'text' and arbiter._registry_class('user') = 'uuid'
+         then 'arbiter._user_text(%s::text) collate "C"' else '%s::text collate "C"' end, p_value);
+end;
+comment on function arbiter._user_expression(text, text) is
+  'SQL for the text of the user that a column names. p_class: of the column, as _id_class().';
+
 -- Scalar subqueries by key, because a join would be planned by statistics, which may be stale. A path is broken where a
 -- step names a row that does not exist: a deferred foreign key lets that row come later, and with another owner. Of
 -- several ways none may be broken, and those that are not null must agree; otherwise the row has no user.
 create or replace function arbiter._path_expression(p_protection arbiter.protections, p_row text, p_probe text)
 returns text
 language plpgsql
-immutable
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_number integer := 0;
   v_way record;
   v_value text;
+  v_user text;
   v_broken text := 'false';
   v_values text[] := '{}';
   v_columns text;
   v_names text[];
 begin
-  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways((p_protection).user_path) w loop
+  for v_way in
+    select w.steps, cardinality(w.steps) as last, arbiter._id_class(e.end_table, e.end_column) as class
+      from arbiter._ways((p_protection).user_path) w
+      join arbiter._ends((p_protection).protected_table, (p_protection).user_path) e on e.way = w.way
+     order by w.way
+  loop
     v_value := format('%s.%I', p_row, v_way.steps[1]);
+    v_user := arbiter._user_expression(v_way.class, v_value);
     for i in 1 .. v_way.last - 1 loop
       v_number := v_number + 1;
       v_broken := format('(%1$s or (%2$s is not null and not exists (select from arbiter._path_%3$s_%4$s p where p.key = %2$s)))',
         v_broken, v_value, (p_protection).protection_id, v_number);
+      v_user := format('(select %4$s from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
+        (p_protection).protection_id, v_number, v_value,
+        arbiter._user_expression(v_way.class, format('p%s.value', v_number)));
       v_value := format('(select p%2$s.value from arbiter._path_%1$s_%2$s p%2$s where p%2$s.key = %3$s)',
         (p_protection).protection_id, v_number, v_value);
     end loop;
-    v_values := v_values || v_value;
+    v_values := v_values || v_user;
   end loop;
   if p_probe = 'broken' then
     return v_broken;
   elsif cardinality(v_values) = 1 then
-    return case p_probe when 'user' then v_value else 'false' end;
+    return case p_probe when 'user' then v_values[1] else 'false' end;
   end if;
   select string_agg(format('%s as way_%s', v.value, v.way), ', '), array_agg('w.way_' || v.way)
     into v_columns, v_names

@@ -19,11 +19,11 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select case
-           when bool_and(a.atttypid = 'uuid'::regtype)
+           when bool_and(a.atttypid = 'uuid'::regtype) and arbiter._id_class((p_protection).protected_table, (p_protection).machine_column) = 'uuid'
              then format('array[%s, %s.%I]', string_agg(format('%s.%I', p_row, k.key), ', '),
                p_row, (p_protection).machine_column)
            when bool_and(a.atttypid = any ('{uuid,smallint,integer,bigint,text,varchar}'::regtype[]))
-             then format('array[%s, %s.%I::text]', string_agg(format('%s.%I::text collate "C"', p_row, k.key), ', '),
+             then format('array[%s, %s.%I::text collate "C"]', string_agg(format('%s.%I::text collate "C"', p_row, k.key), ', '),
                p_row, (p_protection).machine_column)
            else 'null::text[]'
          end
@@ -67,6 +67,14 @@ begin atomic
     '__unowned', quote_literal((p_protection).unowned),
     '__updates', ('update' = any ((p_protection).verbs))::text,
     '__machine', quote_ident((p_protection).machine_column),
+    '__machine_key(d)', case
+      when arbiter._registry_class('machine') = 'text'
+        then format('d.%I::text collate "default"', (p_protection).machine_column)
+      when arbiter._id_class((p_protection).protected_table, (p_protection).machine_column) = 'text'
+        then arbiter._id_expression(arbiter._registry_class('machine'), format('d.%I::text', (p_protection).machine_column))
+      else format('d.%I', (p_protection).machine_column) end,
+    '__machine_of(d)', format('d.%I::text collate "C"', (p_protection).machine_column),
+    '__machine_of(n)', format('n.%I::text collate "C"', (p_protection).machine_column),
     '__machine_name', quote_literal((p_protection).machine_column),
     '__keys(n)', k.of_row,
     '__keeps_keys', k.kept,

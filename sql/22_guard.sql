@@ -8,6 +8,7 @@
 --   __keeps_keys    whether an update keeps these columns
 --   __follows_keys  whether what it changes of them is what foreign keys with `on update cascade` do
 --   __machine       the column that names the machine; __machine_name is its name as a literal
+--   __machine_of(x) the machine that the row x names, as text; __machine_key(x) as an id of the registry
 --   __user_of(x)    the user to whom the row x leads
 --   __is_broken(x)  whether the path of x names a row that does not exist; not asked where that rejects the row anyway
 --   __differ(x)     whether the ways of x lead to different users; false where there is one way
@@ -53,12 +54,12 @@ begin
               select (select __writer(d)
                         from arbiter.leases l
                        where l.user_id = __user_of(d)
-                         and l.machine_id is not distinct from d.__machine
+                         and l.machine_id is not distinct from __machine_of(d)
                          and l.draining_since is null
                          -- At a higher level the lock may wait (_share_lease_bounded). The second argument changes
                          -- nothing; without it the condition is on no table, which is a plan node of its own.
                          and current_setting('transaction_isolation', l.user_id is null) = 'read committed'
-                         and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
+                         and (l.machine_id is null or arbiter._machine_may_write(__machine_key(d), l.user_id))
                          for key share skip locked)
                 from __rows as d
                where __is_judged(d)
@@ -84,9 +85,9 @@ begin
               select l.user_id
                 from arbiter.leases l
                where l.user_id = __user_of(d)
-                 and l.machine_id is not distinct from d.__machine
+                 and l.machine_id is not distinct from __machine_of(d)
                  and l.draining_since is null
-                 and (l.machine_id is null or arbiter._machine_may_write(l.machine_id, l.user_id))
+                 and (l.machine_id is null or arbiter._machine_may_write(__machine_key(d), l.user_id))
                  for key share skip locked) end is null;
     if not found then
       return null;
@@ -99,7 +100,7 @@ begin
            -- If this statement fails, the table has changed under its guard: call arbiter.protect() again.
            __user_of(n) as user_id,
            n.source::text as source,
-           n.__machine as machine_id,
+           __machine_of(n) as machine_id,
            case when (__is_ours(n)) is not true then 'evidence'
                 when __is_broken(n) then 'parent'
                 when __differ(n) then 'users' end as flaw
@@ -136,7 +137,7 @@ set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
-  v_user_id uuid;
+  v_user_id text;
   v_machine_gone boolean;
   v_error arbiter.error;
 begin
@@ -154,7 +155,7 @@ begin
   v_machine_gone := new.source is not distinct from old.source
     and old.__machine is not null
     and new.__machine is null
-    and not exists (select from arbiter.machines m where m.machine_id = old.__machine);
+    and not exists (select from arbiter.machines m where arbiter._is_machine(m.machine_id, old.__machine::text collate "C"));
   -- Where the ways of the new row disagree, or one is broken, it has no user yet, and could get one without a write.
   if ((__user_of(new)) is distinct from v_user_id or __has_flaw(new))
       and not (__follows_keys)
@@ -237,9 +238,9 @@ comment on function arbiter._reject_or_record(integer, text, text, jsonb, text) 
   'The error that rejects a write to a protected table. Where the table is observed, records the rejection and returns null.';
 
 create or replace function arbiter._identity_flaw(
-  p_user_id uuid,
+  p_user_id text,
   p_source text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_flaw text,
   p_unowned text)
 returns text
@@ -251,7 +252,11 @@ begin
   -- A query of its own: as a branch of the CASE it would be planned for each call, because the plan for arguments that
   -- need no query costs next to nothing, and so the server never settles on a plan for all.
   if p_source = 'cloud' and p_machine_id is not null and p_user_id is not null and p_flaw is null then
-    perform from arbiter.machines m where m.machine_id = p_machine_id and m.user_id = p_user_id;
+    -- By the text, too: a machine has one text, and the lease is for that.
+    perform from arbiter.machines m
+      where arbiter._is_machine(m.machine_id, p_machine_id)
+        and m.machine_id::text collate "C" = p_machine_id
+        and m.user_id::text collate "C" = p_user_id;
     return case when not found then 'The registry has no such machine of this user.' end;
   end if;
   return case
@@ -271,7 +276,7 @@ begin
   end;
 end
 $$;
-comment on function arbiter._identity_flaw(uuid, text, uuid, text, text) is
+comment on function arbiter._identity_flaw(text, text, text, text, text) is
   'Why source, machine and user of a row do not fit together, as a hint; null when they do. p_flaw: what the guard has found, evidence (arbiter_xid is not this transaction), parent (the path is broken) or users (its ways lead to different users).';
 
 -- A worker that beats and writes, and whose status was never set to running, must not read that it has to go on.
@@ -296,9 +301,9 @@ create or replace function arbiter._admit(
   p_protection_id integer,
   p_mode text,
   p_unowned text,
-  p_user_id uuid,
+  p_user_id text,
   p_source text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_flaw text)
 returns arbiter.error
 language plpgsql
@@ -352,5 +357,5 @@ begin
   return null;
 end
 $$;
-comment on function arbiter._admit(integer, text, text, uuid, text, uuid, text) is
+comment on function arbiter._admit(integer, text, text, text, text, text, text) is
   'Admits a write to a protected table, with the lease locked to the end of the transaction, or returns the error that rejects it (WX001 to WX005, WX007). p_flaw as for _identity_flaw().';

@@ -41,7 +41,7 @@ begin atomic
     '__state(n)', arbiter._state_expression(p_registry, 'n'),
     '__state(new)', arbiter._state_expression(p_registry, 'new'),
     '__state(old)', arbiter._state_expression(p_registry, 'old'),
-    '__settled_machine(n)', arbiter._settled_machine_expression(format('n.%I', (p_registry).user_column)));
+    '__settled_machine(n)', arbiter._settled_machine_expression(format('n.%I::text collate "C"', (p_registry).user_column)));
 end;
 comment on function arbiter._registry_words(arbiter.registry) is
   'What the words of the templates stand for in the registry''s trigger functions.';
@@ -128,13 +128,17 @@ as $$
 begin
   case tg_op
     when 'INSERT' then
-      perform arbiter._note_machine(null, null, null, new.__user, new.__machine, __state(new));
+      perform arbiter._note_machine(
+        null, null, null,
+        new.__user::text collate "C", new.__machine::text collate "C", __state(new));
     when 'UPDATE' then
       perform arbiter._note_machine(
-        old.__user, old.__machine, __state(old),
-        new.__user, new.__machine, __state(new));
+        old.__user::text collate "C", old.__machine::text collate "C", __state(old),
+        new.__user::text collate "C", new.__machine::text collate "C", __state(new));
     when 'DELETE' then
-      perform arbiter._note_machine(old.__user, old.__machine, __state(old), null, null, null);
+      perform arbiter._note_machine(
+        old.__user::text collate "C", old.__machine::text collate "C", __state(old),
+        null, null, null);
     when 'TRUNCATE' then
       perform arbiter._note_absent_machines();
   end case;
@@ -158,21 +162,23 @@ declare
   v_machine record;
 begin
   -- The common case: all are machines that hold the lease already.
-  perform from arbiter_rows n where n.__machine is distinct from __settled_machine(n);
+  perform from arbiter_rows n where n.__machine::text collate "C" is distinct from __settled_machine(n);
   if not found then
     return null;
   end if;
   select s.heartbeat_timeout into strict v_timeout from arbiter.settings s where s.singleton;
   for v_machine in
-    select n.__machine as machine_id, n.__user as user_id, n.__heartbeat as heartbeat_at
-      from arbiter_rows n
-     where n.__user is not null
-       and __state(n) = 'running'
-       and n.__machine is distinct from __settled_machine(n)
+    select m.machine_id, m.user_id, m.heartbeat_at
+      from (
+        select n.__machine::text collate "C" as machine_id, n.__user::text collate "C" as user_id, n.__heartbeat as heartbeat_at
+          from arbiter_rows n
+         where n.__user is not null
+           and __state(n) = 'running'
+           and n.__machine::text collate "C" is distinct from __settled_machine(n)) m
      -- The machine that the lease drains to comes first: _activate() for another one locks the lease, and this
      -- transaction cannot hand over what it has locked.
-     order by n.__user, n.__machine is distinct from (
-         select l.draining_to from arbiter.leases l where l.user_id = n.__user), n.__machine
+     order by m.user_id, m.machine_id is distinct from (
+         select l.draining_to from arbiter.leases l where l.user_id = m.user_id), m.machine_id
   loop
     if arbiter._is_fresh(v_machine.heartbeat_at, v_timeout, clock_timestamp()) then
       perform arbiter._activate(v_machine.user_id, v_machine.machine_id);
@@ -187,7 +193,7 @@ comment on function arbiter._activate_template() is 'Gives the lease to a machin
 -- because to read it from arbiter.settings would cost more than to read the machine. A transaction that has already
 -- written may still use the old constant, because the server looks for replaced functions only when it takes a lock;
 -- the lease excludes all the same.
-create or replace function arbiter._machine_may_write_template(p_machine_id uuid, p_user_id uuid)
+create or replace function arbiter._machine_may_write_template(p_machine_id anyelement, p_user_id text)
 returns boolean
 language plpgsql
 stable
@@ -197,13 +203,13 @@ begin
   perform
      from arbiter.machines m
     where m.machine_id = p_machine_id
-      and m.user_id = p_user_id
+      and m.user_id::text collate "C" = p_user_id
       and m.state = 'running'
       and __is_fresh(m);
   return found;
 end
 $$;
-comment on function arbiter._machine_may_write_template(uuid, uuid) is
+comment on function arbiter._machine_may_write_template(anyelement, text) is
   'Whether a machine of a user runs and has sent a heartbeat in time, as a template.';
 
 -- In seconds, because the text of an interval depends on the session. A year counts 360 days in comparisons and 365.25
@@ -232,9 +238,9 @@ as $$
 begin
   -- One at a time: of two sessions that replace a function at once, one fails.
   perform from arbiter.settings s for no key update;
-  perform arbiter._instantiate('arbiter._machine_may_write_template(uuid, uuid)', '_machine_may_write',
+  perform arbiter._instantiate('arbiter._machine_may_write_template(anyelement, text)', '_machine_may_write',
     arbiter._machine_may_write_words());
-  perform arbiter._seal('arbiter._machine_may_write(uuid, uuid)',
+  perform arbiter._seal('arbiter._machine_may_write(anyelement, text)',
     'Whether a machine of a user runs and has sent a heartbeat in time.');
 end
 $$;
@@ -249,11 +255,11 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select case
            when p.oid is null then 'missing'
-           when p.prosrc <> arbiter._filled_in('arbiter._machine_may_write_template(uuid, uuid)', arbiter._machine_may_write_words())
+           when p.prosrc <> arbiter._filled_in('arbiter._machine_may_write_template(anyelement, text)', arbiter._machine_may_write_words())
              then 'outdated'
            else 'ok'
          end
-    from (select to_regprocedure('arbiter._machine_may_write(uuid, uuid)') as id) w
+    from (select to_regprocedure('arbiter._machine_may_write(anyelement, text)') as id) w
     left join pg_catalog.pg_proc p on p.oid = w.id;
 end;
 comment on function arbiter._machine_may_write_state() is
@@ -261,11 +267,11 @@ comment on function arbiter._machine_may_write_state() is
 
 -- By the database's clock, when it sees the change: the app's own columns are not trusted.
 create or replace function arbiter._note_machine(
-  p_old_user_id uuid,
-  p_old_machine_id uuid,
+  p_old_user_id text,
+  p_old_machine_id text,
   p_old_state text,
-  p_new_user_id uuid,
-  p_new_machine_id uuid,
+  p_new_user_id text,
+  p_new_machine_id text,
   p_new_state text)
 returns void
 language plpgsql
@@ -303,7 +309,7 @@ begin
   end if;
 end
 $$;
-comment on function arbiter._note_machine(uuid, uuid, text, uuid, uuid, text) is
+comment on function arbiter._note_machine(text, text, text, text, text, text) is
   'Notes a change of a machine''s state or owner. The old values are null for a new machine, the new ones for a deleted one.';
 
 create or replace function arbiter._note_absent_machines()
@@ -319,7 +325,8 @@ begin
     cross join lateral (values (l.machine_id), (l.draining_to)) as m (machine_id)
    where m.machine_id is not null
      and not exists (
-       select from arbiter.machines r where r.machine_id = m.machine_id and r.user_id = l.user_id)
+       select from arbiter.machines r
+        where r.machine_id::text collate "C" = m.machine_id and r.user_id::text collate "C" = l.user_id)
      and not exists (
        select from arbiter.machine_notes k
         where k.user_id = l.user_id and k.machine_id = m.machine_id and k.left_running_at is not null)
@@ -332,7 +339,7 @@ comment on function arbiter._note_absent_machines() is
 
 -- For a machine that is healthy but does not hold the settled lease of its user. No step here waits for another
 -- transaction; what does not succeed now succeeds with the next heartbeat.
-create or replace function arbiter._activate(p_user_id uuid, p_machine_id uuid)
+create or replace function arbiter._activate(p_user_id text, p_machine_id text)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -340,7 +347,7 @@ as $$
 declare
   v_settings arbiter.settings;
   v_lease arbiter.leases;
-  v_incumbent uuid;
+  v_incumbent text;
   v_machine arbiter.machine;
   v_attempt record;
 begin
@@ -386,5 +393,5 @@ begin
    where l.user_id = p_user_id;
 end
 $$;
-comment on function arbiter._activate(uuid, uuid) is
+comment on function arbiter._activate(text, text) is
   'Marks the drain of a user''s lease to a healthy machine, or ends it when no write is in flight. Never waits.';

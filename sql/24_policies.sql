@@ -39,7 +39,7 @@ begin
       definition := format(
         'on %4$s as restrictive for %2$s to %5$s %3$swith check ('
         'case when (select arbiter.claimed_machine_id()) is null then source = ''local'' and %1$I is null '
-        'else source = ''cloud'' and %1$I = (select arbiter.claimed_machine_id()) end)',
+        'else source = ''cloud'' and %1$I::text collate "C" = (select arbiter.claimed_machine_id()) end)',
         v_protection.machine_column,
         case when 'update' = any (v_protection.verbs) then 'all' else 'insert' end,
         case when 'update' = any (v_protection.verbs) then 'using (true) ' end,
@@ -64,8 +64,9 @@ begin
     -- A browser passes `using`, so that it gets an error: rows that `using` hides are left out without one.
     definition := format(
       'on %4$s as restrictive for update to %3$s '
-      'using ((select arbiter.claimed_machine_id()) is null or %1$I = (select arbiter.claimed_machine_id())) '
-      'with check (%1$I = (select arbiter.claimed_machine_id()) and %2$I = (select arbiter.claimed_user_id()))',
+      'using ((select arbiter.claimed_machine_id()) is null or %1$I::text collate "C" = (select arbiter.claimed_machine_id())) '
+      'with check (%1$I::text collate "C" = (select arbiter.claimed_machine_id()) '
+      'and %2$I::text collate "C" = (select arbiter.claimed_user_id()))',
       v_registry.id_column, v_registry.user_column, v_claimants, table_name);
     meaning := 'A machine''s token changes that machine, and keeps its owner; browsers change none.';
     return next;
@@ -82,8 +83,8 @@ begin
     then
       policy_name := 'arbiter_machine_update';
       definition := format(
-        'on %4$s for update to %3$s using (%1$I = (select arbiter.claimed_machine_id()) '
-        'and %2$I = (select arbiter.claimed_user_id()))',
+        'on %4$s for update to %3$s using (%1$I::text collate "C" = (select arbiter.claimed_machine_id()) '
+        'and %2$I::text collate "C" = (select arbiter.claimed_user_id()))',
         v_registry.id_column, v_registry.user_column, v_users, table_name);
       meaning := 'A machine''s token may send its heartbeat.';
       return next;

@@ -137,6 +137,8 @@ begin
       format('An update of %s would not be arbitrated: protect that table.', v_relative));
   end if;
   perform arbiter._need_machine_key(p_table, v_new.machine_column, v_registry.registry);
+  perform arbiter._need_ids_of_registry(p_table, v_new.user_path, v_new.machine_column,
+    v_registry.registry, v_registry.id_column, v_registry.user_column);
 
   -- No write is in flight under the old rules, and every later one is judged by the new ones. Take the strongest lock
   -- at once, which a default and a policy need: a later upgrade can deadlock with a reader.
@@ -174,7 +176,7 @@ begin
 end
 $$;
 comment on function arbiter.protect(regclass, text, text[], name, text, text, boolean) is
-  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. Options that are left out keep their values; the first time they are: p_user_path, a uuid column or a path over foreign keys, found where it is obvious; p_verbs {insert}; p_machine_column machine_id; p_mode enforce; p_unowned reject; p_evidence true. p_verbs {insert}: an update, also that of an upsert or MERGE which finds an older row, is not arbitrated. {insert,update}: it is. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
+  'Protects a table: adds source, machine_id and arbiter_xid if missing (no rewrite; existing rows become local), attaches the guard to it and its partitions. Options that are left out keep their values; the first time they are: p_user_path, a column with the user''s id or a path over foreign keys, found where it is obvious; p_verbs {insert}; p_machine_column machine_id; p_mode enforce; p_unowned reject; p_evidence true. p_verbs {insert}: an update, also that of an upsert or MERGE which finds an older row, is not arbitrated. {insert,update}: it is. Idempotent; call it again after the table changed or got a partition. Errors 22023, 23514, 42501, 42703, 42804, 42809: nothing changed.';
 
 create or replace function arbiter.unprotect(p_table regclass)
 returns void

@@ -25,11 +25,12 @@ begin
     where c.oid = to_regclass('arbiter.machines');
   if v_callers is not null then
     execute format('grant select, update (heartbeat_at) on arbiter.machines to %s', v_callers);
+    execute format('grant execute on function arbiter._machine_keys(text[]), arbiter._user_text(text) to %s', v_callers);
   end if;
 end
 $$;
 comment on function arbiter._open_machines() is
-  'Grants the view arbiter.machines to the roles of clients that may call heartbeat(), and to no other.';
+  'Grants the view arbiter.machines, and the functions that read ids, to the roles of clients that may call heartbeat(), and to no other.';
 
 create or replace function arbiter._make_machines_view(p_query text)
 returns void
@@ -41,6 +42,7 @@ begin
     'The registry under fixed names, with its status mapped to a machine state.',
     -- With the rights of its reader: a grant here opens nothing that the registry itself does not open.
     'with (security_invoker = true)');
+  perform arbiter._build_ids();
   perform arbiter._open_machines();
   comment on column arbiter.machines.machine_id is 'The machine, as machine_id of protected rows names it.';
   comment on column arbiter.machines.user_id is 'Its owner.';
@@ -111,17 +113,17 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid;
+  v_user_id text;
   v_at timestamptz;
 begin
   for v_user_id in
     insert into arbiter.leases (user_id, epoch, holder, held_since)
     select u.user_id, 1, 'local', clock_timestamp()
       from (
-        select distinct m.user_id
+        select distinct m.user_id::text collate "C" as user_id
           from arbiter.machines m
          where m.user_id is not null
-           and not exists (select from arbiter.leases l where l.user_id = m.user_id)) u
+           and not exists (select from arbiter.leases l where l.user_id = m.user_id::text collate "C")) u
      -- As in a write for several users, which may create some of these leases now.
      order by u.user_id
     on conflict do nothing
@@ -133,19 +135,19 @@ begin
   update arbiter.machine_notes n
      set left_running_at = null, entered_error_at = null
     from arbiter.machines m
-   where m.user_id = n.user_id
-     and m.machine_id = n.machine_id
+   where m.user_id::text collate "C" = n.user_id
+     and m.machine_id::text collate "C" = n.machine_id
      and m.state = 'running'
      and (n.left_running_at is not null or n.entered_error_at is not null);
   insert into arbiter.machine_notes as n (user_id, machine_id, left_running_at, entered_error_at)
-  select m.user_id, m.machine_id, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
+  select m.user_id::text, m.machine_id::text, clock_timestamp(), case when m.state = 'error' then clock_timestamp() end
     from arbiter.machines m
    where m.user_id is not null
      and m.state <> 'running'
      and not exists (
        select from arbiter.machine_notes k
-        where k.user_id = m.user_id
-          and k.machine_id = m.machine_id
+        where k.user_id = m.user_id::text collate "C"
+          and k.machine_id = m.machine_id::text collate "C"
           and k.left_running_at is not null
           and (k.entered_error_at is not null or m.state <> 'error'))
   on conflict on constraint machine_notes_pkey do update
@@ -155,13 +157,13 @@ begin
   v_at := clock_timestamp();
   perform arbiter._activate(m.user_id, m.machine_id)
      from (
-       select r.user_id, r.machine_id
+       select r.user_id::text collate "C" as user_id, r.machine_id::text collate "C" as machine_id
          from arbiter.machines r, arbiter.settings s
         where r.user_id is not null
           and r.state = 'running'
           and arbiter._is_fresh(r.heartbeat_at, s.heartbeat_timeout, v_at)
-          and r.machine_id is distinct from arbiter._settled_machine(r.user_id)
-        order by r.user_id, r.machine_id) as m;
+          and r.machine_id::text collate "C" is distinct from arbiter._settled_machine(r.user_id::text collate "C")
+        order by 1, 2) as m;
 end
 $$;
 comment on function arbiter._take_machines() is
@@ -181,7 +183,7 @@ begin
   if not found then
     -- There are no machines, and the view is the empty one of the first migration.
     perform arbiter._make_machines_view(
-      'select null::uuid as machine_id, null::uuid as user_id, null::text as status, null::text as state, '
+      'select null::text as machine_id, null::text as user_id, null::text as status, null::text as state, '
       'null::timestamptz as heartbeat_at where false');
     perform arbiter._note_absent_machines();
     return;
@@ -233,6 +235,7 @@ declare
   v_unknown text;
   v_old arbiter.registry;
   v_is_ahead boolean;
+  v_retyped boolean;
   v_index text;
 begin
   if p_registry is null or p_id_column is null or p_user_column is null or p_status_column is null
@@ -274,6 +277,10 @@ begin
       'Map the word to a machine state in p_states, too.');
   end if;
   perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
+  perform arbiter._need_ids_of_registry(p.protected_table, p.user_path, p.machine_column,
+      p_registry, p_id_column, p_user_column)
+     from arbiter.protections p
+     join pg_catalog.pg_class c on c.oid = p.protected_table;
 
   -- One registration at a time, and none beside protect(), which locks the first of these and changes the other one.
   lock table arbiter.protections, arbiter.registry in share row exclusive mode;
@@ -285,6 +292,14 @@ begin
     case v_old.registry when p_registry then 'share row exclusive' else 'access exclusive' end);
   if v_old.registry <> p_registry then
     perform arbiter._detach(v_old.registry);
+  end if;
+  -- Guards read ids by the types of the registry's: no write that is in flight may have read a user by another one.
+  v_retyped := (arbiter._id_class(p_registry, p_id_column), arbiter._id_class(p_registry, p_user_column))
+    <> (arbiter._registry_class('machine'), arbiter._registry_class('user'));
+  if v_retyped then
+    perform arbiter._lock_tables(array(
+      select c.oid::regclass from arbiter.protections p join pg_catalog.pg_class c on c.oid = p.protected_table),
+      'share row exclusive');
   end if;
   perform arbiter._add_column(p_registry, p_heartbeat_column, 'heartbeat');
   if (v_old.registry, v_old.heartbeat_column) is distinct from (p_registry, p_heartbeat_column) then
@@ -312,6 +327,10 @@ begin
         states = excluded.states,
         machine_statuses = excluded.machine_statuses;
   perform arbiter._build_registry();
+  perform arbiter._build_guard(p.protection_id)
+     from arbiter.protections p
+     join pg_catalog.pg_class c on c.oid = p.protected_table
+    where v_retyped;
   perform arbiter._add_machine_key(p.protected_table, p.machine_column) from arbiter.protections p;
   perform arbiter._build_policies(p_registry);
   perform arbiter._build_policies(v_old.registry) where v_old.registry <> p_registry;

@@ -13,7 +13,7 @@ comment on type arbiter.execution_status is
   'What arbiter.status() returns: what a write in the instant as_of would get.';
 
 create or replace function arbiter._uncommon_status(
-  p_user_id uuid,
+  p_user_id text,
   p_at timestamptz,
   out environment text,
   out code text,
@@ -42,11 +42,11 @@ begin
   state := v_machine.state;
 end
 $$;
-comment on function arbiter._uncommon_status(uuid, timestamptz) is
+comment on function arbiter._uncommon_status(text, timestamptz) is
   'What the status of a user whose lease is for a machine says of an instant, by the verdicts.';
 
 -- Definer: a browser may ask, but may read neither leases nor machines.
-create or replace function arbiter.status(p_user_id uuid default null)
+create or replace function arbiter.status(p_user_id text default null)
 returns arbiter.execution_status
 language plpgsql
 stable
@@ -55,13 +55,13 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 declare
-  v_user_id uuid := arbiter._caller(p_user_id);
+  v_user_id text collate "C" := arbiter._caller(p_user_id);
   v_as_of timestamptz;
   v_poll_interval interval;
   v_epoch bigint;
   v_draining boolean;
-  v_claimant uuid;
-  v_machine_id uuid;
+  v_claimant text;
+  v_machine_id text;
   v_state text;
   v_heartbeat_at timestamptz;
   v_is_active boolean;
@@ -79,16 +79,17 @@ begin
          v_is_active
     from arbiter.settings s
     left join arbiter.leases l on l.user_id = v_user_id
-    left join arbiter.machines m on m.machine_id = l.claimant and m.user_id = l.user_id
+    left join arbiter.machines m
+      on arbiter._is_machine(m.machine_id, l.claimant) and m.user_id::text collate "C" = l.user_id
    where s.singleton;
 
   -- The two common answers come first, without a call.
   if v_claimant is null then
     -- The browser holds: show the machine that is on its way.
-    select m.machine_id, m.state, m.heartbeat_at
+    select m.machine_id::text, m.state, m.heartbeat_at
       into v_machine_id, v_state, v_heartbeat_at
       from arbiter.machines m
-     where m.user_id = v_user_id
+     where arbiter._is_user(m.user_id, v_user_id)
      order by m.heartbeat_at desc nulls last
      limit 1;
   elsif v_is_active then
@@ -121,10 +122,20 @@ begin
     v_poll_interval)::arbiter.execution_status;
 end
 $$;
-comment on function arbiter.status(uuid) is
+comment on function arbiter.status(text) is
   'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
 
-create or replace function arbiter._unconfirmable(p_user_id uuid, p_lease arbiter.leases)
+-- The functions for a uuid cost nothing, because the server puts their bodies into the call; only without settings of
+-- their own, which such a body does not need: it was read when it was made. Their parameters have other names, so that
+-- an API that chooses by names finds one function.
+create or replace function arbiter.status(p_user_uuid uuid)
+returns arbiter.execution_status
+language sql
+stable
+return arbiter.status(p_user_uuid::text);
+comment on function arbiter.status(uuid) is 'The same for an id of type uuid.';
+
+create or replace function arbiter._unconfirmable(p_user_id text, p_lease arbiter.leases)
 returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -150,11 +161,11 @@ begin
   return null;
 end
 $$;
-comment on function arbiter._unconfirmable(uuid, arbiter.leases) is
+comment on function arbiter._unconfirmable(text, arbiter.leases) is
   'Why the takeover of a lease''s machine cannot be confirmed: WX001, WX002, WX003 when it is too early or the machine is not in error, 55000 when there is nothing to confirm. Null when it can.';
 
 -- Definer: the user may confirm, but may write neither lease nor registry.
-create or replace function arbiter.confirm_takeover(p_user_id uuid default null)
+create or replace function arbiter.confirm_takeover(p_user_id text default null)
 returns arbiter.execution_status
 language plpgsql
 security definer
@@ -162,7 +173,7 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 declare
-  v_user_id uuid := arbiter._caller(p_user_id);
+  v_user_id text collate "C" := arbiter._caller(p_user_id);
   v_give_up_at timestamptz;
   v_lease arbiter.leases;
   v_error arbiter.error;
@@ -180,7 +191,9 @@ begin
     v_error := arbiter._unconfirmable(v_user_id, v_lease);
     exit when v_error.sqlstate is not null;
     -- The registry row first, as everywhere, so that its machine cannot recover before the takeover is confirmed.
-    perform from arbiter.machines m where m.machine_id = v_lease.claimant for no key update skip locked;
+    perform from arbiter.machines m
+      where arbiter._is_machine(m.machine_id, v_lease.claimant)
+        for no key update skip locked;
     if found then
       v_attempt := arbiter._lock_lease(v_user_id);
       if v_attempt.locked then
@@ -226,7 +239,7 @@ begin
      order by s.key <> 'stopped', s.key
   loop
     begin
-      execute format('update arbiter.machines set status = %L where machine_id = $1', v_word)
+      execute format('update arbiter.machines set status = %L where arbiter._is_machine(machine_id, $1)', v_word)
         using v_lease.claimant;
       return arbiter.status(v_user_id);
     exception
@@ -239,5 +252,11 @@ begin
     'Call arbiter.register_machines() with p_states that has the table''s own words.');
 end
 $$;
-comment on function arbiter.confirm_takeover(uuid) is
+comment on function arbiter.confirm_takeover(text) is
   'The user''s yes after a machine''s error: hands the lease to local and sets the machine''s status to stopped. While writes of the machine are in flight, the next local write completes the handover. Only once error_takeover_delay has passed (WX003 with retry_at before; WX001, WX002 when the machine is not in error; 55000 when there is nothing to confirm, or the registry has a trigger of a role that has not the rights of arbiter''s owner). Returns the status.';
+
+create or replace function arbiter.confirm_takeover(p_user_uuid uuid)
+returns arbiter.execution_status
+language sql
+return arbiter.confirm_takeover(p_user_uuid::text);
+comment on function arbiter.confirm_takeover(uuid) is 'The same for an id of type uuid.';

@@ -54,11 +54,12 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 begin
+  perform arbiter._build_ids();
   perform arbiter._build_machine_may_write();
   return null;
 end
 $$;
-comment on function arbiter.tg_settings() is 'Generates anew the function that holds a setting.';
+comment on function arbiter.tg_settings() is 'Generates anew the functions that hold a setting.';
 
 create or replace function arbiter.tg_keep_settings()
 returns trigger
@@ -92,7 +93,7 @@ begin atomic
       'Announces handovers and drains.'),
     ('arbiter.settings', 'arbiter_settings',
       'after insert or update on arbiter.settings for each row execute function arbiter.tg_settings()',
-      'A function holds heartbeat_timeout.'),
+      'Functions hold heartbeat_timeout and user_claim.'),
     ('arbiter.settings', 'arbiter_keep_settings',
       'before delete or truncate on arbiter.settings for each statement execute function arbiter.tg_keep_settings()',
       'Every decision needs the settings.');

@@ -32,10 +32,10 @@ comment on type arbiter.audit_finding is
 -- A lease without any handover is reported as a missing epoch.
 create or replace function arbiter._judged_handovers()
 returns table (
-  user_id uuid,
+  user_id text,
   epoch bigint,
   holder text,
-  machine_id uuid,
+  machine_id text,
   xid xid8,
   snapshot pg_snapshot,
   frontier xid8,
@@ -86,7 +86,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select 'history', j.flaw, j.user_id, null::regclass, null::jsonb, null, null::uuid,
+  select 'history', j.flaw, j.user_id, null::regclass, null::jsonb, null, null::text,
          j.xid, j.epoch, j.holder, j.machine_id, null::bigint
     from arbiter._judged_handovers() j
    where j.flaw is not null
@@ -97,9 +97,9 @@ comment on function arbiter._audit_history() is
 
 -- For a row that the two searches do not place. Only around an inexact handover it may belong to several epochs.
 create or replace function arbiter._judge_row(
-  p_user_id uuid,
+  p_user_id text,
   p_source text,
-  p_machine_id uuid,
+  p_machine_id text,
   p_xid xid8,
   p_low bigint,
   p_high bigint,
@@ -193,7 +193,7 @@ begin
   return v_verdict;
 end
 $$;
-comment on function arbiter._judge_row(uuid, text, uuid, xid8, bigint, bigint, bigint, boolean, boolean, boolean) is
+comment on function arbiter._judge_row(text, text, text, xid8, bigint, bigint, bigint, boolean, boolean, boolean) is
   'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have. p_has_two: its ways lead to different users.';
 
 create or replace function arbiter._audit_step(p_block bigint, p_blocks bigint)
@@ -225,7 +225,12 @@ declare
   v_blocks bigint;
   v_step text;
 begin
-  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_protection.user_path) w loop
+  for v_way in
+    select w.steps, cardinality(w.steps) as last, arbiter._id_class(e.end_table, e.end_column) as class
+      from arbiter._ways(p_protection.user_path) w
+      join arbiter._ends(p_protection.protected_table, p_protection.user_path) e on e.way = w.way
+     order by w.way
+  loop
     v_value := format('r.%I', v_way.steps[1]);
     for i in 1 .. v_way.last - 1 loop
       v_number := v_number + 1;
@@ -233,7 +238,7 @@ begin
         p_protection.protection_id, v_number, v_value);
       v_value := format('p%s.value', v_number);
     end loop;
-    v_values := v_values || v_value;
+    v_values := v_values || arbiter._user_expression(v_way.class, v_value);
   end loop;
   select max(pg_relation_size(f.member)) / current_setting('block_size')::bigint
     into v_blocks
@@ -247,7 +252,7 @@ begin
        -- Keeps the step a scan of its blocks.
        offset 0$sql$,
     p_protection.protected_table, v_blocks_a_step, v_blocks);
-  return format('select r.tableoid, r.ctid, r.xmin, r.source::text as source, r.%I as machine_id, r.arbiter_xid as xid, ',
+  return format('select r.tableoid, r.ctid, r.xmin, r.source::text as source, r.%I::text collate "C" as machine_id, r.arbiter_xid as xid, ',
       p_protection.machine_column)
     || format('coalesce(%s) as user_id, %s as has_two', array_to_string(v_values, ', '), arbiter._differ_expression(v_values))
     || format(' from generate_series(0, %s, %s) as b (block) cross join lateral (%s) as r ', v_blocks, v_blocks_a_step, v_step)
@@ -295,17 +300,23 @@ begin
 
   return query select h.* from arbiter._audit_history() h;
   return query execute format($sql$
-    with terms as materialized (
+    with history as materialized (
+      select j.* from arbiter._judged_handovers() j
+    ), machines as materialized (
+      -- Numbers, because an element of an array of texts is found by a walk.
+      select m.machine_id, (row_number() over ())::integer as number
+        from (select distinct h.machine_id from history h where h.machine_id is not null) m
+    ), terms as materialized (
       select j.user_id,
              bool_or(j.flaw is not null) as is_broken,
              -- The number of handovers before those that this cluster counted.
              count(*) filter (where not j.is_ours) as elsewhere,
              array_agg(j.frontier order by j.epoch) filter (where j.is_ours) as frontiers,
              array_agg(pg_snapshot_xmin(j.snapshot) order by j.epoch) filter (where j.is_ours) as floors,
-             -- Without nulls, so that an element is found by its index and not by a walk.
-             array_agg(coalesce(j.machine_id, '00000000-0000-0000-0000-000000000000') order by j.epoch)
-               filter (where j.is_ours) as holders
-        from arbiter._judged_handovers() j
+             -- 0 for local: without nulls, for the same reason.
+             array_agg(coalesce(m.number, 0) order by j.epoch) filter (where j.is_ours) as holders
+        from history j
+        left join machines m on m.machine_id = j.machine_id
        group by j.user_id
     ), database as materialized (
       select pg_snapshot_xmax(pg_current_snapshot()) as next_xid,
@@ -313,11 +324,13 @@ begin
     ), placed as (
       -- Only the one holder that matters: the array of all, stored for each row, would fill the disk.
       select r.*, t.is_broken, coalesce(t.elsewhere, 0) as elsewhere, t.holders[i.low] as holder,
+             case when r.machine_id is null then 0 else m.number end as writer,
              coalesce(t.elsewhere, 0) + i.low as low,
              coalesce(t.elsewhere, 0) + i.high as high,
              r.xid < d.next_xid and (not d.is_restored or r.xid::xid = r.xmin) as was_counted_here
         from (%1$s) as r
         left join terms t on t.user_id = r.user_id
+        left join machines m on m.machine_id = r.machine_id
        cross join database d
        cross join lateral (
          select coalesce(width_bucket(r.xid, t.frontiers), 0) as low, coalesce(width_bucket(r.xid, t.floors), 0) as high) as i
@@ -325,8 +338,7 @@ begin
       select p.*,
              coalesce(p.low = p.high
                and p.low > p.elsewhere
-               and p.holder = coalesce(p.machine_id, '00000000-0000-0000-0000-000000000000')
-               and p.machine_id is distinct from '00000000-0000-0000-0000-000000000000'
+               and p.holder = p.writer
                and (p.source = 'cloud') = (p.machine_id is not null)
                and p.was_counted_here
                and not p.is_broken

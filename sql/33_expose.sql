@@ -1,6 +1,7 @@
 -- For clients that reach one schema only, as PostgREST's do: functions of that schema that call arbiter.status() and
 -- arbiter.confirm_takeover(). Opt-in. They run as their caller; the functions that they call check who asks. Their
--- columns are written out, because generators of types for clients do not look into other schemas.
+-- columns are written out, because generators of types for clients do not look into other schemas. One function of each
+-- name: PostgREST answers HTTP 300 where two take the same call, and JSON has no uuids.
 
 create or replace function arbiter._exposed()
 returns table (function_name regprocedure, schema_name name)
@@ -48,10 +49,10 @@ declare
      where a.attrelid = 'arbiter.execution_status'::regclass and a.attnum > 0 and not a.attisdropped);
   v_function regprocedure;
 begin
-  v_function := to_regprocedure(format('%I.execution_status(uuid)', p_schema));
+  v_function := to_regprocedure(format('%I.execution_status(text)', p_schema));
   if v_function is null or v_function <> all (v_beside) then
     execute format($sql$
-      create or replace function %1$I.execution_status(p_user_id uuid default null)
+      create or replace function %1$I.execution_status(p_user_id text default null)
       returns table (%2$s)
       language sql
       stable
@@ -61,14 +62,14 @@ begin
       end
       $sql$,
       p_schema, v_columns);
-    execute format('comment on function %I.execution_status(uuid) is %L', p_schema,
+    execute format('comment on function %I.execution_status(text) is %L', p_schema,
       'arbiter: which environment is active for the user of the token, as arbiter.status() says.');
-    perform arbiter._record('function', '-', format('%I.execution_status(uuid)', p_schema)::regprocedure::text);
+    perform arbiter._record('function', '-', format('%I.execution_status(text)', p_schema)::regprocedure::text);
   end if;
-  v_function := to_regprocedure(format('%I.confirm_takeover(uuid)', p_schema));
+  v_function := to_regprocedure(format('%I.confirm_takeover(text)', p_schema));
   if v_function is null or v_function <> all (v_beside) then
     execute format($sql$
-      create or replace function %1$I.confirm_takeover(p_user_id uuid default null)
+      create or replace function %1$I.confirm_takeover(p_user_id text default null)
       returns table (%2$s)
       language sql
       set search_path = pg_catalog, pg_temp
@@ -77,9 +78,9 @@ begin
       end
       $sql$,
       p_schema, v_columns);
-    execute format('comment on function %I.confirm_takeover(uuid) is %L', p_schema,
+    execute format('comment on function %I.confirm_takeover(text) is %L', p_schema,
       'arbiter: the user''s yes to a takeover after a machine''s error, arbiter.confirm_takeover().');
-    perform arbiter._record('function', '-', format('%I.confirm_takeover(uuid)', p_schema)::regprocedure::text);
+    perform arbiter._record('function', '-', format('%I.confirm_takeover(text)', p_schema)::regprocedure::text);
   end if;
 
   for v_function in select e.function_name from arbiter._exposed() e where e.schema_name = p_schema loop

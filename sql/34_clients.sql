@@ -40,8 +40,9 @@ begin
   if v_callers is not null then
     execute format('grant usage on schema arbiter to %s', v_callers);
     -- _fail() and _error(), because heartbeat() runs as its caller and fails with these.
-    execute format('grant execute on function arbiter.status(uuid), arbiter.confirm_takeover(uuid), '
-      'arbiter.heartbeat(uuid), arbiter.heartbeat(uuid[]), arbiter.version(), '
+    execute format('grant execute on function arbiter.status(text), arbiter.status(uuid), '
+      'arbiter.confirm_takeover(text), arbiter.confirm_takeover(uuid), '
+      'arbiter.heartbeat(text), arbiter.heartbeat(uuid), arbiter.heartbeats(text[]), arbiter.version(), '
       'arbiter._fail(text, text, text), arbiter._error(text, text, text, jsonb, integer) to %s', v_callers);
     -- The periods, and whether there is a registry.
     execute format('grant select on arbiter.settings, arbiter.registry to %s', v_callers);

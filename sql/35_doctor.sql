@@ -69,6 +69,8 @@ begin
       perform arbiter._need_protectable(v_protection.protected_table, v_protection.user_path, v_protection.machine_column);
       perform arbiter._need_provenance(v_protection.protected_table, v_protection.user_path, v_protection.machine_column,
         v_protection.evidence);
+      perform arbiter._need_ids_of_registry(v_protection.protected_table, v_protection.user_path,
+        v_protection.machine_column, v_registry.registry, v_registry.id_column, v_registry.user_column);
       if exists (
         select from arbiter._path_views(v_protection) w
          where not arbiter._is_current_view(w.view_name, w.query, w.parent))
@@ -154,6 +156,10 @@ begin
            'Run: arbiter-db install'
       from (select arbiter._machine_may_write_state() as state) s
      where s.state <> 'ok';
+  return query
+    select 'generated function arbiter.claimed_user_id', 'outdated',
+           'It does not hold the user_claim of arbiter.settings.', 'Run: arbiter-db install'
+     where arbiter._claims_state() <> 'ok';
   -- confirm_takeover() writes the registry as arbiter's owner, so what the registry runs has that owner's rights.
   return query
     select c.object, 'foreign',

@@ -28,12 +28,15 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import kept_server
 import psycopg
 import pytest
 from kept_server import KeptServer
 from psycopg import sql
+from psycopg.adapt import Dumper
+from psycopg.types.string import TextLoader
 from pytest_postgresql.janitor import DatabaseJanitor
 from sessions import Session, watch_with
 
@@ -188,6 +191,19 @@ class Janitor(DatabaseJanitor):
             cur.execute(sql.SQL("drop database if exists {} with (force)").format(name))
 
 
+class _UntypedId(Dumper):
+    """Sends a uuid without a type, so that the server reads it as what it is compared with."""
+
+    def dump(self, obj: Any) -> bytes:
+        return str(obj).encode()
+
+
+def _ids_as_texts(conn: psycopg.Connection[Any]) -> None:
+    """Ids are texts in arbiter's tables and uuids in the demo's: for tests both are strings."""
+    conn.adapters.register_dumper(UUID, _UntypedId)
+    conn.adapters.register_loader("uuid", TextLoader)
+
+
 class Database:
     """A database of one test. What it opened is closed when the test ends, however it ends."""
 
@@ -218,6 +234,7 @@ class Database:
         """
         user = user or (LOGIN if role else OWNER)
         conn = psycopg.connect(self.conninfo(user), autocommit=True, **kw)
+        _ids_as_texts(conn)
         self._opened.callback(conn.close)
         if role is not None:
             conn.execute(sql.SQL("set role {}").format(sql.Identifier(role)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -67,8 +66,8 @@ _bars = count(1)
 class User:
     """A user with one trader."""
 
-    id: UUID
-    trader: UUID
+    id: str
+    trader: str
 
 
 # Who ---------------------------------------------------------------------------------------------
@@ -101,9 +100,9 @@ def add_user(conn: Conn) -> User:
     return User(user_id, add_trader(conn, user_id))
 
 
-def add_trader(conn: Conn, user_id: UUID | None) -> UUID:
+def add_trader(conn: Conn, user_id: str | None) -> str:
     """A new trader; without a user a built-in one."""
-    trader: UUID = value(
+    trader: str = value(
         conn,
         "insert into public.traders (user_id, name, is_builtin)"
         " values (%s, 'Momentum', %s) returning id",
@@ -116,9 +115,9 @@ def add_trader(conn: Conn, user_id: UUID | None) -> UUID:
 # Machines ----------------------------------------------------------------------------------------
 
 
-def add_machine(conn: Conn, user: User, status: str = "provisioning") -> UUID:
+def add_machine(conn: Conn, user: User, status: str = "provisioning") -> str:
     """A new machine of the user in that status, without a heartbeat."""
-    machine: UUID = value(
+    machine: str = value(
         conn,
         "insert into public.cloud_machines (user_id, machine_id, status)"
         " values (%s, gen_random_uuid()::text, %s) returning id",
@@ -128,7 +127,7 @@ def add_machine(conn: Conn, user: User, status: str = "provisioning") -> UUID:
     return machine
 
 
-def set_status(conn: Conn, machine: UUID, status: str) -> None:
+def set_status(conn: Conn, machine: str, status: str) -> None:
     """Set the machine's status word, and nothing else."""
     cur = conn.execute(
         "update public.cloud_machines set status = %s where id = %s", (status, machine)
@@ -136,7 +135,7 @@ def set_status(conn: Conn, machine: UUID, status: str) -> None:
     assert cur.rowcount == 1
 
 
-def beat(conn: Conn, machine: UUID) -> datetime:
+def beat(conn: Conn, machine: str) -> datetime:
     """One heartbeat as a machine sends it, with a clock of its own; returns what was stored."""
     stored: datetime = value(
         conn,
@@ -147,7 +146,7 @@ def beat(conn: Conn, machine: UUID) -> datetime:
     return stored
 
 
-def activate(conn: Conn, user: User) -> UUID:
+def activate(conn: Conn, user: User) -> str:
     """A new machine of the user that runs and holds the lease."""
     machine = add_machine(conn, user, "running")
     beat(conn, machine)  # marks the drain
@@ -159,7 +158,7 @@ def activate(conn: Conn, user: User) -> UUID:
 
 def age(
     conn: Conn,
-    machine: UUID,
+    machine: str,
     *,
     heartbeat: timedelta | None = None,
     left_running: timedelta | None = None,
@@ -182,7 +181,7 @@ def age(
             assert cur.rowcount == 1, f"{column} was never noted"
 
 
-def _set_heartbeat(conn: Conn, machine: UUID, ago: timedelta) -> None:
+def _set_heartbeat(conn: Conn, machine: str, ago: timedelta) -> None:
     # Past the stamp, which takes no client's word: its triggers are off in this transaction, and
     # then as they were (alter table ... enable trigger user would forget `always`).
     triggers = conn.execute(
@@ -214,10 +213,10 @@ def next_bar() -> datetime:
 
 
 def add_signal(
-    conn: Conn, trader: UUID | None, source: str = "local", machine: UUID | None = None
-) -> UUID:
+    conn: Conn, trader: str | None, source: str = "local", machine: str | None = None
+) -> str:
     """Insert a signal for a bar of its own."""
-    signal: UUID = value(
+    signal: str = value(
         conn,
         "insert into public.signals"
         " (trader_id, symbol, interval, signal, bar_time, source, machine_id)"
@@ -308,7 +307,7 @@ def handovers(conn: Conn, user: User) -> list[Any]:
     return rows(conn, "select * from arbiter.handovers where user_id = %s order by epoch", user.id)
 
 
-def status(conn: Conn, user_id: UUID | None = None) -> Mapping[str, Any]:
+def status(conn: Conn, user_id: str | None = None) -> Mapping[str, Any]:
     """What ``arbiter.status`` says, by column."""
     cur = conn.cursor(row_factory=dict_row).execute("select * from arbiter.status(%s)", (user_id,))
     (row,) = cur.fetchall()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
-from uuid import UUID
 
 import psycopg
 
@@ -303,7 +302,7 @@ def _user_confirms(stage: Stage, cast: Cast) -> None:
 
 def _history(stage: Stage, cast: Cast) -> None:
     stage.title("The history of Ada's lease", "From arbiter.handovers, which is append-only.")
-    handovers = arbiter_db.handovers(cast.owner.connection, UUID(USER))
+    handovers = arbiter_db.handovers(cast.owner.connection, USER)
     stage.table(
         ("epoch", "from", "to", "reason", "handed_over_at"),
         [
@@ -372,5 +371,5 @@ def _backend_clock() -> datetime:
     return datetime.now(UTC)
 
 
-def _holder(holder: str | None, machine_id: UUID | None) -> str | None:
+def _holder(holder: str | None, machine_id: str | None) -> str | None:
     return holder if machine_id is None else f"{holder} {str(machine_id)[:8]}"

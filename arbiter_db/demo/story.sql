@@ -105,7 +105,7 @@ where id = %(machine)s
 returning status, last_health_check
 
 -- name: heartbeat_call
-select arbiter.heartbeat(%(machine)s::uuid)
+select arbiter.heartbeat(%(machine)s::text)
 
 -- name: stopping
 update public.cloud_machines

@@ -71,8 +71,8 @@ select 'schema arbiter', a.privilege_type
 #: What an earlier version gave to PUBLIC.
 GIVEN = """
 grant usage on schema arbiter to public;
-grant execute on function arbiter.status(uuid), arbiter.confirm_takeover(uuid),
-  arbiter.heartbeat(uuid), arbiter.heartbeat(uuid[]), arbiter.claimed_user_id(),
+grant execute on function arbiter.status(text), arbiter.confirm_takeover(text),
+  arbiter.heartbeat(text), arbiter.heartbeats(text[]), arbiter.claimed_user_id(),
   arbiter.claimed_machine_id(), arbiter.version() to public;
 grant select on arbiter.settings, arbiter.registry to public;
 grant select, update (heartbeat_at) on arbiter.machines to public;
@@ -120,7 +120,7 @@ CALLS = [
     "select * from arbiter.status()",
     "select * from arbiter.confirm_takeover()",
     "select arbiter.heartbeat(gen_random_uuid())",
-    "select arbiter.heartbeat(array[gen_random_uuid()])",
+    "select arbiter.heartbeats(array[gen_random_uuid()::text])",
     "select arbiter.version()",
     "select arbiter.claimed_user_id()",
     "select * from arbiter.settings",

@@ -6,7 +6,6 @@ Each attack is one that row security alone lets pass, as the twins show.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, LiteralString
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -27,16 +26,16 @@ def user(db: Database) -> User:
 
 
 @pytest.fixture
-def machine(db: Database, user: User) -> UUID:
+def machine(db: Database, user: User) -> str:
     """A machine that holds the user's lease."""
     return activate(backend(db), user)
 
 
-def claims(user: User, machine: UUID) -> dict[str, str]:
+def claims(user: User, machine: str) -> dict[str, str]:
     return {"sub": str(user.id), "role": "authenticated", "machine_id": str(machine)}
 
 
-def token(db: Database, user: User, machine: UUID) -> Conn:
+def token(db: Database, user: User, machine: str) -> Conn:
     return db.connect(role="authenticated", claims=claims(user, machine))
 
 
@@ -70,7 +69,7 @@ ATTACKS: dict[str, LiteralString] = {
 
 @pytest.mark.parametrize("value_of", ["1.49::float8", "1.2600", "'{\"a\":  1}'::json"])
 def test_no_setting_hides_a_change(
-    db: Database, user: User, machine: UUID, value_of: LiteralString
+    db: Database, user: User, machine: str, value_of: LiteralString
 ) -> None:
     """extra_float_digits changes the text of a number, and text says little of json and scale."""
     kind = {"1.49": "float8", "1.26": "numeric", "'{\"a": "json"}[value_of[:4]]
@@ -88,7 +87,7 @@ def test_no_setting_hides_a_change(
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_other_columns_are_closed(
-    db: Database, user: User, machine: UUID, attack: LiteralString
+    db: Database, user: User, machine: str, attack: LiteralString
 ) -> None:
     before = registry(db)
     error = rejection(token(db, user, machine).execute, attack)
@@ -112,14 +111,14 @@ def test_other_columns_are_closed(
     ],
 )
 def test_the_error_says_which(
-    db: Database, user: User, machine: UUID, attack: str, said: str
+    db: Database, user: User, machine: str, attack: str, said: str
 ) -> None:
     statement = f"update public.cloud_machines {attack}"
     error = rejection(token(db, user, machine).execute, statement.encode())
     assert (error.diag.message_primary or "").startswith(f"arbiter: {said}")
 
 
-def test_an_upsert_is_an_insert(db: Database, user: User, machine: UUID) -> None:
+def test_an_upsert_is_an_insert(db: Database, user: User, machine: str) -> None:
     """PostgREST's merge-duplicates; a machine's token inserts no machine."""
     db.connect().execute(
         "create policy generous on public.cloud_machines to authenticated"
@@ -135,7 +134,7 @@ def test_an_upsert_is_an_insert(db: Database, user: User, machine: UUID) -> None
     assert "arbiter_registry_insert" in str(error)
 
 
-def test_a_stop_that_comes_first_is_not_undone(db: Database, user: User, machine: UUID) -> None:
+def test_a_stop_that_comes_first_is_not_undone(db: Database, user: User, machine: str) -> None:
     """The machine saves its row as it knows it while the app stops it.
 
     The new row is the one that the statement began with, so a policy sees no change.
@@ -159,7 +158,7 @@ def test_a_stop_that_comes_first_is_not_undone(db: Database, user: User, machine
 # What it may -------------------------------------------------------------------------------------
 
 
-def test_heartbeats_pass(db: Database, user: User, machine: UUID) -> None:
+def test_heartbeats_pass(db: Database, user: User, machine: str) -> None:
     """By each of the ways to send one."""
     conn = token(db, user, machine)
     before = registry(db).last_health_check
@@ -168,7 +167,7 @@ def test_heartbeats_pass(db: Database, user: User, machine: UUID) -> None:
         "update public.cloud_machines set last_health_check = last_health_check",
         "update arbiter.machines set heartbeat_at = now()",
         "select arbiter.heartbeat(machine_id) from arbiter.machines",
-        "select arbiter.heartbeat(array_agg(machine_id)) from arbiter.machines",
+        "select arbiter.heartbeats(array_agg(machine_id::text)) from arbiter.machines",
         "merge into public.cloud_machines m using (values (1)) as v on true"
         " when matched then update set last_health_check = now()",
     ):
@@ -180,7 +179,7 @@ def test_heartbeats_pass(db: Database, user: User, machine: UUID) -> None:
 
 @pytest.mark.parametrize("name", ["a_first", "arbiter_zz", "Zz", "zz"])
 def test_triggers_of_the_app_may_change_more(
-    db: Database, user: User, machine: UUID, name: str
+    db: Database, user: User, machine: str, name: str
 ) -> None:
     """Only what the statement asks for counts, whichever trigger the server runs first."""
     owner = db.connect()
@@ -195,7 +194,7 @@ def test_triggers_of_the_app_may_change_more(
     assert registry(db).region == "seen"
 
 
-def test_generated_columns_do_not_count(db: Database, user: User, machine: UUID) -> None:
+def test_generated_columns_do_not_count(db: Database, user: User, machine: str) -> None:
     """They follow the heartbeat; before the update they have no value."""
     owner = db.connect()
     owner.execute(
@@ -220,7 +219,7 @@ def test_listed_words_may_be_set(db: Database, user: User) -> None:
     assert (error.sqlstate, registry(db).status) == ("42501", "error")
 
 
-def test_the_words_are_a_declaration(db: Database, user: User, machine: UUID) -> None:
+def test_the_words_are_a_declaration(db: Database, user: User, machine: str) -> None:
     """A call without them sets the default again, none; a null status is no word."""
     owner = db.connect()
     owner.execute("alter table public.cloud_machines alter column status drop not null")

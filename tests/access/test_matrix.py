@@ -84,8 +84,8 @@ CALLS = {
     "confirm_takeover(another user, after an error)": "select arbiter.confirm_takeover(%(failed)s)",
     "heartbeat(my machine)": "select arbiter.heartbeat(%(my_machine)s::uuid)",
     "heartbeat(another machine)": "select arbiter.heartbeat(%(other_machine)s::uuid)",
-    "heartbeat(both)": (
-        "select arbiter.heartbeat(array[%(my_machine)s, %(other_machine)s]::uuid[])"
+    "heartbeats(both)": (
+        "select arbiter.heartbeats(array[%(my_machine)s, %(other_machine)s]::text[])"
     ),
     "claimed_user_id()": "select arbiter.claimed_user_id()",
     "claimed_machine_id()": "select arbiter.claimed_machine_id()",

@@ -55,8 +55,8 @@ alter table public.cloud_machines enable trigger user;
 MACHINES = "public.cloud_machines"
 TRADERS = "public.traders"
 CASES = [
-    Case("status(uuid)", MACHINES, "select arbiter.status(%(bob)s)"),
-    Case("confirm_takeover(uuid)", MACHINES, "select arbiter.confirm_takeover(%(bob)s)"),
+    Case("status(text)", MACHINES, "select arbiter.status(%(bob)s)"),
+    Case("confirm_takeover(text)", MACHINES, "select arbiter.confirm_takeover(%(bob)s)"),
     Case(
         "register_machines(regclass,name,name,name,name,jsonb,text[])",
         MACHINES,

@@ -95,7 +95,7 @@ def test_another_schema(db: Database) -> None:
     owner.execute("select arbiter.expose()")
     assert len(exposed(db)) == 4
     owner.execute("select arbiter.unexpose()")
-    assert exposed(db) == ['"My API".confirm_takeover(uuid)', '"My API".execution_status(uuid)']
+    assert exposed(db) == ['"My API".confirm_takeover(text)', '"My API".execution_status(text)']
 
 
 @pytest.mark.parametrize("name", ["execution_status", "confirm_takeover"])
@@ -103,14 +103,14 @@ def test_a_function_of_the_app_is_not_replaced(db: Database, name: str) -> None:
     """It is named, and stays."""
     owner = db.connect()
     owner.execute(
-        f"create function public.{name}(p_user_id uuid) returns text return 'the app''s'".encode()
+        f"create function public.{name}(p_user_id text) returns text return 'the app''s'".encode()
     )
     error = rejection(owner.execute, "select arbiter.expose()")
     assert error.sqlstate == "42723"
-    assert f"public.{name}(uuid)" in str(error)
-    assert exposed(db) == [f"{name}(uuid)"]
+    assert f"public.{name}(text)" in str(error)
+    assert exposed(db) == [f"{name}(text)"]
     arbiter_db.uninstall(db.conninfo())
-    assert exposed(db) == [f"{name}(uuid)"]
+    assert exposed(db) == [f"{name}(text)"]
 
 
 @pytest.mark.parametrize("schema", ["nowhere", "arbiter", None])
@@ -140,7 +140,7 @@ def test_only_the_owner_exposes(db: Database) -> None:
 
 OVERLOADS = [
     "function public.{}() returns text language sql as 'select 1::text'",
-    "function public.{}(p_user_id text default null) returns text language sql as 'select $1'",
+    "function public.{}(p_user_id uuid default null) returns uuid language sql as 'select $1'",
     "function public.{}(uuid, integer default 1) returns uuid language sql as 'select $1'",
     "procedure public.{}(n integer default 1) language sql as 'select 1'",
 ]
@@ -180,13 +180,15 @@ def test_one_in_the_place_of_arbiters_own_stays(db: Database) -> None:
     """The app has replaced it: an install goes on, and leaves it."""
     owner = db.connect()
     owner.execute("select arbiter.expose()")
-    owner.execute("drop function public.confirm_takeover(uuid)")
-    owner.execute("create function public.confirm_takeover(p_user_id uuid) returns text return 'x'")
+    owner.execute("drop function public.confirm_takeover(text)")
+    owner.execute("create function public.confirm_takeover(p_user_id text) returns text return 'x'")
     arbiter_db.install(db.conninfo())
     assert value(owner, "select public.confirm_takeover(null)") == "x"
-    assert value(owner, "select count(*) from public.execution_status(gen_random_uuid())") == 1
+    assert (
+        value(owner, "select count(*) from public.execution_status(gen_random_uuid()::text)") == 1
+    )
     (row,) = rows(owner, "select * from arbiter.doctor() where state = 'foreign'")
-    assert "confirm_takeover(uuid)" in row.object
+    assert "confirm_takeover(text)" in row.object
 
 
 def test_one_elsewhere_is_the_apps_business(db: Database) -> None:

@@ -39,11 +39,11 @@ def audit(conn: Conn, table: str = "public.signals") -> list[Any]:
     return rows(conn, "select * from arbiter.audit(%s::text::regclass)", table)
 
 
-def contradictions(conn: Conn, table: str = "public.signals") -> dict[UUID, str]:
+def contradictions(conn: Conn, table: str = "public.signals") -> dict[str, str]:
     """Reason by the id of the row; there must be nothing else."""
     found = audit(conn, table)
     assert {f.finding for f in found} <= {"contradiction"}
-    return {UUID(f.row_key["id"]): f.reason for f in found}
+    return {str(f.row_key["id"]): f.reason for f in found}
 
 
 def not_provable(conn: Conn, table: str = "public.signals") -> dict[str, int]:
@@ -80,7 +80,7 @@ def unguarded(conn: Conn, table: str = "public.signals") -> Iterator[None]:
         )
 
 
-def force(conn: Conn, trader: UUID, source: str = "local", machine: UUID | None = None) -> UUID:
+def force(conn: Conn, trader: str, source: str = "local", machine: str | None = None) -> str:
     """A row that no guard has seen."""
     with unguarded(conn):
         return story.add_signal(conn, trader, source, machine)
@@ -94,7 +94,7 @@ def tampering(conn: Conn) -> Iterator[None]:
     conn.execute("alter table arbiter.handovers enable trigger user")
 
 
-def take_over(conn: Conn, user: User, machine: UUID) -> None:
+def take_over(conn: Conn, user: User, machine: str) -> None:
     """The machine has been silent for an hour, and the browser goes on."""
     story.age(conn, machine, heartbeat=AN_HOUR)
     story.add_signal(conn, user.trader)
@@ -215,7 +215,7 @@ def test_every_forced_row_is_reported_and_no_other(owner: Conn) -> None:
     """In each epoch of a long history, for each environment and machine that did not hold it."""
     ada, bob = story.add_user(owner), story.add_user(owner)
     strange = story.add_machine(owner, bob, "running")
-    expected: dict[UUID, str] = {}
+    expected: dict[str, str] = {}
     rightful = 0
     machine = None
     for _ in range(4):
@@ -285,7 +285,9 @@ def test_no_machine_has_an_id_that_stands_for_none(owner: Conn) -> None:
     signal = story.add_signal(owner, ada.trader)
     owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
     with unguarded(owner):
-        owner.execute("update public.signals set source = 'cloud', machine_id = %s", (UUID(int=0),))
+        owner.execute(
+            "update public.signals set source = 'cloud', machine_id = %s", (str(UUID(int=0)),)
+        )
     assert contradictions(owner) == {signal: "wrong_environment"}
 
 
@@ -330,7 +332,7 @@ def test_partitions_are_audited(owner: Conn) -> None:
         (row,) = owner.execute(sql.SQL(insert).format(name), (ada.id, day)).fetchall()
         intruders.add((partition, day, row[0]))
     found = audit(owner, "public.fills")
-    assert {(f.row_table, f.row_key["day"], UUID(f.row_key["id"])) for f in found} == intruders
+    assert {(f.row_table, f.row_key["day"], str(f.row_key["id"])) for f in found} == intruders
     assert {f.reason for f in found} == {"wrong_environment"}
 
 
@@ -510,7 +512,7 @@ def test_rows_around_an_inexact_handover(db: Database, owner: Conn, level: str) 
     assert not_provable(owner) == {"inexact_handover": 1}
     assert proved(owner) == 3
     late = force(owner, ada.trader, "cloud", machine)
-    assert {UUID(f.row_key["id"]) for f in audit(owner) if f.finding == "contradiction"} == {late}
+    assert {str(f.row_key["id"]) for f in audit(owner) if f.finding == "contradiction"} == {late}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -638,7 +640,8 @@ def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
     """A history that is forged without a flaw is contradicted by the rows."""
     with tampering(owner):
         owner.execute(
-            "update arbiter.handovers set to_machine_id = %(m)s where epoch = 2", {"m": uuid4()}
+            "update arbiter.handovers set to_machine_id = %(m)s where epoch = 2",
+            {"m": str(uuid4())},
         )
         owner.execute(
             "update arbiter.handovers n set from_machine_id = h.to_machine_id"
@@ -651,7 +654,8 @@ def test_a_forged_holder_contradicts_the_rows(owner: Conn, long: User) -> None:
     signal = story.add_signal(owner, long.trader, "cloud", machine)
     with tampering(owner):
         owner.execute(
-            "update arbiter.handovers set to_machine_id = %(m)s where epoch = 4", {"m": uuid4()}
+            "update arbiter.handovers set to_machine_id = %(m)s where epoch = 4",
+            {"m": str(uuid4())},
         )
         owner.execute(
             "update arbiter.leases set machine_id = h.to_machine_id"

@@ -431,8 +431,8 @@ DAMAGES = {
         INSTALL,
     ),
     "exposed function dropped": Damage(
-        "drop function public.confirm_takeover(uuid)",
-        "function public.confirm_takeover(uuid)",
+        "drop function public.confirm_takeover(text)",
+        "function public.confirm_takeover(text)",
         "missing",
         "It was dropped.",
         INSTALL,

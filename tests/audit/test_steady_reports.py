@@ -153,7 +153,7 @@ select arbiter.expose();
 do $$
 declare v_type text;
 begin
-  foreach v_type in array '{text,integer,bigint,numeric,boolean,date}'::text[] loop
+  foreach v_type in array '{uuid,integer,bigint,numeric,boolean,date}'::text[] loop
     execute format('create function public.confirm_takeover(%s) returns void language sql'
       ' begin atomic end', v_type);
   end loop;
@@ -287,7 +287,7 @@ begin
        from arbiter.leases l where l.user_id = '{user}';
     insert into public.signals (trader_id, symbol, interval, signal, bar_time, source, machine_id)
     select '{trader}', 'A', '1m', 'buy', timestamptz '2000-01-01' + n * interval '1 min',
-           l.holder, l.machine_id
+           l.holder, l.machine_id::uuid
       from arbiter.leases l where l.user_id = '{user}';
     commit;
   end loop;

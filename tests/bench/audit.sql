@@ -40,7 +40,7 @@ update arbiter.leases as l
        machine_id = case l.holder when 'local' then m.id end,
        held_since = clock_timestamp()
   from public.cloud_machines as m
- where m.user_id = l.user_id;
+ where m.user_id::text = l.user_id;
 insert into arbiter.handovers (
   user_id, epoch, from_holder, from_machine_id, to_holder, to_machine_id, reason,
   handed_over_at, xid, snapshot, exact, frontier, cluster)
@@ -54,7 +54,7 @@ select l.user_id, l.epoch,
        true, pg_snapshot_xmax(pg_current_snapshot()),
        (select c.system_identifier from pg_control_system() as c)
   from arbiter.leases as l
-  join public.cloud_machines as m on m.user_id = l.user_id;
+  join public.cloud_machines as m on m.user_id::text = l.user_id;
 
 -- name: run
 update public.cloud_machines set status = 'running', last_health_check = clock_timestamp()

@@ -8,7 +8,7 @@ select array_agg(md5('machine' || n)::uuid order by n) from generate_series(2, %
 update public.cloud_machines set last_health_check = clock_timestamp() where id = any (%(ids)s::uuid[])
 
 -- name: call_many
-select arbiter.heartbeat(%(ids)s::uuid[])
+select arbiter.heartbeats(%(ids)s::text[])
 
 -- name: vacuum
 vacuum public.cloud_machines

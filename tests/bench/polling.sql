@@ -39,6 +39,6 @@ select l.user_id,
        (select c.system_identifier from pg_control_system() as c)
   from arbiter.leases as l
  cross join lateral generate_series(l.epoch + 1, l.epoch + %(handovers)s) as e
- where l.user_id = md5('user' || %(user)s::int)::uuid;
+ where l.user_id = md5('user' || %(user)s::int)::uuid::text;
 update arbiter.leases set epoch = epoch + %(handovers)s
- where user_id = md5('user' || %(user)s::int)::uuid;
+ where user_id = md5('user' || %(user)s::int)::uuid::text;

@@ -37,7 +37,7 @@ from datetime import timedelta
 from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -66,7 +66,7 @@ SLACK = timedelta(seconds=2)
 #: lowest that it comes before. Returns the rows whose writer held none of them.
 EVIDENCE = """
 with rows as (
-  select s.id, t.user_id, s.source, s.machine_id, s.arbiter_xid as xid
+  select s.id, t.user_id::text, s.source, s.machine_id::text, s.arbiter_xid as xid
     from public.signals s
     join public.traders t on t.id = s.trader_id
    where s.arbiter_xid is not null
@@ -144,14 +144,14 @@ _symbols = count(1)
 class Deed:
     """A write that the database admitted; ``committed_at`` stays None unless it was committed."""
 
-    user: UUID
+    user: str
     source: str
-    machine: UUID | None
+    machine: str | None
     wrote_at: float
     committed_at: float | None = None
 
     @property
-    def holder(self) -> tuple[str, UUID | None]:
+    def holder(self) -> tuple[str, str | None]:
         return self.source, self.machine
 
 
@@ -333,7 +333,7 @@ class Stage:
         self.machine_level = machine_level or level
         self.owner = db.connect()
         self.users: dict[str, story.User] = {}
-        self.machines: dict[str, UUID] = {}
+        self.machines: dict[str, str] = {}
         self.actors: dict[str, Actor] = {}
         self.deeds: list[Deed] = []
         self.prepared: list[Deed] = []
@@ -353,7 +353,7 @@ class Stage:
         """Two users without anything; ada sorts before bob."""
         pair = [story.add_user(self.owner) for _ in range(2)]
         self.users = dict(zip(("ada", "bob"), sorted(pair, key=lambda u: u.id), strict=True))
-        self.machines = {name: uuid4() for name in ("fly", "fly2", "flybob")}
+        self.machines = {name: str(uuid4()) for name in ("fly", "fly2", "flybob")}
 
     def set(self, **settings: Any) -> None:
         """Change arbiter's settings."""
@@ -361,7 +361,7 @@ class Stage:
         for name, value in settings.items():
             self.owner.execute(f"update arbiter.settings set {name} = %s", (value,))
 
-    def machine_of(self, actor: str) -> UUID:
+    def machine_of(self, actor: str) -> str:
         """The machine that an actor speaks for; ada's first unless it has one of its own."""
         if actor.startswith("flybob"):
             return self.machines["flybob"]
@@ -1970,7 +1970,7 @@ def test_the_evidence_finds_a_gap_in_the_history(db: Database) -> None:
 
 
 def test_overlaps_are_found() -> None:
-    user = uuid4()
+    user = str(uuid4())
 
     def deed(source: str, wrote: float, committed: float | None) -> Deed:
         return Deed(user, source, None, wrote, committed)

@@ -28,7 +28,6 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -135,7 +134,7 @@ class Case:
         self.db = Database(server, dbname)
         self.owner = self.db.connect()
         self.user: story.User = restored.user if restored else story.add_user(self.owner)
-        self.machine: UUID = (
+        self.machine: str = (
             restored.machine if restored else story.add_machine(self.owner, self.user)
         )
         self.bouncer: PgBouncer | None = None

@@ -57,7 +57,7 @@ def mark(at: Stage) -> None:
 
 
 def beat_for_many(at: Stage) -> None:
-    at.owner.execute("select arbiter.heartbeat(%s::uuid[])", ([at.adas, at.bobs],))
+    at.owner.execute("select arbiter.heartbeats(%s::text[])", ([at.adas, at.bobs],))
 
 
 def confirm(at: Stage) -> None:

@@ -156,7 +156,7 @@ def test_heartbeats_for_many_do_not_deadlock(db: Database) -> None:
         )
     owner.execute("vacuum analyze public.cloud_machines")  # so few rows are read by a scan
     mover, holder = db.connect(autocommit=False), db.connect(autocommit=False)
-    heartbeat = "select arbiter.heartbeat(%s::uuid[])"
+    heartbeat = "select arbiter.heartbeats(%s::text[])"
     touch = "update public.cloud_machines set region = 'ams' where id = %s"
     with db.session() as one, db.session() as other:
         mover.execute(touch, (moved,))

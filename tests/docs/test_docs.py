@@ -396,6 +396,8 @@ def test_the_reference_has_the_settings_and_defaults(db: Database) -> None:
     for name, value in row.items():
         if isinstance(value, bool):
             assert shown.pop(name) == str(value).lower()
+        elif isinstance(value, str):
+            assert shown.pop(name) == f"`{value}`"
         else:
             number, unit = shown.pop(name).split()
             assert int(number) * units[unit] == value.total_seconds(), name

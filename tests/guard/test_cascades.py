@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -65,7 +65,7 @@ class Stage:
         self.machine = activate(self.owner, self.bob)
         self.bobs = add_signal(self.conn, self.bob.trader, "cloud", self.machine)
 
-    def row(self, signal: UUID) -> Any:
+    def row(self, signal: str) -> Any:
         return one(self.owner, ROW, signal)
 
 
@@ -74,8 +74,8 @@ def at(db: Database) -> Stage:
     return Stage(db)
 
 
-def rename(conn: Conn, table: str, old: UUID) -> UUID:
-    new = uuid4()
+def rename(conn: Conn, table: str, old: str) -> str:
+    new = str(uuid4())
     cur = conn.execute(f"update {table} set id = %s where id = %s".encode(), (new, old))
     assert cur.rowcount == 1
     return new

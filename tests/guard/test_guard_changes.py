@@ -73,7 +73,7 @@ class Stage:
         self.insert(self.old, self.bobs, "cloud")
         assert rejection(self.insert, self.old, self.bobs).sqlstate == "WX001"
 
-    def insert(self, conn: Conn, whose: UUID, claim: str = "local", **names: str) -> None:
+    def insert(self, conn: Conn, whose: str, claim: str = "local", **names: str) -> None:
         """An order; columns and table by the names that they have now."""
         machine = self.machine if claim == "cloud" else None
         table = names.get("table", "public.orders")
@@ -186,7 +186,7 @@ CHANGES = {
         UNDEFINED_TABLE,
         mend="create table public.owners (id uuid primary key, user_id uuid);"
         "insert into public.owners select case holder when 'local' then %(adas)s::uuid"
-        "  else %(bobs)s::uuid end, user_id from arbiter.leases;"
+        "  else %(bobs)s::uuid end, user_id::uuid from arbiter.leases;"
         "alter table public.orders add foreign key (owner_id) references public.owners (id)",
     ),
 }
@@ -253,7 +253,7 @@ def test_who_is_rejected_stays_rejected(at: Stage, change: str) -> None:
     for conn in (at.old, at.db.connect()):
         error = rejection(lambda c: at.insert(c, at.bobs, table=table), conn)
         assert error.sqlstate == "WX001"
-        error = rejection(lambda c: at.insert(c, UUID(int=1), table=table), conn)
+        error = rejection(lambda c: at.insert(c, str(UUID(int=1)), table=table), conn)
         assert error.sqlstate == "23503"  # by the key to the owners; the guard comes after it
     assert count_rows(at.owner, table) == before
     for conn in (at.old, at.db.connect()):
@@ -424,7 +424,7 @@ class Crowd:
     conn: Conn
     ada: User
     bob: User
-    machine: UUID
+    machine: str
 
 
 def crowd(conn: Conn) -> None:

@@ -146,7 +146,7 @@ def test_other_words_for_source_are_rejected_by_the_guard(at: Stage, word: str |
 
 
 def test_a_machine_that_does_not_exist_is_rejected_without_its_foreign_key(at: Stage) -> None:
-    unknown = UUID(int=1)
+    unknown = str(UUID(int=1))
     assert at.rejected(add_signal, at.owner, at.bob.trader, "cloud", unknown) == ("23503", None)
     at.owner.execute("alter table public.signals drop constraint arbiter_machine_id_fkey")
     assert at.rejected(add_signal, at.owner, at.bob.trader, "cloud", unknown) == IDENTITY
@@ -263,7 +263,7 @@ def test_a_path_that_is_not_there_yet_is_no_way_in(at: Stage, unowned: str) -> N
         " deferrable initially deferred"
     )
     at.owner.execute("select arbiter.protect('public.signals', p_unowned => %s)", (unowned,))
-    trader = UUID(int=7)
+    trader = str(UUID(int=7))
 
     def smuggle() -> None:
         with at.owner.transaction():
@@ -290,7 +290,7 @@ def test_nor_is_an_update_to_one(at: Stage, unowned: str, verbs: str) -> None:
     at.owner.execute(
         "select arbiter.protect('public.signals', p_verbs => %s, p_unowned => %s)", (verbs, unowned)
     )
-    trader = UUID(int=7)
+    trader = str(UUID(int=7))
 
     def smuggle() -> None:
         with at.owner.transaction():
@@ -398,7 +398,7 @@ TRICKS = {
         create table evil.leases (like arbiter.leases);
         create function evil.clock_timestamp() returns timestamptz language sql
           as 'select ''infinity''::timestamptz';
-        create function evil._admit(integer, text, text, uuid, text, uuid, text) returns void
+        create function evil._admit(integer, text, text, text, text, text, text) returns void
           language sql as '';
     """,
     "functions": """
@@ -630,7 +630,7 @@ def epochs_of(conn: Conn, user: User) -> None:
         "            or not pg_visible_in_snapshot(s.arbiter_xid, h.snapshot))"
         "     order by h.epoch desc limit 1) h"
         " where s.trader_id = %s"
-        "   and (s.source, s.machine_id) is distinct from (h.to_holder, h.to_machine_id)",
+        "   and (s.source, s.machine_id::text) is distinct from (h.to_holder, h.to_machine_id)",
         user.id,
         user.trader,
     )
@@ -664,7 +664,7 @@ def test_a_transaction_does_not_write_for_both(
         beat(shared.owner, machine)
     epoch = lease(shared.owner, carol).epoch
     expected = "WX007"
-    second: tuple[str, UUID | None]
+    second: tuple[str, str | None]
 
     def write(source: str) -> None:
         conn.execute(before.encode())

@@ -51,7 +51,7 @@ create table public.wide (user_id uuid, trader_id uuid references public.traders
 create table public.loose (n integer);
 create table public.of_two (
   trader_id uuid references public.traders, copied_from uuid references public.traders);
-create table public.names (id uuid primary key, user_id text);
+create table public.names (id uuid primary key, user_id numeric);
 create table public.of_text (name_id uuid references public.names);
 create table public.words (user_id uuid, source integer);
 create table public.by_default (user_id uuid, source text default 'binance');
@@ -132,6 +132,22 @@ FAILURES = {
         "arbiter: column source of table public.words is integer, it must be text or character"
         " varying",
         "Rename that column, or name another one in the call; nothing was changed.",
+    ),
+    "ids of another type": Failure(
+        "select arbiter.protect('public.names')",
+        "42804",
+        "arbiter: column user_id of table public.names is numeric, an id must be uuid or text or"
+        " character varying or smallint or integer or bigint",
+        "arbiter compares the text of ids. Change the type of that column, or name another one in"
+        " the call; nothing was changed.",
+    ),
+    "ids that the registry cannot have": Failure(
+        "select arbiter.protect('public.apart', p_user_path => 'n')",
+        "42804",
+        "arbiter: column n of table public.apart is integer, but column user_id of the registry"
+        " public.cloud_machines is uuid",
+        "Give both the same type. A column that arbiter has added: unprotect the table, drop the"
+        " column, register the machines, protect again. Nothing was changed.",
     ),
     "virtual column": Failure(
         "select arbiter.protect('public.loose')",
@@ -233,16 +249,16 @@ FAILURES = {
         "select arbiter.protect('public.loose')",
         "22023",
         "arbiter: table public.loose has no obvious way to a user",
-        "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
-        " ('trader_id.user_id').",
+        "Name it in p_user_path: a column with the user's id ('owner_id') or a path over foreign"
+        " keys ('trader_id.user_id').",
     ),
     # Its owner's user has another type, and so is none.
     "no way by text": Failure(
         "select arbiter.protect('public.of_text')",
         "22023",
         "arbiter: table public.of_text has no obvious way to a user",
-        "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
-        " ('trader_id.user_id').",
+        "Name it in p_user_path: a column with the user's id ('owner_id') or a path over foreign"
+        " keys ('trader_id.user_id').",
     ),
     "two ways": Failure(
         "select arbiter.protect('public.of_two')",
@@ -316,7 +332,7 @@ FAILURES = {
         "select arbiter.protect('public.wide', 'user_id.')",
         "22023",
         "arbiter: p_user_path is not a path: 'user_id.'",
-        "It is a uuid column ('user_id'), columns over foreign keys joined by dots"
+        "It is a column with the user's id ('user_id'), columns over foreign keys joined by dots"
         " ('trader_id.user_id'), or several of these with commas.",
     ),
     "machine column of another use": Failure(
@@ -377,14 +393,14 @@ FAILURES = {
         "select arbiter.status('{other}')",
         "42501",
         "arbiter: only a trusted role may ask about another user",
-        "Leave p_user_id out: the user is the sub of request.jwt.claims.",
+        "Leave p_user_id out: the user is the one of request.jwt.claims.",
         by="authenticated",
     ),
     "no user": Failure(
         "select arbiter.status()",
         "22023",
         "arbiter: no user",
-        "Pass p_user_id, or set request.jwt.claims with a sub.",
+        "Pass p_user_id, or set request.jwt.claims with the claim of arbiter.settings.user_claim.",
     ),
     # 30_status
     "confirmed by a machine": Failure(
@@ -408,8 +424,8 @@ FAILURES = {
         "select arbiter._instantiate('arbiter._stamp_template()', 'new', '{{}}')",
         "XX000",
         "arbiter: nothing stands for the word __heartbeat of template arbiter._stamp_template()",
-        "Add it where the template's words are listed: _guard_words(), _machine_may_write_words()"
-        " or _registry_words().",
+        "Add it where the template's words are listed: _id_words(), _guard_words(),"
+        " _machine_may_write_words() or _registry_words().",
     ),
     "a key that is newer": Failure(
         "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",
@@ -887,7 +903,7 @@ REJECTIONS = {
     "no parent": Rejected(
         "wrong_identity",
         "The row does not lead to a user: the row that it names does not exist.",
-        after(Stage.allow_unowned, Stage.loosen, lambda at: add_signal(at.owner, UUID(int=1))),
+        after(Stage.allow_unowned, Stage.loosen, lambda at: add_signal(at.owner, str(UUID(int=1)))),
         whose=None,
         by_lease=False,
         more=said("local"),

@@ -197,7 +197,7 @@ def test_a_statement_is_recorded_once_for_each_claim(at: Stage) -> None:
     at.conn.execute(
         "insert into public.signals"
         " (trader_id, symbol, interval, signal, bar_time, source, machine_id)"
-        " select case n %% 3 when 0 then %(ada)s else %(bob)s end, 'S', '1m', 'buy',"
+        " select case n %% 3 when 0 then %(ada)s::uuid else %(bob)s end, 'S', '1m', 'buy',"
         "        timestamptz '2026-01-01' + n * interval '1 minute',"
         "        case n %% 3 when 2 then 'cloud' else 'local' end,"
         "        case n %% 3 when 2 then %(machine)s::uuid end"

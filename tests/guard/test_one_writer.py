@@ -75,7 +75,7 @@ def test_who_holds_is_admitted_without_the_slow_path(db: Database, kind: str, ro
     adas, _ = stage(conn, kind)
     conn.execute(
         "create or replace function arbiter._admit(p_protection_id integer, p_mode text,"
-        " p_unowned text, p_user_id uuid, p_source text, p_machine_id uuid, p_flaw text)"
+        " p_unowned text, p_user_id text, p_source text, p_machine_id text, p_flaw text)"
         " returns arbiter.error language plpgsql as $$ begin raise exception 'slow path'; end $$"
     )
     conn.execute(

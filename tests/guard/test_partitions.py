@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -118,7 +117,7 @@ class Stage:
     conn: Conn
     ada: User
     bob: User
-    machine: UUID
+    machine: str
 
     def insert(self, table: str, user: User, day: int = 5, source: str = "local") -> None:
         """One row into a table by its name."""

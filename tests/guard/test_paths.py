@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -138,7 +137,7 @@ class Claim:
 
     user: User
     source: str
-    machine: UUID | None
+    machine: str | None
 
     def params(self) -> dict[str, Any]:
         """Its parameters, with a bar of its own."""

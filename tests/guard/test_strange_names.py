@@ -56,7 +56,7 @@ def test_names_are_only_names(db: Database, name: str, verbs: list[str]) -> None
         owner.execute(statement.encode(), names)
     owner.execute(PROTECT.encode(), {**names, "verbs": verbs})
 
-    user, machine, trader = add_user(owner), uuid4(), uuid4()
+    user, machine, trader = add_user(owner), str(uuid4()), str(uuid4())
     owner.execute(
         sql.SQL("insert into public.{fleet} values ({}, {}, 'running', now())").format(
             machine, user.id, **quoted

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -59,7 +58,7 @@ class Stage:
             self.insert(self.bob, symbol, "cloud", self.machine)
 
     def insert(
-        self, user: User, symbol: str, source: str = "local", machine: UUID | None = None
+        self, user: User, symbol: str, source: str = "local", machine: str | None = None
     ) -> None:
         """A new position."""
         self.conn.execute(
@@ -399,7 +398,7 @@ UPSERTS = {
 def test_upserts_are_judged_in_both_arms(at: Stage, upsert: str, symbol: str) -> None:
     query = UPSERTS[upsert].encode()
 
-    def write(user: User, source: str, machine: UUID | None) -> None:
+    def write(user: User, source: str, machine: str | None) -> None:
         at.conn.execute(
             query, {"user": user.id, "symbol": symbol, "source": source, "machine": machine}
         )

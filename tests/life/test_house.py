@@ -45,7 +45,8 @@ def used(path: Path) -> set[str]:
 
 def is_generated(name: str) -> bool:
     """A function or view that is made from a template or a format, under a name of its own."""
-    return re.fullmatch(r"_path_\w*|tg_registry_\w+|_machine_may_write", name) is not None
+    generated = r"_path_\w*|tg_registry_\w+|_machine_may_write|_is_(user|machine)?|_user_text"
+    return re.fullmatch(generated + r"|_machine_keys|claimed_\w+_id", name) is not None
 
 
 def test_no_file_needs_a_later_one() -> None:
@@ -107,6 +108,7 @@ def test_a_page_names_functions_that_exist(page: Path) -> None:
     defined = set(re.findall(r"(?:function arbiter\.|def )(\w+)\(", code))
     # Generated ones, the last two of which are written short.
     defined |= {"_guard_1", "tg_registry_stamp", "_note", "_activate"}
+    defined |= {"_is_user", "_is_machine", "_user_text", "claimed_user_id", "claimed_machine_id"}
     assert named - defined == set()
 
 

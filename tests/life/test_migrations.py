@@ -32,13 +32,19 @@ BACKWARD = sorted(MIGRATIONS.glob("*.rollback.sql"), reverse=True)
 REPEATABLE = sorted(SQL.glob("*.sql"))
 
 OPEN_TO_CLIENTS = {
+    "arbiter.status(text)",
     "arbiter.status(uuid)",
+    "arbiter.confirm_takeover(text)",
     "arbiter.confirm_takeover(uuid)",
+    "arbiter.heartbeat(text)",
     "arbiter.heartbeat(uuid)",
-    "arbiter.heartbeat(uuid[])",
+    "arbiter.heartbeats(text[])",
     "arbiter.claimed_user_id()",
     "arbiter.claimed_machine_id()",
     "arbiter.version()",
+    # heartbeats() finds machines by this, and the package the handovers of a user.
+    "arbiter._machine_keys(text[])",
+    "arbiter._user_text(text)",
     # heartbeat() runs as its caller, and fails with these.
     "arbiter._fail(text,text,text)",
     "arbiter._error(text,text,text,jsonb,integer)",
@@ -198,7 +204,10 @@ EXPOSED = {"app.execution_status", "app.confirm_takeover"}
 def test_the_lint_of_functions_sees_them_all(ask: Ask) -> None:
     """Each function of the database is one that test_style has read."""
     read = {function.name for path in FILES for function in functions(path)}
-    generated = re.compile(r"arbiter\.(_[a-z_]+_\d+|tg_registry_[a-z]+|_machine_may_write)")
+    generated = re.compile(
+        r"arbiter\.(_[a-z_]+_\d+|tg_registry_[a-z]+|_machine_may_write|claimed_[a-z]+_id"
+        r"|_is_(user|machine)|_user_text|_machine_keys)"
+    )
     names = ask("select format('arbiter.%I', p.proname) from pg_proc p "
                 "where p.pronamespace = 'arbiter'::regnamespace")  # fmt: skip
     assert {name for name in names if not generated.fullmatch(name)} == read - EXPOSED
@@ -273,7 +282,7 @@ def test_definers_pin_their_search_path(ask: Ask) -> None:
         "where p.pronamespace = 'arbiter'::regnamespace "
         "and 'search_path=pg_catalog, pg_temp' = any (p.proconfig)"
     )
-    assert {"arbiter.status(uuid)", "arbiter._guard_1()", "arbiter._provenance_1()"} < set(definers)
+    assert {"arbiter.status(text)", "arbiter._guard_1()", "arbiter._provenance_1()"} < set(definers)
     assert set(definers) <= set(pinned)
 
 
@@ -286,6 +295,24 @@ def test_what_clients_may_call_pins_its_search_path(ask: Ask) -> None:
         "and has_function_privilege('authenticated', p.oid, 'execute') and p.proconfig is null"
     )
     assert unpinned == []
+
+
+def test_what_pins_no_search_path_was_read_when_it_was_made(ask: Ask) -> None:
+    """No search_path matters then; only so the server puts a body into a query."""
+    unpinned = ask(
+        "select p.proname from pg_proc p where p.pronamespace = 'arbiter'::regnamespace"
+        " and not coalesce('search_path=pg_catalog, pg_temp' = any (p.proconfig), false)"
+    )
+    names = [
+        *("_is_machine", "_is_owner_session", "_is_user", "_session_role", "_user_text"),
+        *("confirm_takeover", "heartbeat", "status"),
+    ]
+    assert sorted(unpinned) == names
+    read = ask(
+        "select p.proname from pg_proc p where p.pronamespace = 'arbiter'::regnamespace"
+        " and p.proconfig is null and p.prosqlbody is not null"
+    )
+    assert sorted(read) == names
 
 
 def test_clients_may_call_the_public_api_and_nothing_else(ask: Ask) -> None:

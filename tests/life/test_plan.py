@@ -236,6 +236,39 @@ TABLES = {
             LOCKED,
         ],
     ),
+    "users that are no uuids, which the registry's are": (
+        "alter table signals add symbol varchar(60);"
+        "insert into signals (symbol) values ('BTC'), ('ETH'), (null),"
+        " ('{ABCDEF00-0000-0000-0000-000000000001}')",
+        Adoption(protect=[SIGNALS], user_path="symbol", unowned="allow"),
+        [
+            old(4),
+            ("note", "rows without a user: 1", "New ones are admitted from trusted roles."),
+            (
+                "warning",
+                "rows whose user is no uuid, as the users of the registry are: 2, by symbol",
+                "Such a user never has a machine. If another column holds the user, name it:"
+                " --user-path.",
+            ),
+            LOCKED,
+        ],
+    ),
+    "a text that names the same uuid": (
+        "insert into traders values (4, 'abcdef00-0000-0000-0000-000000000001');"
+        "alter table signals add owner varchar(50);"
+        "insert into signals (trader_id, owner) values (1, '00000000-0000-0000-0000-000000000001'),"
+        " (4, 'ABCDEF00-0000-0000-0000-000000000001'), (1, 'ABCDEF00-0000-0000-0000-000000000001')",
+        Adoption(protect=[SIGNALS], user_path="trader_id.user_id, owner"),
+        [
+            old(3),
+            (
+                "warning",
+                "rows that lead to two users: 1, by trader_id.user_id, owner",
+                "New ones are rejected (WX005).",
+            ),
+            LOCKED,
+        ],
+    ),
     "triggers": (
         "create function f() returns trigger language plpgsql as 'begin return null; end';"
         "create trigger zeta after insert on signals for each row execute function f();"
@@ -306,8 +339,8 @@ def test_of_tables_that_could_be_protected(bare_db: Database, app: Conn) -> None
             "skip",
             "public.orders",
             "table public.orders has no obvious way to a user",
-            "Name it in p_user_path: a uuid column ('owner_id') or a path over foreign keys"
-            " ('trader_id.user_id').",
+            "Name it in p_user_path: a column with the user's id ('owner_id') or a path over"
+            " foreign keys ('trader_id.user_id').",
         ),
         ("skip", "public.trades", "is not protected", "arbiter-db install --protect public.trades"),
     ]
@@ -317,6 +350,38 @@ def test_of_tables_that_could_be_protected(bare_db: Database, app: Conn) -> None
     skipped = {n.table: n.finding for n in arbiter_db.plan(bare_db.conninfo())}
     assert skipped["public.trades"] == "is not protected; by default only public.signals is"
     assert before
+
+
+NUMBERS = """
+create table public.trades (user_id bigint not null);
+create table public.orders (user_id uuid not null, machine_id integer);
+create table public.positions (user_id numeric not null);
+"""
+
+
+def test_of_tables_whose_ids_are_never_those_of_the_registry(bare_db: Database, app: Conn) -> None:
+    """They are skipped; asked for by name they are an error, and nothing was changed."""
+    app.execute(NUMBERS.encode())
+    said = {
+        "public.orders": "column machine_id of table public.orders is integer,"
+        " but column id of the registry public.cloud_machines is uuid",
+        "public.positions": "column user_id of table public.positions is numeric, an id must be"
+        " uuid or text or character varying or smallint or integer or bigint",
+        "public.trades": "column user_id of table public.trades is bigint,"
+        " but column user_id of the registry public.cloud_machines is uuid",
+    }
+    plan = arbiter_db.plan(bare_db.conninfo(), adoption=BY_TRADER)
+    assert {n.table: n.finding for n in plan if n.step == "skip"} == said
+    # Also beside a registry that there is already.
+    arbiter_db.install(bare_db.conninfo(), adoption=BY_TRADER)
+    plan = arbiter_db.plan(bare_db.conninfo())
+    assert {n.table: n.finding for n in plan if n.step == "skip"} == said
+    for table, finding in said.items():
+        with pytest.raises(arbiter_db.InstallError) as caught:
+            arbiter_db.install(bare_db.conninfo(), adoption=Adoption(protect=[table]))
+        # Errors name a table by the search_path of the session, the plan in full.
+        assert finding.replace("public.", "") in f"{caught.value}".replace("public.", "")
+    assert rows(app, "select protected_table::text from arbiter.protections") == [("signals",)]
 
 
 LOOK_ALIKES = """

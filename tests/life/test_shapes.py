@@ -78,7 +78,7 @@ class Shape:
     running: str = "running"
     #: Rows that lead to two users: their values.
     two_users: str | None = None
-    ids: dict[str, UUID] = field(
+    ids: dict[str, Any] = field(
         default_factory=lambda: {
             name: UUID(int=n)
             for n, name in enumerate(("user", "other", "trader", "foreign", "builtin", "machine"))
@@ -168,6 +168,54 @@ SHAPES = {
         signals='"Trading App"."Signals $(date)"',
         machine_column='"Machine\'s"',
     ),
+    "Clerk text ids": Shape(
+        TRADERS.replace("user_id uuid", "user_id text")
+        + MACHINES.replace(
+            "id uuid primary key default gen_random_uuid()", "id text primary key"
+        ).replace("user_id uuid", "user_id text")
+        + SIGNALS,
+        ids={
+            "user": "user_2abcDEF",
+            "trader": UUID(int=1),
+            "builtin": UUID(int=2),
+            "machine": "3d8d9930b32489",
+        },
+    ),
+    "bigint bot ids": Shape(
+        """
+        create table public.bots (id bigint primary key, name text);
+        create table public.cloud_machines (
+          id integer primary key,
+          user_id bigint not null unique references public.bots (id),
+          status text not null,
+          last_health_check timestamptz);
+        create table public.signals (
+          id bigint generated always as identity primary key,
+          bot_id bigint not null references public.bots (id));
+        """,
+        Adoption(protect=["public.signals"], user_path="bot_id"),
+        data=("insert into public.bots (id) values (%(user)s)",),
+        columns="bot_id",
+        values="%(user)s",
+        builtin=None,
+        ids={"user": 9223372036854775807, "machine": 42},
+    ),
+    "one strategy for each organization": Shape(
+        MACHINES.replace("user_id uuid not null unique", "user_id text not null unique")
+        + """
+        create table public.strategies (id integer primary key, org_id varchar(40) not null);
+        create table public.signals (
+          id bigint generated always as identity primary key,
+          strategy_id integer references public.strategies (id),
+          by_user uuid);
+        """,
+        Adoption(protect=["public.signals"], user_path="strategy_id.org_id"),
+        data=("insert into public.strategies values (%(trader)s, %(user)s)",),
+        columns="strategy_id, by_user",
+        values="%(trader)s, gen_random_uuid()",
+        builtin="null, gen_random_uuid()",
+        ids={"user": "org_2xyz", "trader": 1, "machine": UUID(int=5)},
+    ),
 }
 
 
@@ -187,7 +235,7 @@ def test_a_day_in_the_life_of(bare_db: Database, name: str) -> None:
 
     into = f"{shape.signals} ({shape.columns}, source, {shape.machine_column})"
 
-    def insert(values: str, source: str, machine: UUID | None = None) -> Any:
+    def insert(values: str, source: str, machine: Any = None) -> Any:
         statement = f"insert into {into} values ({values}, %(source)s, %(of)s)"
         return owner.execute(statement.encode(), {**shape.ids, "source": source, "of": machine})
 
@@ -208,7 +256,7 @@ def test_a_day_in_the_life_of(bare_db: Database, name: str) -> None:
     if shape.two_users is not None:
         assert rejection(insert, shape.two_users, "local").sqlstate == "WX005"
     status = arbiter_db.status(owner, shape.ids["user"])
-    assert (status.environment, status.machine_id) == ("cloud", machine)
+    assert (status.environment, status.machine_id) == ("cloud", str(machine))
     [audit] = [arbiter_db.audit(owner, table) for table in arbiter_db.protected_tables(owner)]
     assert (audit.findings, audit.proved) == ([], 2)
     wrong = "select remedy from arbiter.doctor() where state not in ('ok', 'note')"

@@ -57,9 +57,25 @@ def test_attributes_stand_one_a_line_and_say_what_is_not_the_default(function: F
     assert body.startswith(("as $", "begin atomic\n", "return "))
 
 
+UNPINNED = ("arbiter._session_role", "arbiter._is_owner_session")
+
+
 @by_function
 def test_a_function_pins_its_search_path(function: Function) -> None:
-    """With '' a caller's temporary table still shadows the catalog."""
+    """With '' a caller's temporary table still shadows the catalog.
+
+    Some do not, so that the server puts their bodies into the call: a function for a uuid, which
+    only calls the one for a text, and two that ask for the role of the session. The server read
+    these bodies when the functions were made.
+    """
+    for_a_uuid = "_uuid uuid)" in function.text.split("\n")[0]
+    call = r"return arbiter\.(\w+)\(p_\w+_uuid::text\);?"
+    is_one_call = re.fullmatch(call, function.body().strip())
+    if for_a_uuid or function.name in UNPINNED:
+        assert is_one_call or not for_a_uuid, function.text
+        assert function.body().strip().startswith("return "), function.text
+        assert [name for name, _, _ in function.options() if name == "set"] == []
+        return
     paths = [
         [item.val.sval for item in value.args]
         for name, value, _ in function.options()
@@ -128,7 +144,8 @@ def test_names_say_what_they_are(function: Function) -> None:
             assert name.startswith("v_"), name
     is_trigger = function.returns == "trigger"
     is_named = re.fullmatch(r"arbiter\.(tg_\w+|_\w+_template)", function.name) is not None
-    assert is_trigger is (is_named and function.name != "arbiter._machine_may_write_template")
+    is_asked = re.fullmatch(r"arbiter\._(machine_may_write|claimed_\w+)_template", function.name)
+    assert is_trigger is (is_named and is_asked is None)
 
 
 def declared(body: str) -> Iterator[str]:
@@ -155,7 +172,7 @@ def test_the_lint_sees_what_is_declared() -> None:
 def test_code_is_in_lower_case(path: Path) -> None:
     for code in codes(path.read_text("ascii")):
         for token in tokens(code):
-            if token.kind != "SCONST" and token.text not in ("I", "L"):  # of %I and %L
+            if token.kind != "SCONST" and token.text not in ("I", "L", '"C"'):  # of %I and %L
                 assert token.text == token.text.lower()
 
 

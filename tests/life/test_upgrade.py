@@ -166,16 +166,16 @@ def downgrade(db: Database) -> None:
     text = path.read_text(encoding="ascii")
     for now, before in (
         ("v_write.machine_id, v_write.flaw);", "v_write.machine_id, v_write.flaw, 1);"),
-        ("  p_machine_id uuid,\n  p_flaw text)\nreturns arbiter.error",
-         "  p_machine_id uuid,\n  p_flaw text,\n  p_older integer)\nreturns arbiter.error"),
-        ("_admit(integer, text, text, uuid, text, uuid, text) is",
-         "_admit(integer, text, text, uuid, text, uuid, text, integer) is"),
+        ("  p_machine_id text,\n  p_flaw text)\nreturns arbiter.error",
+         "  p_machine_id text,\n  p_flaw text,\n  p_older integer)\nreturns arbiter.error"),
+        ("_admit(integer, text, text, text, text, text, text) is",
+         "_admit(integer, text, text, text, text, text, text, integer) is"),
     ):  # fmt: skip
         assert text.count(now) == 1
         text = text.replace(now, before)
     conn = db.connect()
     with conn.transaction():
-        conn.execute("drop function arbiter._admit(integer, text, text, uuid, text, uuid, text)")
+        conn.execute("drop function arbiter._admit(integer, text, text, text, text, text, text)")
         conn.execute(text.encode())
         conn.execute("select arbiter._build_guard(protection_id) from arbiter.protections")
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import combinations_with_replacement, pairwise, product
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import click
 import psycopg
@@ -657,12 +657,12 @@ PROTECTED, UNPROTECTED = (1, 2, 1), (0, 0, 0)
 class Person:
     """A user with a trader and the id of a machine, all of one case."""
 
-    user: UUID = field(default_factory=uuid4)
-    trader: UUID = field(default_factory=uuid4)
-    machine: UUID = field(default_factory=uuid4)
+    user: str = field(default_factory=lambda: str(uuid4()))
+    trader: str = field(default_factory=lambda: str(uuid4()))
+    machine: str = field(default_factory=lambda: str(uuid4()))
 
     @property
-    def params(self) -> dict[str, UUID]:
+    def params(self) -> dict[str, str]:
         """For statements."""
         return {"user": self.user, "trader": self.trader, "machine": self.machine}
 
@@ -773,7 +773,7 @@ class Arena:
         self._sessions: dict[tuple[str, str], Session] = {}
         self._signed_in: dict[Session, tuple[str, str]] = {}
         self._ticks = 0
-        self.cases: dict[UUID, Case] = {}
+        self.cases: dict[str, Case] = {}
 
     def session(self, side: str, actor: str) -> Session:
         """The session of that side and actor."""
@@ -838,7 +838,7 @@ class Arena:
                 by_user[user].flaws.append(flaw)
         return played
 
-    def _rows(self, people: Sequence[Person]) -> Counter[UUID]:
+    def _rows(self, people: Sequence[Person]) -> Counter[str]:
         return Counter(dict(self.owner.execute(ROWS, ([p.trader for p in people],)).fetchall()))
 
     def _protection(self) -> tuple[int, int, int]:

@@ -114,11 +114,11 @@ begin
     update arbiter.machine_notes
        set left_running_at = left_running_at - interval '2 hours',
            entered_error_at = entered_error_at - interval '2 hours'
-     where user_id = any (p_users);
+     where user_id = any (p_users::text[]);
   end if;
   if p_drain = 'local' then
     -- As confirm_takeover leaves the lease while a write of the machine is in flight.
-    update arbiter.leases set draining_since = clock_timestamp() where user_id = any (p_users);
+    update arbiter.leases set draining_since = clock_timestamp() where user_id = any (p_users::text[]);
   end if;
   commit;
 end

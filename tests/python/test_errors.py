@@ -6,7 +6,6 @@ import json
 import pickle
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -17,8 +16,8 @@ from arbiter_db import ArbiterError, errors
 if TYPE_CHECKING:
     from conftest import Database
 
-USER = UUID("ada00000-0000-4000-8000-000000000001")
-MACHINE = UUID("ada00000-0000-4000-8000-0000000000c1")
+USER = "ada00000-0000-4000-8000-000000000001"
+MACHINE = "ada00000-0000-4000-8000-0000000000c1"
 
 CLASSES = {
     "WX001": ("cloud_active", arbiter_db.CloudActive),
@@ -97,7 +96,7 @@ def test_what_the_database_leaves_open_is_none(bare_db: Database) -> None:
 
 @pytest.mark.parametrize(
     "detail",
-    ["", "not json", "[1]", '{"epoch": [], "user_id": 3, "machine_id": "x", "retry_at": "soon"}'],
+    ["", "not json", "[1]", '{"epoch": [], "user_id": 3, "machine_id": {}, "retry_at": "soon"}'],
 )
 def test_an_odd_detail_is_still_a_rejection(bare_db: Database, detail: str) -> None:
     error = errors.from_psycopg(rejection(bare_db.connect(), "WX002", detail))

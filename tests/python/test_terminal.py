@@ -182,7 +182,7 @@ def test_status_and_handovers(owner: psycopg.Connection[Any], db: Database, dsn:
         " clock_timestamp(), '00:00:05'"
     )
     conn.execute(
-        "create or replace function arbiter.status(p_user_id uuid default null)"
+        "create or replace function arbiter.status(p_user_id text default null)"
         " returns arbiter.execution_status language sql as"
         f" $f$ select row({columns})::arbiter.execution_status $f$".encode()
     )
@@ -223,7 +223,7 @@ def test_an_error_and_its_hint(db: Database, dsn: str, using: str) -> None:
     conn = db.connect()
     literal = sql.Literal(EVIL).as_string(conn)
     conn.execute(
-        "create or replace function arbiter.status(p_user_id uuid default null)"
+        "create or replace function arbiter.status(p_user_id text default null)"
         " returns arbiter.execution_status language plpgsql as"
         f" $f$ begin raise exception using {using % (literal, literal)}; end $f$".encode()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -48,7 +48,7 @@ GRACE = SETTINGS["stop_grace"]
 DELAY = SETTINGS["error_takeover_delay"]
 
 
-def stored(conn: Conn, machine: UUID) -> datetime | None:
+def stored(conn: Conn, machine: str) -> datetime | None:
     """The heartbeat in the registry."""
     found: datetime | None = value(
         conn, "select last_health_check from public.cloud_machines where id = %s", machine
@@ -56,12 +56,12 @@ def stored(conn: Conn, machine: UUID) -> datetime | None:
     return found
 
 
-def notes(conn: Conn, machine: UUID) -> Any:
+def notes(conn: Conn, machine: str) -> Any:
     """What the database noted of a machine, for its only user."""
     return one(conn, "select * from arbiter.machine_notes where machine_id = %s", machine)
 
 
-def holder(conn: Conn, user: User) -> tuple[str, UUID | None, UUID | None]:
+def holder(conn: Conn, user: User) -> tuple[str, str | None, str | None]:
     now = lease(conn, user)
     return now.holder, now.machine_id, now.draining_to
 
@@ -134,7 +134,7 @@ def test_heartbeat_is_stamped_by_every_kind_of_write(
 ) -> None:
     machine_conn = backend(db)
     user = add_user(db.connect())
-    machine = add_machine(machine_conn, user, "running") if exists else uuid4()
+    machine = add_machine(machine_conn, user, "running") if exists else str(uuid4())
     began = clock(machine_conn)
     cur = machine_conn.execute(statement.encode(), {"id": machine, "user": user.id})
     assert cur.rowcount == 1
@@ -147,7 +147,7 @@ def test_heartbeat_is_stamped_by_every_kind_of_write(
 
 def test_heartbeat_is_stamped_by_copy(db: Database) -> None:
     conn = db.connect()
-    user, machine = add_user(conn), uuid4()
+    user, machine = add_user(conn), str(uuid4())
     began = clock(conn)
     with (
         conn.cursor() as cur,
@@ -255,7 +255,7 @@ def test_heartbeat_of_many(db: Database) -> None:
     machines = [add_machine(conn, user, "running") for user in users]
     silent = add_machine(conn, add_user(owner), "running")
     for _ in range(2):
-        assert value(conn, "select arbiter.heartbeat(%s::uuid[])", machines) == 3
+        assert value(conn, "select arbiter.heartbeats(%s::text[])", machines) == 3
     assert [holder(conn, u)[1] for u in users] == machines
     assert stored(conn, silent) is None
 
@@ -264,7 +264,7 @@ def test_heartbeat_of_many(db: Database) -> None:
 def test_heartbeat_counts_each_machine_once(db: Database, times: int, beaten: int) -> None:
     conn = backend(db)
     machine = add_machine(conn, add_user(db.connect()), "running")
-    assert value(conn, "select arbiter.heartbeat(%s::uuid[])", [machine] * times) == beaten
+    assert value(conn, "select arbiter.heartbeats(%s::text[])", [machine] * times) == beaten
     assert (stored(conn, machine) is not None) is bool(beaten)
 
 
@@ -357,20 +357,20 @@ def test_notes(db: Database, words: list[str], left: int | None, error: int | No
             assert instants[step - 1] < at < instants[step]
 
 
-def delete(conn: Conn, machine: UUID) -> None:
+def delete(conn: Conn, machine: str) -> None:
     conn.execute("delete from public.cloud_machines where id = %s", (machine,))
 
 
-def truncate(conn: Conn, machine: UUID) -> None:
+def truncate(conn: Conn, machine: str) -> None:
     conn.execute("truncate public.cloud_machines cascade")
 
 
-def give_away(conn: Conn, machine: UUID) -> None:
+def give_away(conn: Conn, machine: str) -> None:
     other = add_user(conn)
     conn.execute("update public.cloud_machines set user_id = %s where id = %s", (other.id, machine))
 
 
-def disown(conn: Conn, machine: UUID) -> None:
+def disown(conn: Conn, machine: str) -> None:
     conn.execute("alter table public.cloud_machines alter column user_id drop not null")
     conn.execute("update public.cloud_machines set user_id = null where id = %s", (machine,))
 
@@ -378,7 +378,7 @@ def disown(conn: Conn, machine: UUID) -> None:
 @pytest.mark.parametrize("how", ["holds", "drains"])
 @pytest.mark.parametrize("end", [delete, truncate, give_away, disown])
 def test_machine_that_goes_ends_its_claim_like_a_stop(
-    db: Database, end: Callable[[Conn, UUID], None], how: str
+    db: Database, end: Callable[[Conn, str], None], how: str
 ) -> None:
     owner = db.connect()
     user = add_user(owner)
@@ -420,7 +420,7 @@ def test_machine_that_goes_ends_its_claim_like_a_stop(
     assert holder(owner, user) == ("local", None, None)
 
 
-def age_note(conn: Conn, user: User, machine: UUID) -> None:
+def age_note(conn: Conn, user: User, machine: str) -> None:
     """A machine that changed hands has a note for each user: age the one of this user."""
     conn.execute(
         "update arbiter.machine_notes set left_running_at = clock_timestamp() - %s"
@@ -472,7 +472,7 @@ def test_user_who_goes_takes_everything_along(db: Database) -> None:
         assert count_rows(owner, f"public.{table}") == 0
 
 
-def add_position(conn: Conn, user: User, machine: UUID) -> None:
+def add_position(conn: Conn, user: User, machine: str) -> None:
     conn.execute(
         "insert into public.positions (user_id, symbol, source, machine_id)"
         " values (%s, 'BTCUSDT', 'cloud', %s)",
@@ -779,8 +779,8 @@ select arbiter.register_machines('public.user_fly_apps', 'app_uuid', 'owner_id',
 PROTECT_APPS = "select arbiter.protect('public.signals', p_machine_column => 'fly_app_id')"
 
 
-def add_app(conn: Conn, user: User, word: str) -> UUID:
-    app: UUID = value(
+def add_app(conn: Conn, user: User, word: str) -> str:
+    app: str = value(
         conn,
         "insert into public.user_fly_apps (owner_id, state) values (%s, %s) returning app_uuid",
         user.id,
@@ -789,12 +789,12 @@ def add_app(conn: Conn, user: User, word: str) -> UUID:
     return app
 
 
-def write_app(conn: Conn, app: UUID, assignment: str) -> None:
+def write_app(conn: Conn, app: str, assignment: str) -> None:
     statement = f"update public.user_fly_apps set {assignment} where app_uuid = %s"
     assert conn.execute(statement.encode(), (app,)).rowcount == 1
 
 
-def add_app_signal(conn: Conn, user: User, source: str = "local", app: UUID | None = None) -> None:
+def add_app_signal(conn: Conn, user: User, source: str = "local", app: str | None = None) -> None:
     conn.execute(
         "insert into public.signals"
         " (trader_id, symbol, interval, signal, bar_time, source, fly_app_id)"
@@ -856,7 +856,7 @@ def test_replacing_the_registry(db: Database) -> None:
 
 
 def assert_guard_rejects(
-    owner: Conn, app_conn: Conn, web: Conn, cloudy: User, local: User, app: UUID
+    owner: Conn, app_conn: Conn, web: Conn, cloudy: User, local: User, app: str
 ) -> None:
     """A guard whose table changed under it rejects all writes, also the holder's."""
     before = rows(owner, "select * from public.signals order by id")
@@ -938,7 +938,7 @@ select arbiter.register_machines('"My App"."User""s machines"', 'The Id', 'selec
 
 def test_names_that_need_quoting(db: Database) -> None:
     owner = db.connect()
-    user, machine = add_user(owner), uuid4()
+    user, machine = add_user(owner), str(uuid4())
     owner.execute(QUOTED.encode())
     for _ in range(2):
         owner.execute(
@@ -962,7 +962,7 @@ def test_heartbeats_in_one_statement_end_a_drain_in_any_order(db: Database) -> N
     age(conn, first, heartbeat=timedelta(hours=1))
     beat(conn, second)
     assert lease(conn, ada).draining_to == second
-    conn.execute("select arbiter.heartbeat(%s)", ([first, second],))
+    conn.execute("select arbiter.heartbeats(%s)", ([first, second],))
     assert (lease(conn, ada).machine_id, lease(conn, ada).draining_to) == (second, None)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -68,7 +67,7 @@ def test_a_machine_may_write_as_the_verdict_says(
         " where l.user_id = %s",
         user.id,
     )
-    ask = "select arbiter._machine_may_write(%s, %s)"
+    ask = "select arbiter._machine_may_write(%s::uuid, %s)"
     runs = state not in ("error", "stopped")
     assert value(conn, ask, machine, user.id) is (runs and verdict is None)
     assert (verdict is None) is (beat is not None and abs(beat) < 30)
@@ -101,7 +100,7 @@ def test_any_interval_is_the_one_that_the_verdict_compares(
     owner = db.connect()
     machine = activate(owner, user := add_user(owner))
     owner.execute("update arbiter.settings set heartbeat_timeout = %s::interval", (timeout,))
-    ask = "select arbiter._machine_may_write(%s, %s)"
+    ask = "select arbiter._machine_may_write(%s::uuid, %s)"
     for ago, fresh in ((3600 * hours * SECOND - 9 * SECOND, True), (3600 * hours * SECOND, False)):
         age(owner, machine, heartbeat=ago)
         assert value(owner, ask, machine, user.id) is fresh
@@ -148,7 +147,7 @@ def test_a_transaction_that_knows_the_timeout_of_before_excludes_the_browser(db:
     local = "insert into public.orders (user_id) values (%s)"
     cloud = "insert into public.orders values (%s, 'cloud', %s)"
 
-    def write(user: User, machine: UUID) -> None:
+    def write(user: User, machine: str) -> None:
         with machines.transaction():
             machines.execute(cloud, (user.id, machine))
 
@@ -227,7 +226,7 @@ def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(db: Database
     set_timeout(owner, 50)
     assert rows(owner, doctor, function) == []
 
-    owner.execute("drop function arbiter._machine_may_write(uuid, uuid)")
+    owner.execute("drop function arbiter._machine_may_write(anyelement, text)")
     assert rows(owner, doctor, function) == [("missing", "Every write fails.", row[2])]
     user = add_user(owner)
     assert rejection(add_signal, owner, user.trader).sqlstate == "42883"
@@ -241,5 +240,5 @@ def test_no_other_role_may_ask(db: Database) -> None:
     machine = add_machine(db.connect(), add_user(db.connect()))
     for role in ("anon", "authenticated", "service_role"):
         conn = db.connect(role=role)
-        ask = "select arbiter._machine_may_write(%s, null)"
+        ask = "select arbiter._machine_may_write(%s::uuid, null)"
         assert rejection(conn.execute, ask, (machine,)).sqlstate == "42501"

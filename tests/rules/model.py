@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
-from uuid import UUID
 
 import codes
 
@@ -100,7 +99,7 @@ class Settings:
 class Machine:
     """A row of the registry."""
 
-    user: UUID | None
+    user: str | None
     word: str
     heartbeat: datetime | None = None
 
@@ -118,12 +117,12 @@ class Lease:
     """Who may write: the machine, or the browser (None). Draining, the next one may."""
 
     epoch: int = 1
-    machine: UUID | None = None
+    machine: str | None = None
     draining: bool = False
-    draining_to: UUID | None = None
+    draining_to: str | None = None
 
     @property
-    def claimant(self) -> UUID | None:
+    def claimant(self) -> str | None:
         """The machine that the lease is for; None: the browser."""
         return self.draining_to if self.draining else self.machine
 
@@ -137,7 +136,7 @@ class Handover:
     """
 
     epoch: int
-    machine: UUID | None
+    machine: str | None
     reason: str
     at: datetime
     exact: bool = True
@@ -171,9 +170,9 @@ class Row:
     """
 
     table: str
-    user: UUID | None
+    user: str | None
     source: str
-    machine: UUID | None
+    machine: str | None
     written: datetime | None = OPEN
     begun: datetime = FORGED
 
@@ -188,14 +187,14 @@ class World:
     #: tables whose machine column is a foreign key to the registry, on delete set null
     keyed: frozenset[str]
     states: Mapping[str, str] = field(default_factory=lambda: STATES)
-    machines: Mapping[UUID, Machine] = field(default_factory=dict)
-    notes: Mapping[tuple[UUID, UUID], Note] = field(default_factory=dict)
-    leases: Mapping[UUID, Lease] = field(default_factory=dict)
-    handovers: Mapping[UUID, tuple[Handover, ...]] = field(default_factory=dict)
+    machines: Mapping[str, Machine] = field(default_factory=dict)
+    notes: Mapping[tuple[str, str], Note] = field(default_factory=dict)
+    leases: Mapping[str, Lease] = field(default_factory=dict)
+    handovers: Mapping[str, tuple[Handover, ...]] = field(default_factory=dict)
     rows: Mapping[int, Row] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
 
-    def state(self, user: UUID, machine: UUID) -> str:
+    def state(self, user: str, machine: str) -> str:
         """The machine's state, deleted when this user has none such."""
         known = self.machines.get(machine)
         return self.meaning(known.word) if known and known.user == user else "deleted"
@@ -204,7 +203,7 @@ class World:
         """The state that a status word means: unknown means possibly alive."""
         return self.states.get(word, "running")
 
-    def is_fresh(self, machine: UUID | None, now: datetime) -> bool:
+    def is_fresh(self, machine: str | None, now: datetime) -> bool:
         """Whether its last heartbeat is younger than the timeout, and no further in the future."""
         known = self.machines.get(machine) if machine else None
         heartbeat = known.heartbeat if known else None
@@ -219,10 +218,10 @@ class Tx:
     exact: bool = True
 
     #: leases it writes under, which cannot change hands before it ends
-    shared: frozenset[UUID] = frozenset()
+    shared: frozenset[str] = frozenset()
     #: leases it has changed, which no other transaction can use before it ends
-    leases: Mapping[UUID, Lease] = field(default_factory=dict)
-    handovers: Mapping[UUID, tuple[Handover, ...]] = field(default_factory=dict)
+    leases: Mapping[str, Lease] = field(default_factory=dict)
+    handovers: Mapping[str, tuple[Handover, ...]] = field(default_factory=dict)
     rows: Mapping[int, Row] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
 
@@ -247,7 +246,7 @@ class Rejected(Exception):
     def __init__(
         self,
         code: str,
-        user: UUID | None = None,
+        user: str | None = None,
         lease: Lease | None = None,
         retry_at: datetime | None = None,
         **more: Any,
@@ -266,12 +265,12 @@ class Rejected(Exception):
         }
 
 
-def source_of(machine: UUID | None) -> str:
+def source_of(machine: str | None) -> str:
     """The environment."""
     return "local" if machine is None else "cloud"
 
 
-def machines_of(world: World, user: UUID) -> list[UUID]:
+def machines_of(world: World, user: str) -> list[str]:
     """The machines that the registry has of a user."""
     return [name for name, machine in world.machines.items() if machine.user == user]
 
@@ -291,7 +290,7 @@ class Verdict:
 ADMITTED = Verdict()
 
 
-def judge(world: World, user: UUID, machine: UUID | None, now: datetime) -> Verdict:
+def judge(world: World, user: str, machine: str | None, now: datetime) -> Verdict:
     """What a write of the browser (None) or of a machine gets: the README's decision table."""
     lease = world.leases.get(user)
     claimant = lease.claimant if lease else None
@@ -308,7 +307,7 @@ def judge(world: World, user: UUID, machine: UUID | None, now: datetime) -> Verd
     return ADMITTED if entitled else Verdict("not_holder")
 
 
-def _judge_browser(world: World, user: UUID, machine: UUID, now: datetime) -> Verdict:
+def _judge_browser(world: World, user: str, machine: str, now: datetime) -> Verdict:
     rules = world.settings
     state = world.state(user, machine)
     note = world.notes.get((user, machine), Note())
@@ -337,7 +336,7 @@ def _end(noted: datetime | None, period: timedelta, now: datetime) -> datetime:
     return now if noted and noted - period > now else (noted or now) + period
 
 
-def may_show(world: World, user: UUID) -> set[UUID | None]:
+def may_show(world: World, user: str) -> set[str | None]:
     """The machines that ``arbiter.status`` may name: more than one when their heartbeats tie."""
     lease = world.leases.get(user)
     if lease and lease.claimant is not None:
@@ -347,7 +346,7 @@ def may_show(world: World, user: UUID) -> set[UUID | None]:
     return {name for name, instant in beats.items() if instant == latest} or {None}
 
 
-def status(world: World, user: UUID, shown: UUID | None, now: datetime) -> dict[str, Any]:
+def status(world: World, user: str, shown: str | None, now: datetime) -> dict[str, Any]:
     """The columns of ``arbiter.status`` when it names that machine, but for those of the clock."""
     lease = world.leases.get(user)
     claimant = lease.claimant if lease else None
@@ -388,7 +387,7 @@ def commit(world: World, tx: Tx, now: datetime) -> World:
 
 
 #: How the guard groups a statement's rows: user, environment, machine, forged.
-Claim = tuple[UUID | None, str, UUID | None, bool]
+Claim = tuple[str | None, str, str | None, bool]
 
 
 def insert(
@@ -410,10 +409,10 @@ def insert(
 class Change:
     """What an update sets: another user, who writes, or arbiter_xid. Else: some other column."""
 
-    user: UUID | None = None
+    user: str | None = None
     forges: bool = False
     claims: bool = False
-    machine: UUID | None = None
+    machine: str | None = None
     source: str = ""
 
     def of(self, row: Row) -> Row:
@@ -554,7 +553,7 @@ def _admit(
 
 
 def _own(
-    seen: World, tx: Tx, user: UUID, lease: Lease, now: datetime, reason: str | None = None
+    seen: World, tx: Tx, user: str, lease: Lease, now: datetime, reason: str | None = None
 ) -> Tx:
     tx = replace(tx, leases={**tx.leases, user: lease})
     if reason:
@@ -570,7 +569,7 @@ def _own(
 def put_machine(
     world: World,
     rival: Tx,
-    name: UUID,
+    name: str,
     change: Callable[[Machine | None], Machine | None],
     now: datetime,
 ) -> World:
@@ -591,14 +590,14 @@ def put_machine(
     return _activate_healthy(world, rival, [name], now)
 
 
-def stamp(world: World, name: UUID, now: datetime) -> datetime:
+def stamp(world: World, name: str, now: datetime) -> datetime:
     """What a heartbeat stores: never less than before, unless the clock was set back for long."""
     old = world.machines[name].heartbeat
     ahead = old - now if old else timedelta()
     return old if old and timedelta() < ahead < world.settings.heartbeat_timeout else now
 
 
-def beat(world: World, rival: Tx, names: Sequence[UUID], now: datetime) -> World:
+def beat(world: World, rival: Tx, names: Sequence[str], now: datetime) -> World:
     """One statement that is a heartbeat of these machines."""
     if not all(name in world.machines for name in names):
         raise Rejected("unknown_machine")
@@ -630,7 +629,7 @@ def register(world: World, rival: Tx, states: Mapping[str, str], now: datetime) 
 
 
 def _note(
-    world: World, rival: Tx, name: UUID, old: Machine | None, new: Machine | None, now: datetime
+    world: World, rival: Tx, name: str, old: Machine | None, new: Machine | None, now: datetime
 ) -> World:
     notes = dict(world.notes)
     same = old is not None and new is not None and old.user == new.user
@@ -655,19 +654,17 @@ def _note(
     return world
 
 
-def _create_lease(world: World, rival: Tx, user: UUID, now: datetime) -> World:
+def _create_lease(world: World, rival: Tx, user: str, now: datetime) -> World:
     if user in world.leases or user in rival.leases:
         return world
     return _give(world, user, Lease(), now, "registered")
 
 
-def _give(
-    world: World, user: UUID, lease: Lease, now: datetime, reason: str | None = None
-) -> World:
+def _give(world: World, user: str, lease: Lease, now: datetime, reason: str | None = None) -> World:
     return _own(world, NOBODY, user, lease, now, reason).sees(world)
 
 
-def _activate_healthy(world: World, rival: Tx, names: Iterable[UUID], now: datetime) -> World:
+def _activate_healthy(world: World, rival: Tx, names: Iterable[str], now: datetime) -> World:
     """A healthy machine gets the lease, or its drain: never waiting for the rival."""
     healthy = [
         (machine.user, name)
@@ -685,7 +682,7 @@ def _activate_healthy(world: World, rival: Tx, names: Iterable[UUID], now: datet
     return world
 
 
-def _activate(world: World, rival: Tx, user: UUID, name: UUID, now: datetime) -> World:
+def _activate(world: World, rival: Tx, user: str, name: str, now: datetime) -> World:
     world = _create_lease(world, rival, user, now)
     if user in rival.leases:
         return world
@@ -702,7 +699,7 @@ def _activate(world: World, rival: Tx, user: UUID, name: UUID, now: datetime) ->
     return _give(world, user, replace(lease, draining=True, draining_to=name), now)
 
 
-def confirm(world: World, rival: Tx, user: UUID, now: datetime) -> World:
+def confirm(world: World, rival: Tx, user: str, now: datetime) -> World:
     """The user's yes after an error."""
     lease = world.leases.get(user)
     verdict = judge(world, user, None, now)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -214,7 +214,7 @@ class Stage:
         self.user = add_user(self.owner)
         sign_in(self.browser, self.user)
 
-    def play(self, case: Case, how: str) -> UUID:
+    def play(self, case: Case, how: str) -> str:
         """Bring a machine of the user to where the case begins."""
         if how == HOLDS:
             machine = activate(self.backend, self.user)
@@ -238,7 +238,7 @@ class Stage:
         )
         return machine
 
-    def retry_at(self, case: Case, machine: UUID) -> Any:
+    def retry_at(self, case: Case, machine: str) -> Any:
         """When the case's rejection ends, from what the database has noted."""
         at = one(
             self.owner,
@@ -266,7 +266,8 @@ select t.xmin::text, t.ctid::text, t::text from arbiter.handovers t where user_i
 union all
 select t.xmin::text, t.ctid::text, t::text from arbiter.machine_notes t where user_id = %(user)s
 union all
-select t.xmin::text, t.ctid::text, t::text from public.cloud_machines t where user_id = %(user)s
+select t.xmin::text, t.ctid::text, t::text from public.cloud_machines t
+ where user_id::text = %(user)s
 union all
 select t.xmin::text, t.ctid::text, t::text from public.signals t where trader_id = %(trader)s::uuid
 union all
@@ -573,7 +574,7 @@ def test_cloud_write_before_a_takeover_that_is_possible(stage: Stage, case: Case
     )
 
 
-def assert_cloud_writes(stage: Stage, machine: UUID, how: str) -> None:
+def assert_cloud_writes(stage: Stage, machine: str, how: str) -> None:
     signal = add_signal(stage.backend, stage.user.trader, "cloud", machine)
     now = lease(stage.owner, stage.user)
     assert (now.epoch, now.holder, now.machine_id, now.draining_to) == (2, "cloud", machine, None)
@@ -808,7 +809,7 @@ def test_one_users_machine_is_nothing_to_another(stage: Stage) -> None:
 # confirm_takeover --------------------------------------------------------------------------------
 
 
-def confirm(conn: psycopg.Connection[Any], user_id: UUID | None = None) -> Any:
+def confirm(conn: psycopg.Connection[Any], user_id: str | None = None) -> Any:
     return one(conn, "select * from arbiter.confirm_takeover(%s)", user_id)
 
 
@@ -891,12 +892,12 @@ def test_confirm_without_a_machine(stage: Stage, has_lease: bool) -> None:
     assert stage.everything() == before
 
 
-def fail(stage: Stage, machine: UUID) -> None:
+def fail(stage: Stage, machine: str) -> None:
     set_status(stage.backend, machine, "error")
     age(stage.owner, machine, heartbeat=TIMEOUT, left_running=DELAY, entered_error=DELAY)
 
 
-def recover(stage: Stage, machine: UUID) -> None:
+def recover(stage: Stage, machine: str) -> None:
     set_status(stage.backend, machine, "running")
     beat(stage.backend, machine)
     beat(stage.backend, machine)
@@ -943,7 +944,7 @@ def test_delay_begins_anew_with_each_error(stage: Stage) -> None:
 CALLS = ["arbiter.status", "arbiter.confirm_takeover"]
 
 
-def call(conn: psycopg.Connection[Any], function: str, user_id: UUID | None = None) -> Any:
+def call(conn: psycopg.Connection[Any], function: str, user_id: str | None = None) -> Any:
     return one(conn, f"select * from {function}(%s)", user_id)
 
 
@@ -987,10 +988,13 @@ def test_a_question_without_a_user_is_an_error(stage: Stage, function: str, role
     error = rejection(call, stage.db.connect(role=role), function)
     assert error.sqlstate == "22023"
     assert error.diag.message_primary == "arbiter: no user"
-    assert error.diag.message_hint == "Pass p_user_id, or set request.jwt.claims with a sub."
+    hint = (
+        "Pass p_user_id, or set request.jwt.claims with the claim of arbiter.settings.user_claim."
+    )
+    assert error.diag.message_hint == hint
     assert stage.everything() == before
 
 
 def test_unknown_user_is_one_without_lease_or_machine(stage: Stage) -> None:
-    said = status(stage.backend, uuid4())
+    said = status(stage.backend, str(uuid4()))
     assert (said["environment"], said["machine_id"], said["epoch"]) == ("local", None, None)

@@ -339,7 +339,7 @@ def test_a_machine_that_has_beaten_since_is_still_named_as_unknown(at: Stage) ->
     value(token, "select pg_sleep(%s)", WHILE)
     beat(at.conn, at.carols)
     error = rejection(
-        token.execute, "select arbiter.heartbeat(%s::uuid[])", ([at.bobs, at.carols],)
+        token.execute, "select arbiter.heartbeats(%s::text[])", ([at.bobs, at.carols],)
     )
     assert error.sqlstate == "P0002"
     assert str(at.carols) in str(error)

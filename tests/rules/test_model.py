@@ -150,16 +150,16 @@ LOOK = {
     "clock": "select clock_timestamp() as now",
     "verdicts": (
         "select u.id as user_id, w.machine_id, v.code, v.retry_at, v.takeover"
-        " from unnest(%(users)s::uuid[]) as u (id)"
+        " from unnest(%(users)s::text[]) as u (id)"
         " cross join arbiter.settings s"
         " left join arbiter.leases l on l.user_id = u.id"
-        " cross join unnest(array_append(%(machines)s::uuid[], null)) as w (machine_id)"
+        " cross join unnest(array_append(%(machines)s::text[], null)) as w (machine_id)"
         " cross join lateral arbiter._verdict("
         "   case when w.machine_id is null then 'local' else 'cloud' end, w.machine_id, l,"
         "   arbiter._machine(u.id, l.claimant), s, clock_timestamp()) as v"
     ),
     "status": (
-        "select u.id as user_id, s.* from unnest(%(users)s::uuid[]) as u (id)"
+        "select u.id as user_id, s.* from unnest(%(users)s::text[]) as u (id)"
         " cross join lateral arbiter.status(u.id) as s"
     ),
 }
@@ -400,9 +400,9 @@ class Arbiter(RuleBasedStateMachine):
         self.stage = stage
         self.conn, self.held = stage.conn, stage.held
         stage.reset()
-        self.users: list[UUID] = []
-        self.traders: dict[UUID | None, UUID] = {}
-        self.machines: list[UUID] = []
+        self.users: list[str] = []
+        self.traders: dict[str | None, str] = {}
+        self.machines: list[str] = []
         self.names = 0
         self.open: Tx | None = None
         #: whether the open transaction has locked something in a savepoint that it released
@@ -421,10 +421,10 @@ class Arbiter(RuleBasedStateMachine):
         """The transaction that is in the way of the first session."""
         return self.open or NOBODY
 
-    def name(self) -> UUID:
+    def name(self) -> str:
         """An id that no other run uses, greater than all before."""
         self.names += 1
-        return UUID(int=(self.stage.runs << 64) | self.names)
+        return str(UUID(int=(self.stage.runs << 64) | self.names))
 
     # One rule for all: hypothesis leaves out many of several rules in each run, and few get far.
     @rule(action=an_action)
@@ -463,7 +463,7 @@ class Arbiter(RuleBasedStateMachine):
         if active:
             self.live(0, beats=1, words=[], minutes=0, held=False, then=None)
 
-    def add_trader(self, user: UUID | None) -> None:
+    def add_trader(self, user: str | None) -> None:
         self.traders[user] = self.name()
         self.conn.execute(
             "insert into public.traders (id, user_id, name, is_builtin) values (%s, %s, 'T', %s)",
@@ -596,7 +596,7 @@ class Arbiter(RuleBasedStateMachine):
             elif len(names) == 1:
                 self.conn.execute("select arbiter.heartbeat(%s)", (names[0],))
             else:
-                self.conn.execute("select arbiter.heartbeat(%s)", (names,))
+                self.conn.execute("select arbiter.heartbeats(%s)", (names,))
 
         self.step(lambda: beat(self.world, self.rival, names, self.now), run)
 
@@ -948,10 +948,10 @@ class Arbiter(RuleBasedStateMachine):
 
     # Comparing -----------------------------------------------------------------------------------
 
-    def user(self, index: int) -> UUID:
+    def user(self, index: int) -> str:
         return self.users[index % len(self.users)]
 
-    def machine(self, index: int) -> UUID:
+    def machine(self, index: int) -> str:
         """A machine of the registry, or one that the lease is for though it may be gone."""
         if index < 0:
             lease = self.world.leases.get(self.user(-1 - index))
@@ -960,14 +960,14 @@ class Arbiter(RuleBasedStateMachine):
         known = sorted(self.world.machines) or self.machines or self.users
         return known[index % len(known)]
 
-    def index(self, name: UUID) -> int:
+    def index(self, name: str) -> int:
         """The index of a machine of the registry."""
         return sorted(self.world.machines).index(name)
 
-    def row_id(self, key: int) -> UUID:
-        return UUID(int=(self.stage.runs << 64) | (1 << 32) | key)
+    def row_id(self, key: int) -> str:
+        return str(UUID(int=(self.stage.runs << 64) | (1 << 32) | key))
 
-    def owner_key(self, table: str, user: UUID | None) -> UUID | None:
+    def owner_key(self, table: str, user: str | None) -> str | None:
         return self.traders[user] if table == SIGNALS else user
 
     def step(
@@ -1011,7 +1011,7 @@ class Arbiter(RuleBasedStateMachine):
             else:
                 found["blockers"].sort()
         assert found == {
-            key: str(said) if isinstance(said, UUID) else said for key, said in expected.items()
+            key: str(said) if isinstance(said, str) else said for key, said in expected.items()
         }
 
     def look(self) -> None:
@@ -1098,7 +1098,7 @@ class Arbiter(RuleBasedStateMachine):
         assert Counter(self.world.observed) == Counter(row.code for row in found["observations"])
 
     def compare_verdicts(self, found: dict[str, list[Any]]) -> None:
-        admitted: Counter[UUID] = Counter()
+        admitted: Counter[str] = Counter()
         for row in found["verdicts"]:
             verdict = judge(self.world, row.user_id, row.machine_id, self.now)
             assert (row.code, row.retry_at) == (verdict.code, verdict.retry_at)

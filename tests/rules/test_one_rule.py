@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -32,10 +32,10 @@ values (%(hers)s, 'TWO', '1m', 'buy', now(), 'local', null),
 WRITERS = {"local": ("local", None), "cloud": ("cloud", "mine")}
 
 
-def put_lease(conn: psycopg.Connection[object], user: User, machine: UUID, lease: str) -> None:
+def put_lease(conn: psycopg.Connection[object], user: User, machine: str, lease: str) -> None:
     """Give the user's lease that state, past all rules."""
     holder, holding, draining, drains = LEASES[lease]
-    machines = {"mine": machine, "other": uuid4(), None: None}
+    machines = {"mine": machine, "other": str(uuid4()), None: None}
     conn.execute(
         "update arbiter.leases set epoch = epoch + 1, holder = %s, machine_id = %s,"
         " draining_to = %s, draining_since = case when %s then clock_timestamp() end"
@@ -62,12 +62,12 @@ def test_the_guard_takes_the_lock_of_share_lease(db: Database, lease: str, write
 
     # Without the slow path, which would share the lease by that very function.
     owner.execute(
-        "create or replace function arbiter._share_lease(p_user_id uuid, p_source text,"
-        " p_machine_id uuid) returns boolean language sql as 'select false'"
+        "create or replace function arbiter._share_lease(p_user_id text, p_source text,"
+        " p_machine_id text) returns boolean language sql as 'select false'"
     )
     owner.execute(
         "create or replace function arbiter._admit(p_protection_id integer, p_mode text,"
-        " p_unowned text, p_user_id uuid, p_source text, p_machine_id uuid, p_flaw text)"
+        " p_unowned text, p_user_id text, p_source text, p_machine_id text, p_flaw text)"
         " returns arbiter.error language plpgsql as $$ begin raise exception 'slow path'; end $$"
     )
     writes: list[Callable[[], object]] = [
@@ -89,5 +89,5 @@ def test_the_settled_machine_is_the_one_of_each_heartbeat(db: Database) -> None:
     expression = value(conn, "select arbiter._settled_machine_expression('p_user_id')")
     source = "select prosrc from pg_proc where oid::regproc::text = %s"
     assert expression in value(conn, source, "arbiter._settled_machine")
-    written_out = expression.replace("p_user_id", "n.user_id")
+    written_out = expression.replace("p_user_id", 'n.user_id::text collate "C"')
     assert value(conn, source, "arbiter.tg_registry_activate").count(written_out) == 2

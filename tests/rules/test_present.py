@@ -62,7 +62,7 @@ class Late:
         assert self.begun < self.then
         return self.then
 
-    def heartbeat_was(self, machine: UUID, instant: datetime) -> None:
+    def heartbeat_was(self, machine: str, instant: datetime) -> None:
         """Past the stamp, which takes no client's word."""
         triggers = ("arbiter_stamp_update", "arbiter_activate_update")
         with self.owner.transaction():
@@ -79,7 +79,7 @@ class Late:
                     f"alter table public.cloud_machines enable always trigger {name}".encode()
                 )
 
-    def note(self, conn: Conn, machine: UUID) -> Any:
+    def note(self, conn: Conn, machine: str) -> Any:
         return one(
             conn,
             "select * from arbiter.machine_notes where machine_id = %s and user_id = %s",
@@ -235,7 +235,7 @@ def test_a_heartbeat_is_in_the_future_by_the_clock(late: Late) -> None:
         " last_health_check timestamptz)"
     )
     late.begin()
-    past, future = UUID(int=1), UUID(int=2)
+    past, future = str(UUID(int=1)), str(UUID(int=2))
     late.owner.execute(
         "insert into public.apps values (%s, gen_random_uuid(), 'stopped', %s),"
         " (%s, gen_random_uuid(), 'stopped', %s)",

@@ -27,13 +27,13 @@ TIMEOUT = 30 * S
 GRACE = 30 * S
 DELAY = 120 * S
 
-USER = UUID(int=0xADA)
-MACHINE = UUID(int=0xC1)
-OTHER = UUID(int=0xC2)
+USER = str(UUID(int=0xADA))
+MACHINE = str(UUID(int=0xC1))
+OTHER = str(UUID(int=0xC2))
 
 #: The leases by which MACHINE counts as the holder: it holds, or the lease drains to it.
 DRAIN = {"draining_to": MACHINE, "draining_since": AT - S}
-MACHINE_HOLDS = {
+MACHINE_HOLDS: dict[str, dict[str, Any]] = {
     "holds": {"holder": "cloud", "machine_id": MACHINE},
     "drain from local": {"holder": "local", **DRAIN},
     "drain from another machine": {"holder": "cloud", "machine_id": OTHER, **DRAIN},
@@ -86,7 +86,7 @@ def conn(templates: Templates) -> Iterator[psycopg.Connection[Any]]:
 def verdict(
     conn: psycopg.Connection[Any],
     source: str | None,
-    machine_id: UUID | None,
+    machine_id: str | None,
     lease: dict[str, Any] | None,
     machine: Machine | None,
     settings: dict[str, Any] | None = None,
@@ -346,7 +346,7 @@ def test_cloud_write_of_the_holder_after_a_takeover_became_possible(
     ],
 )
 def test_cloud_write_of_another_machine(
-    conn: psycopg.Connection[Any], writer: UUID | None, lease: dict[str, Any] | None
+    conn: psycopg.Connection[Any], writer: str | None, lease: dict[str, Any] | None
 ) -> None:
     """It is rejected even when the verdict is given a healthy machine."""
     healthy = Machine("running", heartbeat=0 * S)

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import UUID
 
 import httpx
 import pytest
@@ -82,7 +81,7 @@ class App:
         """What a signed-in browser sends."""
         return self.gateway.token("authenticated", user.id, **claims)
 
-    def machine_token(self, user: User, machine: UUID) -> str:
+    def machine_token(self, user: User, machine: str) -> str:
         """What a machine sends that has a key of its own."""
         return self.user_token(user, machine_id=str(machine))
 

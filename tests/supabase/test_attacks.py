@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import httpx
 import jwt
@@ -74,9 +74,9 @@ class Stage:
         self.bobs_machine = activate(app.backend, self.bob)
 
     @cached_property
-    def nobodys_machine(self) -> UUID:
+    def nobodys_machine(self) -> str:
         """An id that no machine has."""
-        return uuid4()
+        return str(uuid4())
 
     def rows(self) -> dict[str, list[Any]]:
         """All there is."""
@@ -108,7 +108,7 @@ def at(generous_app: App) -> Stage:
     return Stage(generous_app)
 
 
-def signal(user: User, machine: UUID | None = None, **columns: Any) -> dict[str, Any]:
+def signal(user: User, machine: str | None = None, **columns: Any) -> dict[str, Any]:
     """A signal for a bar of its own: of the machine, or local."""
     return {
         "trader_id": str(user.trader),
@@ -154,7 +154,7 @@ def insert(token: Tokens, body: Callable[[Stage], object]) -> Request:
     return Request(token, "POST", "/signals", body)
 
 
-def patch(token: Tokens, machine: Callable[[Stage], UUID], **change: Any) -> Request:
+def patch(token: Tokens, machine: Callable[[Stage], str], **change: Any) -> Request:
     return Request(
         token, "PATCH", lambda at: f"/cloud_machines?id=eq.{machine(at)}", lambda at: change
     )
@@ -621,7 +621,7 @@ def write(conn: Conn, row: dict[str, Any]) -> None:
     conn.execute(query, {**row, "bar_time": datetime.fromisoformat(row["bar_time"])})
 
 
-def environment(conn: Conn, user_id: UUID | None = None) -> str:
+def environment(conn: Conn, user_id: str | None = None) -> str:
     """The environment that arbiter.status() tells the session for that user."""
     found: str = value(conn, "select (arbiter.status(%s)).environment", user_id)
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import pytest
 from story import SETTINGS, User, activate, add_machine, add_user, age, rows, set_status, value
@@ -34,7 +33,7 @@ def any_app(request: pytest.FixtureRequest) -> App:
     return found
 
 
-def queue(user: User, machine: UUID) -> list[dict[str, Any]]:
+def queue(user: User, machine: str) -> list[dict[str, Any]]:
     """What the machine wants to write."""
     return [
         {
@@ -51,7 +50,7 @@ def queue(user: User, machine: UUID) -> list[dict[str, Any]]:
     ]
 
 
-def beat_over_http(app: App, machine: UUID, **change: str) -> None:
+def beat_over_http(app: App, machine: str, **change: str) -> None:
     """The machine's heartbeat, as it sends it: with its own clock, here a day ahead."""
     answer = app.send(
         app.gateway.service_key,
@@ -64,7 +63,7 @@ def beat_over_http(app: App, machine: UUID, **change: str) -> None:
 
 
 def run_machine(
-    app: App, node: Node, user: User, machine: UUID, *, max_tries: int, recover: bool
+    app: App, node: Node, user: User, machine: str, *, max_tries: int, recover: bool
 ) -> tuple[list[dict[str, Any]], int]:
     """The answers that the machine got, and its exit status; it gets well after some rejections."""
     task = {

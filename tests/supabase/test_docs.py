@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from docs.pages import blocks
 from docs.reader import Page, Reader
@@ -24,7 +23,7 @@ from .test_web import ARGUMENTS, CHROMIUM, TIMEOUT_MS
 
 __all__ = ["host"]
 
-ADA = User(UUID(USER), UUID(TRADER))
+ADA = User(str(USER), str(TRADER))
 
 #: The page, and what its modules have besides the module's own code.
 HTML = """<!doctype html><meta charset="utf-8"><title>docs</title><body>
@@ -72,7 +71,7 @@ def test_every_block_of_the_page_for_supabase_works(host: Host, tmp_path: Path) 
 
     with hosted.db.connect() as owner:
         owner.execute(sql_file("people.sql"))
-        machine = UUID(MACHINE)
+        machine = str(MACHINE)
         owner.execute(PROVISIONED)
         set_status(owner, machine, "running")
         beat(owner, machine)

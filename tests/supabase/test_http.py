@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import UUID
 
 import httpx
 import psycopg
@@ -64,7 +63,7 @@ class Scene:
 
     app: App
     user: User
-    machine: UUID | None = None
+    machine: str | None = None
     #: A transaction that is left open until the test ends.
     writer: psycopg.Connection[Any] | None = None
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import httpx
 import psycopg
@@ -55,7 +54,7 @@ TIMEOUT_MS = 15_000
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
-ADA = User(UUID(USER), UUID(TRADER))
+ADA = User(str(USER), str(TRADER))
 
 STARTED = "Cloud machine started - switching to monitoring mode"
 STOPPED = "Cloud machine stopped - browser mode"
@@ -543,7 +542,7 @@ def test_the_countdown_is_the_servers(
         expect(visit.badge.get_by_role("timer")).to_have_text(re.compile("^0:5[0-9]$"))
 
 
-def open_dialog(visit: Visit, db: Database, owner: psycopg.Connection[Any]) -> UUID:
+def open_dialog(visit: Visit, db: Database, owner: psycopg.Connection[Any]) -> str:
     """A machine in error for long enough, and the dialog that comes of it."""
     set_period(owner, error_takeover_delay="200 milliseconds")
     machine = activate(backend(db), ADA)
