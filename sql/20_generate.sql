@@ -169,7 +169,7 @@ begin
     if p_words ->> v_found[i] is null then
       perform arbiter._fail('internal_error',
         format('nothing stands for the word %s of template %s', v_found[i], p_template),
-        'Add it where the template''s words are listed: _id_words(), _guard_words(), _machine_may_write_words() or _registry_words().');
+        'Add it where the template''s words are listed: _id_words(), _guard_words() or _registry_words().');
     end if;
     v_body := v_body || (p_words ->> v_found[i]) || v_between[i + 1];
   end loop;

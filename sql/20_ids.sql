@@ -158,7 +158,8 @@ comment on function arbiter._id_words(text, text) is
   'What the words of the two templates stand for. p_kind: user or machine; p_text: the variable that they read.';
 
 -- All but the last are without settings of their own, because only so the server puts their bodies into a query, where
--- an index can serve. It reads such a body once, when the function is made: no search_path matters to it.
+-- an index can serve. It reads such a body once, when the function is made: no search_path matters to it. Stable,
+-- although they read no table, so that a plan knows that it depends on them (21_active.sql).
 create or replace function arbiter._id_functions()
 returns table (name text, parameters text, definition text, meaning text)
 language sql
@@ -166,21 +167,21 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select '_is_' || i.kind, i.type || ', text',
-         format('create or replace function arbiter._is_%1$s(p_%1$s_id %2$s, p_id text) returns boolean language sql immutable '
+         format('create or replace function arbiter._is_%1$s(p_%1$s_id %2$s, p_id text) returns boolean language sql stable '
            'return p_%1$s_id = %3$s', i.kind, i.type,
            concat_ws(' collate ', arbiter._id_expression(i.class, 'p_id'), i.collation_name)),
          format('Whether an id of a %s in the registry is the one that a text names.', i.kind)
     from arbiter._registry_ids() i
   union all
   select '_user_text', 'text',
-         format('create or replace function arbiter._user_text(p_id text) returns text language sql immutable '
+         format('create or replace function arbiter._user_text(p_id text) returns text language sql stable '
            'return case when %s then p_id else %s end',
            arbiter._usual_expression(c.class, 'p_id'), arbiter._normal_expression(c.class, 'p_id')),
          'The text by which arbiter knows the user that a text names, by the type of the registry''s users.'
     from (select arbiter._registry_class('user') as class) c
   union all
   select '_machine_keys', 'text[]',
-         format('create or replace function arbiter._machine_keys(p_ids text[]) returns %s[] language sql immutable '
+         format('create or replace function arbiter._machine_keys(p_ids text[]) returns %s[] language sql stable '
            'set search_path = pg_catalog, pg_temp '
            'return array(select %s from unnest(p_ids) with ordinality as i (id, position) order by i.position)',
            i.class, arbiter._any_id_expression(i.class, 'i.id')),

@@ -12,19 +12,14 @@ comment on function arbiter.version() is 'The version of arbiter in this databas
 comment on type arbiter.execution_status is
   'What arbiter.status() returns: what a write in the instant as_of would get.';
 
-create or replace function arbiter._uncommon_status(
-  p_user_id text,
-  p_at timestamptz,
-  out environment text,
-  out code text,
-  out retry_at timestamptz,
-  out state text)
-returns record
+create or replace function arbiter._uncommon_status(p_user_id text)
+returns arbiter.execution_status
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_as_of timestamptz := clock_timestamp();
   v_settings arbiter.settings;
   v_lease arbiter.leases;
   v_machine arbiter.machine;
@@ -34,16 +29,30 @@ begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   select l.* into strict v_lease from arbiter.leases l where l.user_id = p_user_id;
   v_machine := arbiter._machine(p_user_id, v_lease.claimant);
-  v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, p_at);
-  v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, p_at);
-  environment := case when v_local.code is null then 'local' when v_cloud.code is null then 'cloud' else 'none' end;
-  code := v_local.code;
-  retry_at := v_local.retry_at;
-  state := v_machine.state;
+  v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_as_of);
+  v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, v_as_of);
+  return (
+    case when v_local.code is null then 'local' when v_cloud.code is null then 'cloud' else 'none' end,
+    v_local.code is null,
+    v_local.code,
+    case v_local.code
+      when 'cloud_active' then 'Cloud active'
+      when 'cooling_down' then 'Cooling down'
+      when 'takeover_unconfirmed' then 'Cloud failed'
+      else 'Browser mode'
+    end,
+    v_local.retry_at,
+    v_lease.claimant,
+    v_machine.state,
+    v_as_of - v_machine.heartbeat_at,
+    v_lease.epoch,
+    v_lease.draining_since is not null,
+    v_as_of,
+    v_settings.poll_interval)::arbiter.execution_status;
 end
 $$;
-comment on function arbiter._uncommon_status(text, timestamptz) is
-  'What the status of a user whose lease is for a machine says of an instant, by the verdicts.';
+comment on function arbiter._uncommon_status(text) is
+  'The status of a user whose lease is for a machine that is not active, by the verdicts.';
 
 -- Definer: a browser may ask, but may read neither leases nor machines.
 create or replace function arbiter.status(p_user_id text default null)
@@ -56,70 +65,40 @@ set row_security = off
 as $$
 declare
   v_user_id text collate "C" := arbiter._caller(p_user_id);
-  v_as_of timestamptz;
-  v_poll_interval interval;
-  v_epoch bigint;
-  v_draining boolean;
-  v_claimant text;
-  v_machine_id text;
-  v_state text;
-  v_heartbeat_at timestamptz;
-  v_is_active boolean;
-  v_code text;
-  v_retry_at timestamptz;
-  v_environment text := 'local';
+  v_as_of timestamptz := clock_timestamp();
+  v_status arbiter.execution_status;
 begin
-  -- Whether the machine is active is _fresh_expression() written out; tests/registry/test_timeout.py compares them.
-  select clock_timestamp(), s.poll_interval, l.epoch, l.draining_since is not null, l.claimant,
-         l.claimant, m.state, m.heartbeat_at,
-         m.state = 'running'
-           and greatest(clock_timestamp() - m.heartbeat_at, m.heartbeat_at - clock_timestamp()) < s.heartbeat_timeout
-    into strict v_as_of, v_poll_interval, v_epoch, v_draining, v_claimant,
-         v_machine_id, v_state, v_heartbeat_at,
-         v_is_active
-    from arbiter.settings s
-    left join arbiter.leases l on l.user_id = v_user_id
-    left join arbiter.machines m
+  -- The two common answers come first, each in one query: a machine is active, or the lease is for the browser.
+  select 'cloud', false, 'cloud_active', 'Cloud active', null::timestamptz, l.claimant, 'running',
+         v_as_of - m.heartbeat_at, l.epoch, l.draining_since is not null, v_as_of,
+         arbiter._poll_interval()
+    into v_status
+    from arbiter.leases l
+    join arbiter.machines m
       on arbiter._is_machine(m.machine_id, l.claimant) and m.user_id::text collate "C" = l.user_id
-   where s.singleton;
-
-  -- The two common answers come first, without a call.
-  if v_claimant is null then
-    -- The browser holds: show the machine that is on its way.
-    select m.machine_id::text, m.state, m.heartbeat_at
-      into v_machine_id, v_state, v_heartbeat_at
-      from arbiter.machines m
-     where arbiter._is_user(m.user_id, v_user_id)
-     order by m.heartbeat_at desc nulls last
-     limit 1;
-  elsif v_is_active then
-    v_environment := 'cloud';
-    v_code := 'cloud_active';
-  else
-    select v.environment, v.code, v.retry_at, v.state
-      into v_environment, v_code, v_retry_at, v_state
-      from arbiter._uncommon_status(v_user_id, v_as_of) v;
+   where l.user_id = v_user_id
+     and arbiter._is_active(m.state, m.heartbeat_at);
+  if found then
+    return v_status;
   end if;
-
-  return (
-    v_environment,
-    v_code is null,
-    v_code,
-    case
-      when v_code = 'cloud_active' then 'Cloud active'
-      when v_code = 'cooling_down' then 'Cooling down'
-      when v_code = 'takeover_unconfirmed' then 'Cloud failed'
-      when v_claimant is null and v_state = 'starting' then 'Cloud starting'
-      else 'Browser mode'
-    end,
-    v_retry_at,
-    v_machine_id,
-    v_state,
-    v_as_of - v_heartbeat_at,
-    v_epoch,
-    v_draining,
-    v_as_of,
-    v_poll_interval)::arbiter.execution_status;
+  -- Shown is the machine that is on its way.
+  select 'local', true, null, case m.state when 'starting' then 'Cloud starting' else 'Browser mode' end,
+         null::timestamptz, m.machine_id, m.state, v_as_of - m.heartbeat_at, l.epoch,
+         l.draining_since is not null, v_as_of, arbiter._poll_interval()
+    into v_status
+    from (values (v_user_id)) as u (user_id)
+    left join arbiter.leases l on l.user_id = u.user_id
+    left join lateral (
+      select r.machine_id::text, r.state, r.heartbeat_at
+        from arbiter.machines r
+       where arbiter._is_user(r.user_id, u.user_id)
+       order by r.heartbeat_at desc nulls last
+       limit 1) as m on true
+   where l.claimant is null;
+  if found then
+    return v_status;
+  end if;
+  return arbiter._uncommon_status(v_user_id);
 end
 $$;
 comment on function arbiter.status(text) is

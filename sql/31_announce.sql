@@ -55,7 +55,7 @@ set row_security = off
 as $$
 begin
   perform arbiter._build_ids();
-  perform arbiter._build_machine_may_write();
+  perform arbiter._build_settings();
   return null;
 end
 $$;

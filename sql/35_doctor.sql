@@ -150,12 +150,9 @@ begin
      where not exists (select from arbiter.settings);
   -- The settings can be changed past their trigger, for example by a restore that disables triggers.
   return query
-    select 'generated function arbiter._machine_may_write', s.state,
-           case s.state when 'missing' then 'Every write fails.'
-                        else 'It does not hold the heartbeat_timeout of arbiter.settings.' end,
-           'Run: arbiter-db install'
-      from (select arbiter._machine_may_write_state() as state) s
-     where s.state <> 'ok';
+    select format('generated function arbiter._%s', s.name), 'outdated',
+           format('It does not hold the %s of arbiter.settings.', s.name), 'Run: arbiter-db install'
+      from arbiter._outdated_settings() as s (name);
   return query
     select 'generated function arbiter.claimed_user_id', 'outdated',
            'It does not hold the user_claim of arbiter.settings.', 'Run: arbiter-db install'

@@ -23,7 +23,7 @@ begin
       select 'pg_proc'::regclass as class_id, p.oid as object_id, 'routine' as kind, p.oid::regprocedure::text as object
         from pg_catalog.pg_proc p
        where p.pronamespace = 'arbiter'::regnamespace
-         and p.proname !~ '^(_machine_may_write|tg_registry_(limit|stamp|note|activate)|_(guard|guard_row|provenance)_[0-9]+)$'
+         and p.proname !~ '^(tg_registry_(limit|stamp|note|activate)|_(guard|guard_row|provenance)_[0-9]+)$'
       union all
       select 'pg_type', t.oid, 'type', t.oid::regtype::text
         from pg_catalog.pg_type t

@@ -6,8 +6,8 @@ declare
   v_registry regclass;
   v_tables jsonb;
 begin
-  -- Before any table of the app, as protect() and register_machines() do. _build_machine_may_write() waits for a change
-  -- of the settings in flight, and no write of the app must wait with it.
+  -- Before any table of the app, as protect() and register_machines() do. _build_settings() waits for a change of the
+  -- settings in flight, and no write of the app must wait with it.
   lock table arbiter.protections, arbiter.registry, arbiter.settings in share row exclusive mode;
   perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
@@ -17,7 +17,7 @@ begin
      from arbiter._own_triggers() t;
   -- In a database in which the row was deleted past its trigger, or before there was one.
   insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
-  perform arbiter._build_machine_may_write();
+  perform arbiter._build_settings();
   perform arbiter._build_registry();
   perform arbiter._open_machines();
   perform arbiter._build_guard(p.protection_id)

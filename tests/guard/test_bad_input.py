@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -16,6 +17,7 @@ from story import (
     add_signal,
     add_trader,
     add_user,
+    age,
     backend,
     beat,
     browser,
@@ -24,6 +26,7 @@ from story import (
     lease,
     rejection,
     rows,
+    status,
     value,
 )
 
@@ -454,14 +457,18 @@ def test_without_settings_nothing_is_admitted_that_needs_them(db: Database) -> N
     before = everything(owner)
     conn = browser(db, user)
     assert rejection(add_signal, conn, user.trader).sqlstate == "P0002"
-    for call in ("select arbiter.status()", "select arbiter.confirm_takeover()"):
-        assert rejection(conn.execute, call.encode()).sqlstate is not None
+    assert rejection(conn.execute, "select arbiter.confirm_takeover()").sqlstate == "P0002"
     assert everything(owner) == before
+    # What is active needs none of them.
+    assert status(owner, user.id)["code"] == "cloud_active"
+    age(owner, machine, heartbeat=timedelta(seconds=40))
+    assert rejection(conn.execute, "select arbiter.status()").sqlstate == "P0002"
     wrong = "select state, remedy from arbiter.doctor() where object = 'settings'"
     assert rows(owner, wrong) == [("missing", "Run: arbiter-db install")]
 
     arbiter_db.install(db.conninfo())
     assert rows(owner, wrong) == []
+    beat(backend(db), machine)
     assert rejection(add_signal, conn, user.trader).sqlstate == "WX001"
     add_signal(backend(db), user.trader, "cloud", machine)
 
@@ -910,7 +917,7 @@ OWNERS_CALLS = [
     "arbiter._create_lease('a', 'registered')",
     "arbiter._activate('a', 'b')",
     "arbiter._decide('a', 'local', null, false)",
-    "arbiter._uncommon_status('a', now())",
+    "arbiter._uncommon_status('a')",
     "arbiter._build_registry()",
     "arbiter._detach_all(true)",
 ]

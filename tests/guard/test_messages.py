@@ -424,8 +424,8 @@ FAILURES = {
         "select arbiter._instantiate('arbiter._stamp_template()', 'new', '{{}}')",
         "XX000",
         "arbiter: nothing stands for the word __heartbeat of template arbiter._stamp_template()",
-        "Add it where the template's words are listed: _id_words(), _guard_words(),"
-        " _machine_may_write_words() or _registry_words().",
+        "Add it where the template's words are listed: _id_words(), _guard_words()"
+        " or _registry_words().",
     ),
     "a key that is newer": Failure(
         "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",

@@ -1,6 +1,6 @@
-"""heartbeat_timeout stands as a constant in the function by which guards ask for a machine.
+"""heartbeat_timeout and poll_interval are constants in functions, for guards and for status.
 
-It must be the one of arbiter.settings after each change of them, and doctor() must see when not.
+They must be those of arbiter.settings after each change of them, and doctor() must see when not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Conn = psycopg.Connection[Any]
 
-STATE = "select arbiter._machine_may_write_state()"
+OUTDATED = "select count(*) from arbiter._outdated_settings()"
 SECOND = timedelta(seconds=1)
 
 
@@ -116,7 +116,7 @@ def test_a_change_counts_from_the_next_transaction_on(db: Database) -> None:
     assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
     with owner.transaction():
         set_timeout(owner, 60)
-        assert value(owner, STATE) == "ok"
+        assert value(owner, OUTDATED) == 0
         # Not committed yet.
         assert rejection(add_signal, machines, user.trader, "cloud", machine).sqlstate == "WX004"
     add_signal(machines, user.trader, "cloud", machine)
@@ -167,7 +167,7 @@ def test_a_transaction_that_knows_the_timeout_of_before_excludes_the_browser(db:
     "other",
     [
         "update arbiter.settings set heartbeat_timeout = '50 s'",
-        "select arbiter._build_machine_may_write()",  # as an installation does
+        "select arbiter._build_settings()",  # as an installation does
     ],
 )
 def test_two_at_once(db: Database, other: str) -> None:
@@ -179,21 +179,21 @@ def test_two_at_once(db: Database, other: str) -> None:
         wait_until_blocked(two)
         one.run("commit")
         waiting.result(TIMEOUT_S)
-    assert value(db.connect(), STATE) == "ok"
+    assert value(db.connect(), OUTDATED) == 0
 
 
 def test_a_role_that_may_only_change_the_settings(db: Database) -> None:
     owner = db.connect()
     owner.execute("grant update on arbiter.settings to service_role")
     set_timeout(backend(db), 40)
-    assert value(owner, STATE) == "ok"
+    assert value(owner, OUTDATED) == 0
 
 
 def test_a_replica_changes_it_too(db: Database) -> None:
     conn = db.connect("postgres")
     conn.execute("set session_replication_role = replica")
     set_timeout(conn, 40)
-    assert value(conn, STATE) == "ok"
+    assert value(conn, OUTDATED) == 0
 
 
 @pytest.mark.parametrize("style", ["iso_8601", "sql_standard", "postgres_verbose"])
@@ -204,35 +204,39 @@ def test_the_text_of_intervals_does_not_matter(db: Database, style: str) -> None
         "update arbiter.settings set heartbeat_timeout = '90.5 s', heartbeat_interval = '1 s'"
     )
     owner.execute("reset intervalstyle")
-    assert value(owner, STATE) == "ok"
+    assert value(owner, OUTDATED) == 0
 
 
-def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(db: Database) -> None:
+@pytest.mark.parametrize(
+    ("name", "interval"), [("heartbeat_timeout", "40 s"), ("poll_interval", "7 s")]
+)
+def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(
+    db: Database, name: str, interval: str
+) -> None:
     owner = db.connect()
     doctor = "select state, problem, remedy from arbiter.doctor() where object = %s"
-    row = (
-        "outdated",
-        "It does not hold the heartbeat_timeout of arbiter.settings.",
-        "Run: arbiter-db install",
-    )
-    function = "generated function arbiter._machine_may_write"
+    change = f"update arbiter.settings set {name} = %s::interval"
+    function = f"generated function arbiter._{name}"
+    problem = f"It does not hold the {name} of arbiter.settings."
     assert rows(owner, doctor, function) == []
     owner.execute("alter table arbiter.settings disable trigger user")
-    set_timeout(owner, 40)
-    assert rows(owner, doctor, function) == [row]
+    owner.execute(change, (interval,))
+    assert rows(owner, doctor, function) == [("outdated", problem, "Run: arbiter-db install")]
     arbiter_db.install(db.conninfo())
     assert rows(owner, doctor, function) == []
     # The trigger is enabled again, too.
-    set_timeout(owner, 50)
+    owner.execute(change, ("50 s",))
     assert rows(owner, doctor, function) == []
-
-    owner.execute("drop function arbiter._machine_may_write(anyelement, text)")
-    assert rows(owner, doctor, function) == [("missing", "Every write fails.", row[2])]
     user = add_user(owner)
-    assert rejection(add_signal, owner, user.trader).sqlstate == "42883"
-    arbiter_db.install(db.conninfo())
-    assert rows(owner, doctor, function) == []
-    add_signal(owner, user.trader)
+    said = status(owner, user.id)
+    assert said["poll_interval"] == (50 * SECOND if name == "poll_interval" else 5 * SECOND)
+
+
+def test_a_constant_cannot_be_dropped_while_it_is_used(db: Database) -> None:
+    owner = db.connect()
+    for name in ("heartbeat_timeout", "poll_interval"):
+        error = rejection(owner.execute, f"drop function arbiter._{name}()")
+        assert error.sqlstate == "2BP01"
 
 
 def test_no_other_role_may_ask(db: Database) -> None:
@@ -242,3 +246,5 @@ def test_no_other_role_may_ask(db: Database) -> None:
         conn = db.connect(role=role)
         ask = "select arbiter._machine_may_write(%s::uuid, null)"
         assert rejection(conn.execute, ask, (machine,)).sqlstate == "42501"
+        for name in ("heartbeat_timeout", "poll_interval"):
+            assert rejection(conn.execute, f"select arbiter._{name}()").sqlstate == "42501"

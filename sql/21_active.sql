@@ -1,0 +1,91 @@
+-- Whether a machine is active, as each of its writes and each poll ask.
+--
+-- The settings that they need are constants in functions, because to read them from arbiter.settings would cost more
+-- than to read the machine. These functions and _is_active() are without settings of their own, because only so the
+-- server puts their bodies into the plan of the query that asks; it read them when they were made. A transaction that
+-- has already written may still use the old constant, because the server looks for replaced functions only when it
+-- takes a lock; the lease excludes all the same.
+
+-- In seconds, because the text of an interval depends on the session. A year counts 360 days in comparisons and 365.25
+-- in seconds, so it is made days first. Without settings no machine is fresh.
+--
+-- Stable, although a constant: the server computes an immutable function when it plans, and then does not know that the
+-- plan depends on that function.
+create or replace function arbiter._build_settings()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_setting record;
+begin
+  -- One at a time: of two sessions that replace a function at once, one fails.
+  perform from arbiter.settings s for no key update;
+  for v_setting in
+    select o.name, format('arbiter.%I()', '_' || o.name) as signature,
+           extract(epoch from justify_interval((to_jsonb(s) ->> o.name)::interval)) as seconds
+      from (values ('heartbeat_timeout'), ('poll_interval')) as o (name)
+      left join arbiter.settings s on s.singleton
+  loop
+    execute format('create or replace function %s returns interval language sql stable '
+      'return make_interval(secs => %s)', v_setting.signature, coalesce(v_setting.seconds::text, 'null'));
+    perform arbiter._seal(v_setting.signature::regprocedure,
+      format('arbiter.settings.%s as a constant.', v_setting.name));
+  end loop;
+end
+$$;
+comment on function arbiter._build_settings() is
+  'Generates _heartbeat_timeout() and _poll_interval() from arbiter.settings.';
+
+do $settings$
+begin
+  perform arbiter._build_settings();
+end
+$settings$;
+
+create or replace function arbiter._outdated_settings()
+returns setof text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select v.name
+    from arbiter.settings s
+   cross join lateral (
+     values ('heartbeat_timeout', s.heartbeat_timeout, arbiter._heartbeat_timeout()),
+            ('poll_interval', s.poll_interval, arbiter._poll_interval())) as v (name, is_set, is_used)
+   where v.is_set is distinct from v.is_used
+   order by 1;
+end;
+comment on function arbiter._outdated_settings() is
+  'The settings of which a generated function holds another value than arbiter.settings.';
+
+-- Volatile because of the clock.
+do $is_active$
+begin
+  execute format('create or replace function arbiter._is_active(p_state text, p_heartbeat_at timestamptz) returns boolean '
+    'language sql return p_state = ''running'' and %s',
+    arbiter._fresh_expression('p_heartbeat_at', 'arbiter._heartbeat_timeout()', 'clock_timestamp()'));
+end
+$is_active$;
+comment on function arbiter._is_active(text, timestamptz) is
+  'Whether a machine of this state and heartbeat is active now: it runs and has sent a heartbeat in time.';
+
+-- A function, so that a browser's write does not pay for what only a machine's needs.
+create or replace function arbiter._machine_may_write(p_machine_id anyelement, p_user_id text)
+returns boolean
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform
+     from arbiter.machines m
+    where m.machine_id = p_machine_id
+      and m.user_id::text collate "C" = p_user_id
+      and arbiter._is_active(m.state, m.heartbeat_at);
+  return found;
+end
+$$;
+comment on function arbiter._machine_may_write(anyelement, text) is
+  'Whether a machine of a user runs and has sent a heartbeat in time.';
