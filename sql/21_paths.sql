@@ -36,6 +36,20 @@ $$;
 comment on function arbiter._key_stands(regclass, name, regclass) is
   'Whether a table has a foreign key of this name to the parent, as of the planning of the query that asks. Error 55000 when that is newer than the snapshot.';
 
+-- By its number, because a view that names the table would keep it from being dropped. Immutable for the same reason as
+-- _key_stands(): a protection never gets another table. A snapshot that is older than the protection does not show it;
+-- then the table still has the name that it had when the view was made.
+create or replace function arbiter._protected_table(p_protection_id integer, p_name text)
+returns regclass
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select coalesce(
+    (select p.protected_table from arbiter.protections p where p.protection_id = p_protection_id), to_regclass(p_name));
+end;
+comment on function arbiter._protected_table(integer, text) is 'The table of a protection. p_name: its name when it was protected.';
+
 -- A view of two columns, bound to the table that the foreign key leads to today, and empty once that key is gone or
 -- leads elsewhere. The first step of a path is a column of the row itself and needs no view.
 create or replace function arbiter._path_views(p_protection arbiter.protections)
@@ -49,19 +63,22 @@ declare
   v_table regclass;
   v_way record;
   v_key record;
+  v_table_expression text;
 begin
   for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways((p_protection).user_path) w loop
     v_table := (p_protection).protected_table;
+    v_table_expression := format('arbiter._protected_table(%s, %L)', (p_protection).protection_id, (p_protection).declared_as);
     for i in 1 .. v_way.last - 1 loop
       v_key := arbiter._need_foreign_key(v_table, v_way.steps[i], (p_protection).user_path);
       v_number := v_number + 1;
       view_name := format('_path_%s_%s', (p_protection).protection_id, v_number);
       query := format(
-        'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%L::regclass, %L, %L::regclass)',
-        v_key.parent_column, v_way.steps[i + 1], v_key.parent, v_table, v_key.constraint_name, v_key.parent);
+        'select p.%I as key, p.%I as value from %s p where arbiter._key_stands(%s, %L, %L::regclass)',
+        v_key.parent_column, v_way.steps[i + 1], v_key.parent, v_table_expression, v_key.constraint_name, v_key.parent);
       parent := v_key.parent;
       return next;
       v_table := v_key.parent;
+      v_table_expression := format('%L::regclass', v_table);
     end loop;
   end loop;
 end
@@ -140,10 +157,10 @@ comment on function arbiter._path_expression(arbiter.protections, text, text) is
   'An SQL expression over the row p_row. p_probe ''user'': its user; ''broken'': whether a way to it is broken; ''differ'': whether its ways lead to different users.';
 
 -- When a foreign key with `on update cascade` has acted, its parent has the row with the new key, written by this
--- transaction, and none with the old one. Outside the statement that changes the parent no row can name a parent that
--- is not there. Inside it a client could do the same by hand, but only with parents that it may change; such a client
--- may as well give the parent itself to another user. The depth of triggers tells nothing: those after the cascade run
--- when the parent's statement ends.
+-- transaction, and none with the old one; after `on delete set null` only the latter. Outside the statement that
+-- changes the parent no row can name a parent that is not there. Inside it a client could do the same by hand, but only
+-- with parents that it may change; such a client may as well give the parent itself to another user. The depth of
+-- triggers tells nothing: those after the cascade run when the parent's statement ends.
 create or replace function arbiter._follows_key(p_table regclass, p_column name, p_old text, p_new text)
 returns boolean
 language plpgsql
@@ -153,7 +170,7 @@ declare
   v_key record;
   v_xmin xid;
 begin
-  if p_old is null or p_new is null or p_old = p_new then
+  if p_old is null or p_old = p_new then
     return false;
   end if;
   select k.confrelid::regclass as parent, r.attname as column
@@ -163,7 +180,7 @@ begin
     join pg_catalog.pg_attribute r on r.attrelid = k.confrelid and k.confkey = array[r.attnum]
    where k.conrelid = p_table
      and k.contype = 'f'
-     and k.confupdtype = 'c'
+     and case when p_new is null then k.confdeltype = 'n' else k.confupdtype = 'c' end
      and k.convalidated
      and a.attname = p_column
      and has_table_privilege(k.confrelid, 'select')
@@ -174,13 +191,15 @@ begin
   execute format('select p.xmin from %s p where p.%I = %L', v_key.parent, v_key.column, p_old) into v_xmin;
   if v_xmin is not null then
     return false;
+  elsif p_new is null then
+    return true;
   end if;
   execute format('select p.xmin from %s p where p.%I = %L', v_key.parent, v_key.column, p_new) into v_xmin;
   return v_xmin is not null and arbiter._is_in_progress(v_xmin);
 end
 $$;
 comment on function arbiter._follows_key(regclass, name, text, text) is
-  'Whether a change of a column is what a foreign key with on update cascade does. For a trigger on the table.';
+  'Whether a change of a column is what a foreign key with on update cascade, or on delete set null, does. For a trigger on the table.';
 
 -- A statement trigger fires only for the table that a statement names, so each partition needs its own.
 create or replace function arbiter._family(p_table regclass)

@@ -6,7 +6,7 @@
 --   __rows          the new rows: the transition table arbiter_rows, or (select new.*) for a row that it does not hold
 --   __keys(x)       the columns where the ways from a row to its user begin, separated by commas
 --   __keeps_keys    whether an update keeps these columns
---   __follows_keys  whether what it changes of them is what foreign keys with `on update cascade` do
+--   __follows_keys  whether what it changes of them is what foreign keys do: `on update cascade`, `on delete set null`
 --   __machine       the column that names the machine; __machine_name is its name as a literal
 --   __machine_of(x) the machine that the row x names, as text; __machine_key(x) as an id of the registry
 --   __user_of(x)    the user to whom the row x leads

@@ -21,6 +21,7 @@ from story import (
     backend,
     one,
     rejection,
+    rows,
     set_status,
     value,
 )
@@ -124,6 +125,63 @@ def test_the_user_is_a_column_of_the_row(at: Stage) -> None:
     at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
     user = rename(at.conn, "auth.users", at.ada.id)
     assert value(at.owner, "select user_id from public.notes") == user
+
+
+@pytest.mark.parametrize("two_ways", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "partitioned"])
+def test_a_user_who_is_deleted_leaves_the_rows(at: Stage, kind: str, two_ways: bool) -> None:
+    """Rows of the machine and of the browser, with all that they say of who wrote them."""
+    at.owner.execute(
+        f"""
+        create table public.notes (
+          id integer,
+          user_id uuid references auth.users (id) on delete set null,
+          trader_id uuid references public.traders (id) on delete set null)
+          {"partition by range (id)" if kind == "partitioned" else ""};
+        grant all on public.notes to service_role""".encode()
+    )
+    if kind == "partitioned":
+        at.owner.execute("create table public.some partition of public.notes default")
+    path = "user_id, trader_id.user_id" if two_ways else "user_id"
+    at.owner.execute("select arbiter.protect('public.notes', %s)", (path,))
+    at.conn.execute("insert into public.notes values (1, %s, %s)", (at.ada.id, at.ada.trader))
+    at.conn.execute(
+        "insert into public.notes values (2, %s, %s, 'cloud', %s)",
+        (at.bob.id, at.bob.trader, at.machine),
+    )
+    row = "select * from public.notes where id = %s"
+    before = [one(at.owner, row, 1), one(at.owner, row, 2)]
+
+    def is_rejected(change: str, *params: object) -> None:
+        for conn in (at.conn, at.owner):
+            error = rejection(conn.execute, f"update public.notes set {change}", params)
+            assert error.sqlstate == "WX006"
+
+    is_rejected("user_id = null" if not two_ways else "user_id = null, trader_id = null")
+    at.owner.execute("delete from public.signals where trader_id = %s", (at.ada.trader,))
+    at.owner.execute("delete from public.traders where id = %s", (at.ada.trader,))
+    at.owner.execute("delete from auth.users where id = %s", (at.ada.id,))
+    assert one(at.owner, row, 1) == before[0]._replace(user_id=None, trader_id=None)
+    assert one(at.owner, row, 2) == before[1]
+    # And nobody gets it now.
+    is_rejected("user_id = %s where id = 1", at.bob.id)
+    audit = "select finding, reason, row_count from arbiter.audit('public.notes')"
+    assert rows(at.owner, audit) == [("not_provable", "unowned", 1)]
+
+
+def test_a_row_without_a_user_is_not_made_by_hand(at: Stage) -> None:
+    """Not while the user is there, nor by a key that does something else."""
+    at.owner.execute("""
+        create table public.notes (id integer, user_id uuid references auth.users (id));
+        select arbiter.protect('public.notes');
+        grant all on public.notes to service_role""")
+    at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    drop = "update public.notes set user_id = null"
+    assert rejection(at.conn.execute, drop).sqlstate == "WX006"
+    at.owner.execute("alter table public.notes drop constraint notes_user_id_fkey")
+    at.owner.execute("delete from public.traders where id <> %s", (at.bob.trader,))
+    at.owner.execute("delete from auth.users where id = %s", (at.ada.id,))
+    assert rejection(at.conn.execute, drop).sqlstate == "WX006"
 
 
 def test_partitions(at: Stage) -> None:
