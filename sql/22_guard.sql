@@ -297,6 +297,32 @@ end;
 comment on function arbiter._not_holder_hint(arbiter.machine) is
   'What a machine lacks to hold the lease: the status, or a heartbeat. Null when it has both, so that another one holds.';
 
+-- A migration that makes a foreign key anew is not to be answered with rows that need no user.
+create or replace function arbiter._changed_path_hint(p_protection_id integer)
+returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_protection arbiter.protections;
+begin
+  select p.* into v_protection from arbiter.protections p where p.protection_id = p_protection_id;
+  if exists (
+    select from arbiter._path_views(v_protection) w where not arbiter._is_current_view(w.view_name, w.query, w.parent))
+  then
+    return format('A foreign key of the path %L has changed. The owner of the table calls arbiter.protect(%L).',
+      v_protection.user_path, v_protection.protected_table);
+  end if;
+  return null;
+exception
+  when invalid_parameter_value then
+    return format('A foreign key of the path %L is gone. The owner of the table makes it again, then calls arbiter.protect(%L).',
+      v_protection.user_path, v_protection.protected_table);
+end
+$$;
+comment on function arbiter._changed_path_hint(integer) is
+  'What to do when a foreign key of the path is not the one that the guard knows; null when it is.';
+
 create or replace function arbiter._admit(
   p_protection_id integer,
   p_mode text,
@@ -316,6 +342,9 @@ declare
 begin
   v_hint := arbiter._identity_flaw(p_user_id, p_source, p_machine_id, p_flaw, p_unowned);
   if v_hint is not null then
+    if p_user_id is null and coalesce(p_flaw, 'parent') = 'parent' then
+      v_hint := coalesce(arbiter._changed_path_hint(p_protection_id), v_hint);
+    end if;
     return arbiter._reject_or_record(p_protection_id, p_mode, 'wrong_identity',
       arbiter._detail('wrong_identity', p_user_id, null, null,
         jsonb_build_object('source', p_source, 'machine_id', p_machine_id)),

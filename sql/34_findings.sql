@@ -21,9 +21,78 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   select format('select arbiter.protect(%L, %L, %L, %L, %L, %L, %L)',
     (p_protection).protected_table, (p_protection).user_path, (p_protection).verbs,
-    (p_protection).machine_column, (p_protection).mode, (p_protection).unowned, (p_protection).evidence);
+    (p_protection).machine_column, (p_protection).mode, (p_protection).unowned, (p_protection).evidence)
+   where (p_protection).protection_id is not null;
 end;
-comment on function arbiter._protect_statement(arbiter.protections) is 'The call that protects the table again.';
+comment on function arbiter._protect_statement(arbiter.protections) is
+  'The call that protects the table again; null for null.';
+
+create or replace function arbiter._is_column(p_table regclass, p_column name)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return exists (
+  select from pg_catalog.pg_attribute a where a.attrelid = p_table and a.attname = p_column and not a.attisdropped);
+comment on function arbiter._is_column(regclass, name) is 'Whether a table has a column of this name.';
+
+-- Where there are several keys to the parent, nothing tells which is meant.
+create or replace function arbiter._key_column(p_table regclass, p_parent regclass)
+returns name
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select case count(*) when 1 then max(a.attname) end
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
+   where k.conrelid = p_table and k.confrelid = p_parent and k.contype = 'f';
+end;
+comment on function arbiter._key_column(regclass, regclass) is
+  'The column of the only foreign key of a table to a parent; null when there is none, or more than one.';
+
+-- A column that was renamed is still that of its foreign key: to the registry, or to the table of which the view of
+-- the step was made. The column of a way without a key, and source and arbiter_xid, are known by their names only.
+create or replace function arbiter._by_current_names(p_protection arbiter.protections)
+returns arbiter.protections
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_number integer := 0;
+  v_way record;
+  v_ways text[] := '{}';
+begin
+  if not arbiter._is_column(p_protection.protected_table, p_protection.machine_column) then
+    p_protection.machine_column := arbiter._key_column(p_protection.protected_table, (select r.registry from arbiter.registry r));
+  end if;
+  for v_way in select w.steps, cardinality(w.steps) as last from arbiter._ways(p_protection.user_path) w loop
+    if not arbiter._is_column(p_protection.protected_table, v_way.steps[1]) then
+      v_way.steps[1] := (
+        select arbiter._key_column(p_protection.protected_table, d.refobjid)
+          from pg_catalog.pg_rewrite w
+          join pg_catalog.pg_depend d
+            on d.classid = 'pg_rewrite'::regclass and d.objid = w.oid and d.refclassid = 'pg_class'::regclass
+         where w.ev_class = to_regclass(format('arbiter._path_%s_%s', p_protection.protection_id, v_number + 1))
+           and d.refobjid <> w.ev_class
+           and v_way.last > 1
+         limit 1);
+    end if;
+    v_number := v_number + v_way.last - 1;
+    v_ways := v_ways || (
+      select case when bool_and(s.name is not null) then string_agg(quote_ident(s.name), '.' order by s.number) end
+        from unnest(v_way.steps) with ordinality as s (name, number));
+  end loop;
+  if p_protection.machine_column is null or array_position(v_ways, null) is not null then
+    return null;
+  end if;
+  p_protection.user_path := array_to_string(v_ways, ', ');
+  return p_protection;
+end
+$$;
+comment on function arbiter._by_current_names(arbiter.protections) is
+  'The options of a protection, with columns that were renamed by the names that they have now; null when nothing tells these.';
 
 -- A name is not guarded any more when its table was dropped or renamed and another table has it now; the same goes for
 -- the machines of the registry.

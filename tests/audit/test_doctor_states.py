@@ -287,8 +287,7 @@ DAMAGES = {
         SIGNALS,
         "outdated",
         "arbiter: column trader_id of table public.signals is not a foreign key of one column",
-        PROTECT,
-        "select arbiter.protect('public.signals', 'whose.user_id')",
+        PROTECT_SIGNALS.replace("trader_id", "whose"),
     ),
     "user of the path renamed": Damage(
         "alter table public.traders rename user_id to owner_id",
@@ -303,7 +302,7 @@ DAMAGES = {
         SIGNALS,
         "outdated",
         "arbiter: table public.signals has no column source",
-        PROTECT,
+        "If it was renamed, rename it to source again; if it was dropped: " + PROTECT_SIGNALS,
         "alter table public.signals rename origin to source",
     ),
     "machine renamed": Damage(
@@ -311,15 +310,14 @@ DAMAGES = {
         SIGNALS,
         "outdated",
         "arbiter: table public.signals has no column machine_id",
-        PROTECT,
-        "select arbiter.protect('public.signals', p_machine_column => 'fly_id')",
+        PROTECT_SIGNALS.replace("machine_id", "fly_id"),
     ),
     "evidence renamed": Damage(
         "alter table public.signals rename arbiter_xid to xid",
         SIGNALS,
         "outdated",
         "arbiter: table public.signals has no column arbiter_xid",
-        PROTECT,
+        "If it was renamed, rename it to arbiter_xid again; if it was dropped: " + PROTECT_SIGNALS,
         "alter table public.signals rename xid to arbiter_xid",
     ),
     "path of another key": Damage(

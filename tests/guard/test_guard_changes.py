@@ -219,6 +219,34 @@ def test_writes_are_rejected_until_protect_is_called_again(at: Stage, change: st
     assert count_rows(at.owner, "public.orders") == before + 4
 
 
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+def test_a_rejection_says_that_a_foreign_key_of_the_path_has_changed(
+    at: Stage, unowned: str
+) -> None:
+    """And does not recommend rows without a user for it. An ORM makes keys anew under its names."""
+    at.protect(f"'public.orders', p_unowned => '{unowned}'")
+    at.owner.execute("alter table public.orders drop constraint orders_owner_id_fkey")
+    error = rejection(at.insert, at.old, at.adas)
+    assert (error.sqlstate, error.diag.message_hint) == (
+        "WX005",
+        "A foreign key of the path 'owner_id.user_id' is gone. The owner of the table makes it"
+        " again, then calls arbiter.protect('public.orders').",
+    )
+    at.owner.execute(
+        "alter table public.orders add constraint of_an_orm foreign key (owner_id)"
+        " references public.owners (id)"
+    )
+    for conn in (at.old, at.db.connect()):
+        error = rejection(at.insert, conn, at.adas)
+        assert (error.sqlstate, error.diag.message_hint) == (
+            "WX005",
+            "A foreign key of the path 'owner_id.user_id' has changed. The owner of the table calls"
+            " arbiter.protect('public.orders').",
+        )
+    at.protect()
+    at.insert(at.old, at.adas)
+
+
 #: After these the guard still knows what it guards, by what the tables are and not by their names.
 HARMLESS = {
     "table renamed": ("alter table public.orders rename to old_orders", "public.old_orders"),

@@ -833,6 +833,17 @@ def write_of_the_next_holder(at: Stage) -> None:
     add_signal(at.owner, at.adas, "cloud", at.adas_machine)
 
 
+def drop_the_key(at: Stage) -> None:
+    at.owner.execute("alter table public.signals drop constraint signals_trader_id_fkey")
+
+
+def make_another_key(at: Stage) -> None:
+    at.owner.execute(
+        "alter table public.signals add constraint of_an_orm foreign key (trader_id)"
+        " references public.traders (id)"
+    )
+
+
 def take_the_machine_away(at: Stage) -> None:
     at.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
     at.owner.execute(
@@ -904,6 +915,24 @@ REJECTIONS = {
         "wrong_identity",
         "The row does not lead to a user: the row that it names does not exist.",
         after(Stage.allow_unowned, Stage.loosen, lambda at: add_signal(at.owner, str(UUID(int=1)))),
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "a key of the path that is gone": Rejected(
+        "wrong_identity",
+        "A foreign key of the path 'trader_id.user_id' is gone. The owner of the table makes it"
+        " again, then calls arbiter.protect('public.signals').",
+        after(drop_the_key, write("adas")),
+        whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "a key of the path that has changed": Rejected(
+        "wrong_identity",
+        "A foreign key of the path 'trader_id.user_id' has changed. The owner of the table calls"
+        " arbiter.protect('public.signals').",
+        after(drop_the_key, make_another_key, write("adas")),
         whose=None,
         by_lease=False,
         more=said("local"),
@@ -1182,7 +1211,7 @@ def test_each_code_and_each_hint_of_a_rejection_is_in_the_table() -> None:
         if re.fullmatch(r"\w+ .*\.", text)
     }
     assert len(sentences) >= 20
-    patterns = {text: re.escape(text).replace("%s", ".*") for text in sentences}
+    patterns = {text: re.sub("%[sL]", ".*", re.escape(text)) for text in sentences}
     (never_said,) = [
         text for text in sentences if not any(re.fullmatch(patterns[text], hint) for hint in hints)
     ]
