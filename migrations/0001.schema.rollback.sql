@@ -6,9 +6,8 @@ set local lock_timeout = '5s';
 drop view if exists arbiter.machines;
 
 drop table if exists
-  arbiter.client_roles, arbiter.observations, arbiter.attachments, arbiter.protections, arbiter.handovers,
-  arbiter.leases,
-  arbiter.machine_notes, arbiter.registry, arbiter.settings
+  arbiter.client_roles, arbiter.amendments, arbiter.observations, arbiter.attachments, arbiter.protections,
+  arbiter.handovers, arbiter.leases, arbiter.machine_notes, arbiter.registry, arbiter.settings
   cascade;
 
 drop type if exists

@@ -9,6 +9,7 @@
 --   protections     the protected tables and how each is arbitrated
 --   attachments     what arbiter has attached or added to tables: triggers, columns, constraints, indexes, policies
 --   observations    what `observe` admitted and `enforce` would have rejected
+--   amendments      which transactions of the owner have corrected who wrote rows
 --   client_roles    roles that are clients besides those of Supabase
 --
 -- Every statement can run twice: the migration tool marks a migration as applied in a second
@@ -377,6 +378,25 @@ comment on column arbiter.observations.protected_table is 'The table that was wr
 comment on column arbiter.observations.code is 'The code that the rejection would have had.';
 comment on column arbiter.observations.detail is 'The DETAIL that the rejection would have had.';
 comment on column arbiter.observations.xid is 'The transaction that wrote.';
+
+create table if not exists arbiter.amendments (
+  amendment_id bigint not null generated always as identity,
+  protected_table regclass not null,
+  reason text not null,
+  amended_by name not null,
+  amended_at timestamptz not null,
+  xid xid8 not null,
+  constraint amendments_pkey primary key (xid, amendment_id)
+);
+
+comment on table arbiter.amendments is
+  'Transactions in which the owner of a protected table has corrected who wrote its rows, by arbiter.amend(). A row that carries such a transaction in arbiter_xid is not provable.';
+comment on column arbiter.amendments.amendment_id is 'Order of recording.';
+comment on column arbiter.amendments.protected_table is 'The table whose rows were corrected.';
+comment on column arbiter.amendments.reason is 'Why, in the owner''s words.';
+comment on column arbiter.amendments.amended_by is 'The role that corrected them.';
+comment on column arbiter.amendments.amended_at is 'When. Database clock.';
+comment on column arbiter.amendments.xid is 'The transaction.';
 
 create table if not exists arbiter.client_roles (
   role name not null,

@@ -43,7 +43,7 @@ begin
     when 'provenance_immutable' then
       sqlstate := 'WX006';
       message := 'source, machine, user and arbiter_xid of a protected row cannot be changed';
-      hint := 'Update the other columns, or insert a new row.';
+      hint := 'Update the other columns, or insert a new row. The owner of the table corrects rows after arbiter.amend().';
     when 'handover_draining' then
       sqlstate := 'WX007';
       message := 'writes in flight keep the lease from being handed over';

@@ -88,6 +88,8 @@ begin atomic
     '__differ(n)', arbiter._path_expression(p_protection, 'n', 'differ'),
     '__has_flaw(new)', format('(%s or %s)', arbiter._path_expression(p_protection, 'new', 'broken'),
       arbiter._path_expression(p_protection, 'new', 'differ')),
+    '__is_ours(new)', case when (p_protection).evidence
+      then 'new.arbiter_xid = pg_current_xact_id()' else 'true' end,
     '__is_ours(n)', case when (p_protection).evidence
       then 'n.arbiter_xid = pg_current_xact_id()' else 'true' end,
     '__keeps_xid', case when (p_protection).evidence

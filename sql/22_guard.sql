@@ -94,6 +94,10 @@ begin
     end if;
   end if;
 
+  if __updates and tg_op = 'UPDATE' and arbiter._is_amending(__protection) then
+    return null;
+  end if;
+
   -- All other cases: each distinct (user, source, machine, flaw) is judged, in the order of the users.
   for v_write in
     select distinct
@@ -150,6 +154,9 @@ begin
   then
     return new;
   end if;
+  if (__is_ours(new)) and arbiter._is_amending(__protection) then
+    return new;
+  end if;
   v_user_id := __user_of(old);
   -- Also for a row that says local: it may have had a machine before the table was protected.
   v_machine_gone := new.source is not distinct from old.source
@@ -164,7 +171,9 @@ begin
         and not arbiter._follows_key(tg_relid, __machine_name, old.__machine::text, new.__machine::text))
   then
     v_error := arbiter._reject_or_record(__protection, __mode, 'provenance_immutable',
-      arbiter._detail('provenance_immutable', v_user_id, null, null));
+      arbiter._detail('provenance_immutable', v_user_id, null, null),
+      case when arbiter._is_amending(__protection)
+        then 'A correction says so in each row: set arbiter_xid = default in the same update.' end);
   -- The foreign key changes nothing but the machine, and acts from inside a trigger. Any other update that leaves
   -- cloud without a machine is a write and must say whose. Without such a key the depth of triggers proves nothing.
   elsif __updates and new.source = 'cloud' and new.__machine is null

@@ -106,7 +106,8 @@ create or replace function arbiter._judge_row(
   p_elsewhere bigint,
   p_was_counted_here boolean,
   p_is_broken boolean,
-  p_has_two boolean)
+  p_has_two boolean,
+  p_is_amended boolean)
 returns arbiter.audit_finding
 language plpgsql
 stable
@@ -119,7 +120,10 @@ declare
   v_fits boolean;
 begin
   v_verdict.finding := 'not_provable';
-  if p_user_id is null then
+  if p_is_amended then
+    v_verdict.reason := 'amended';
+    return v_verdict;
+  elsif p_user_id is null then
     v_verdict.reason := 'unowned';
     return v_verdict;
   elsif p_xid is null then
@@ -193,8 +197,8 @@ begin
   return v_verdict;
 end
 $$;
-comment on function arbiter._judge_row(text, text, text, xid8, bigint, bigint, bigint, boolean, boolean, boolean) is
-  'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have. p_has_two: its ways lead to different users.';
+comment on function arbiter._judge_row(text, text, text, xid8, bigint, bigint, bigint, boolean, boolean, boolean, boolean) is
+  'What is wrong with a row, or why nothing can be proved about it; null when it is proved. p_low: the last handover that surely came before it; p_high: the last one that may have. p_has_two: its ways lead to different users. p_is_amended: its owner has corrected it, see amend().';
 
 create or replace function arbiter._audit_step(p_block bigint, p_blocks bigint)
 returns boolean
@@ -327,10 +331,12 @@ begin
              case when r.machine_id is null then 0 else m.number end as writer,
              coalesce(t.elsewhere, 0) + i.low as low,
              coalesce(t.elsewhere, 0) + i.high as high,
+             a.xid is not null as is_amended,
              r.xid < d.next_xid and (not d.is_restored or r.xid::xid = r.xmin) as was_counted_here
         from (%1$s) as r
         left join terms t on t.user_id = r.user_id
         left join machines m on m.machine_id = r.machine_id
+        left join (select distinct x.xid from arbiter.amendments x where x.protected_table = %3$L::regclass) a on a.xid = r.xid
        cross join database d
        cross join lateral (
          select coalesce(width_bucket(r.xid, t.frontiers), 0) as low, coalesce(width_bucket(r.xid, t.floors), 0) as high) as i
@@ -342,12 +348,13 @@ begin
                and (p.source = 'cloud') = (p.machine_id is not null)
                and p.was_counted_here
                and not p.is_broken
+               and not p.is_amended
                and not p.has_two, false) as is_plain
         from placed p
     ), judged as (
       select p.tableoid, p.ctid,
              case when not p.is_plain then arbiter._judge_row(p.user_id, p.source, p.machine_id, p.xid,
-               p.low, p.high, p.elsewhere, p.was_counted_here, p.is_broken, p.has_two) end as verdict
+               p.low, p.high, p.elsewhere, p.was_counted_here, p.is_broken, p.has_two, p.is_amended) end as verdict
         from plain p
       offset 0
     ), counted as (

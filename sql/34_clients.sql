@@ -53,7 +53,7 @@ begin
   end if;
   if v_backends is not null then
     execute format('grant select on arbiter.leases, arbiter.handovers, arbiter.protections, arbiter.observations, '
-      'arbiter.machine_notes to %s', v_backends);
+      'arbiter.amendments, arbiter.machine_notes to %s', v_backends);
   end if;
 end
 $$;

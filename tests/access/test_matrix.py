@@ -96,6 +96,7 @@ CALLS = {
     "protect(signals)": "select arbiter.protect('public.signals')",
     "protect(a table of the table owner)": "select arbiter.protect('public.theirs')",
     "unprotect(signals)": "select arbiter.unprotect('public.signals')",
+    "amend()": "select arbiter.amend('public.signals', 'why')",
     "audit()": "select arbiter.audit('public.signals')",
     "doctor()": "select arbiter.doctor()",
     "expose()": "select arbiter.expose()",

@@ -114,6 +114,7 @@ CALLS: dict[str, Call] = {
         "select arbiter.protect('public.signals', p_mode => 'observe')"
     ),
     "unprotect(regclass)": sql("select arbiter.unprotect('public.signals')"),
+    "amend(regclass,text)": sql("select arbiter.amend('public.signals', 'why')"),
     "audit(regclass,boolean)": sql("select * from arbiter.audit('public.signals', true)"),
     "doctor()": sql("select * from arbiter.doctor()"),
     "expose(name)": sql("select arbiter.expose()"),

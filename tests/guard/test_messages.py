@@ -427,6 +427,18 @@ FAILURES = {
         "Add it where the template's words are listed: _id_words(), _guard_words()"
         " or _registry_words().",
     ),
+    "a correction of a table that is not protected": Failure(
+        "select arbiter.amend('public.traders', 'why')",
+        "42704",
+        "arbiter: table public.traders is not protected",
+        "Update it: nothing keeps you from it.",
+    ),
+    "a correction without a reason": Failure(
+        "select arbiter.amend('public.signals', '')",
+        "22023",
+        "arbiter: the correction of public.signals has no reason",
+        "Say in p_reason why; it is kept in arbiter.amendments.",
+    ),
     "a key that is newer": Failure(
         "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",
         "55000",
@@ -844,6 +856,12 @@ def make_another_key(at: Stage) -> None:
     )
 
 
+def correct_unmarked(at: Stage) -> None:
+    with at.owner.transaction():
+        at.owner.execute("select arbiter.amend('public.signals', 'why')")
+        at.owner.execute("update public.signals set source = 'cloud'")
+
+
 def take_the_machine_away(at: Stage) -> None:
     at.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
     at.owner.execute(
@@ -1017,8 +1035,16 @@ REJECTIONS = {
     ),
     "provenance": Rejected(
         "provenance_immutable",
-        "Update the other columns, or insert a new row.",
+        "Update the other columns, or insert a new row. The owner of the table corrects rows after"
+        " arbiter.amend().",
         lambda at: at.owner.execute("update public.signals set source = 'cloud'"),
+        whose="ada",
+        by_lease=False,
+    ),
+    "a correction that does not say so": Rejected(
+        "provenance_immutable",
+        "A correction says so in each row: set arbiter_xid = default in the same update.",
+        correct_unmarked,
         whose="ada",
         by_lease=False,
     ),

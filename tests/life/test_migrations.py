@@ -340,6 +340,7 @@ def test_clients_may_read_settings_and_registry_and_nothing_else(ask: Ask) -> No
         "where c.relnamespace = 'arbiter'::regnamespace and a.grantee <> c.relowner"
     )
     assert sorted(granted) == [
+        "amendments select service_role",
         "handovers select authenticated",  # their own, by row security
         "handovers select service_role",
         "leases select authenticated",
