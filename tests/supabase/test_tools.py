@@ -3,6 +3,7 @@ writes its own history in it, by the search_path that it has."""
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 from conftest import OWNER, ROLES, Database
 from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import MetaData, create_engine
 from story import activate, add_signal, add_user, backend, rejection, rows
 
 import arbiter_db
@@ -116,3 +118,57 @@ def test_alembic(app: Database, tmp_path: Path) -> None:
     assert_guarded(app)
     assert rows(app.connect(), "select version_num from public.alembic_version") == [(before,)]
     run(tmp_path, *alembic, "upgrade", "head")
+
+
+#: The app's models have what it reads itself, without the comments.
+ENVIRONMENT = """
+import pickle
+from pathlib import Path
+from alembic import context
+from sqlalchemy import Column, Text, Uuid, create_engine
+
+models = pickle.loads(Path({models!r}).read_bytes())
+signals = models.tables["signals"]
+signals.append_column(Column("source", Text, nullable=False, server_default="local"))
+signals.append_column(Column("machine_id", Uuid))
+
+def include_object(item, name, kind, reflected, other):
+    return name != "users" and ({include})  # that table belongs to Supabase
+
+with create_engine({url!r}).connect() as connection:
+    context.configure(connection=connection, target_metadata=models, include_object=include_object)
+    context.run_migrations()
+"""
+
+
+def test_alembic_autogenerate(app: Database, tmp_path: Path) -> None:
+    """It would drop what its models do not have, so it is told not to look at it."""
+    engine = create_engine(url(app, "postgresql+psycopg"))
+    models = MetaData()
+    models.reflect(engine)
+    engine.dispose()
+    (tmp_path / "models").write_bytes(pickle.dumps(models))
+    arbiter_db.install(app.server.conninfo(app.name, OWNER))
+    alembic = [sys.executable, "-m", "alembic"]
+    run(tmp_path, *alembic, "init", "migrations")
+
+    def check(include: str) -> tuple[int, str]:
+        text = ENVIRONMENT.format(
+            models=str(tmp_path / "models"), url=url(app, "postgresql+psycopg"), include=include
+        )
+        (tmp_path / "migrations" / "env.py").write_text(text, "utf-8")
+        command = [*alembic, "check"]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = check("True")
+    assert code != 0
+    assert "arbiter_xid" in output
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
+    (include,) = re.findall(
+        "include_object=lambda item, name, kind, reflected, other: (.*?)`", page
+    )
+    code, output = check(include)
+    assert (code, "No new upgrade operations" in output) == (0, True), output
