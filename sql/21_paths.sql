@@ -86,7 +86,8 @@ $$;
 comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
--- A text beside a registry of uuids may name the same user in upper case.
+-- A text beside a registry of uuids may name the same user in upper case. The cast of the others costs nothing; a guard
+-- whose column has become a text since still reads the user by it, and fails the write of a text that is no such id.
 create or replace function arbiter._user_expression(p_class text, p_value text)
 returns text
 language sql
@@ -94,8 +95,10 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select format(
-    case when p_class = 'text' and arbiter._registry_class('user') = 'uuid'
-         then 'arbiter._user_text(%s::text) collate "C"' else '%s::text collate "C"' end, p_value);
+    case when p_class = 'text' and arbiter._registry_class('user') = 'uuid' then 'arbiter._user_text(%s::text) collate "C"'
+         when p_class = 'uuid' then '%s::uuid::text collate "C"'
+         when p_class = 'bigint' then '%s::bigint::text collate "C"'
+         else '%s::text collate "C"' end, p_value);
 end;
 comment on function arbiter._user_expression(text, text) is
   'SQL for the text of the user that a column names. p_class: of the column, as _id_class().';

@@ -656,3 +656,47 @@ def scans(conn: Conn) -> Any:
         "  left join pg_stat_user_tables s on s.relid = c.oid"
         " where c.oid = 'public.cloud_machines'::regclass",
     )[0]
+
+
+# -- a column that gets another type ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user_type", "machine_type", "new_type", "user", "machine", "others"),
+    [
+        ("uuid", "text", "text", str(UUID(int=10)), "m-1", [str(UUID(int=10)).upper()]),
+        ("uuid", "text", "varchar", str(UUID(int=10)), "m-1", ["{" + str(UUID(int=10)) + "}"]),
+        ("bigint", "bigint", "text", "42", "7", ["042", "+42"]),
+        ("bigint", "bigint", "numeric", "42", "7", ["42.0"]),
+    ],
+)
+def test_a_user_column_of_another_type_leads_to_the_same_lease(
+    bare_db: Database,
+    user_type: str,
+    machine_type: str,
+    new_type: str,
+    user: str,
+    machine: str,
+    others: list[str],
+) -> None:
+    """Changed past protect(): another spelling must not be another user, who may write."""
+    owner = make(
+        bare_db,
+        Kind(
+            user_type, machine_type, user, str(UUID(int=9)) if user_type == "uuid" else "9", "", ""
+        ),
+    )
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute(
+        "insert into public.cloud_machines (id, user_id) values (%s, %s)", (machine, user)
+    )
+    for _ in range(2):
+        beat(owner, machine)
+    owner.execute("drop policy mine on public.signals")
+    owner.execute(f"alter table public.signals alter user_id type {new_type}".encode())
+    insert = "insert into public.signals (user_id, source, machine_id) values (%s, %s, %s)"
+    for spelling in (user, *others):
+        assert rejection(owner.execute, insert, (spelling, "local", None)).sqlstate == "WX001"
+    owner.execute(insert, (others[0], "cloud", machine))
+    assert rejection(owner.execute, insert, ("nobody", "local", None)).sqlstate in ("22P02",)
+    assert rows(owner, "select user_id from arbiter.leases") == [(user,)]
