@@ -1,8 +1,8 @@
 -- The foreign key from the machine column of a protected table to the registry, and the index that it needs.
 
 -- Only where the column is arbiter's and no row names a machine, which could be one of an earlier registry. A
--- partitioned table gets no foreign key, because before PostgreSQL 18 it cannot be `not valid` there; the guard checks
--- the machine in any case.
+-- partitioned table gets no foreign key, because before PostgreSQL 18 it cannot be `not valid` there; texts beside a
+-- registry of uuids can have none. The guard checks the machine in any case.
 create or replace function arbiter._add_machine_key(p_table regclass, p_machine_column name)
 returns void
 language plpgsql
@@ -33,6 +33,7 @@ begin
       join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = p_machine_column
      where c.oid = p_table
        and c.relkind = 'r'
+       and arbiter._id_class(c.oid, a.attname) = arbiter._registry_class('machine')
        and not exists (
          select from pg_catalog.pg_constraint k
           where k.conrelid = c.oid and k.contype = 'f' and k.conkey = array[a.attnum]))

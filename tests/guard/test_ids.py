@@ -700,3 +700,17 @@ def test_a_user_column_of_another_type_leads_to_the_same_lease(
     owner.execute(insert, (others[0], "cloud", machine))
     assert rejection(owner.execute, insert, ("nobody", "local", None)).sqlstate in ("22P02",)
     assert rows(owner, "select user_id from arbiter.leases") == [(user,)]
+
+
+def test_texts_of_an_earlier_registry_beside_uuids(bare_db: Database) -> None:
+    """The column that arbiter added is a text; a foreign key to uuids cannot be made for it."""
+    owner = make(bare_db, KINDS["text"])
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("create table public.apps (id uuid primary key, user_id uuid, status text)")
+    owner.execute("select arbiter.register_machines('public.apps')")
+    user, machine = str(uuid4()), str(uuid4())
+    owner.execute("insert into public.apps values (%s, %s, 'running')", (machine, user))
+    for _ in range(2):
+        owner.execute("update public.apps set last_health_check = now()")
+    insert = "insert into public.signals (user_id, source, machine_id) values (%s, 'cloud', %s)"
+    owner.execute(insert, (user.upper(), machine))
