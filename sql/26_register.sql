@@ -286,20 +286,26 @@ begin
   lock table arbiter.protections, arbiter.registry in share row exclusive mode;
   perform arbiter._forget_dropped();
   select r.* into v_old from arbiter.registry r where r.singleton;
+  -- Guards read ids by the types of the registry's: no write that is in flight may have read a user by another one. A
+  -- registry that was dropped, with its view, has left guards whose types are not known. All locks at once, because a
+  -- write locks its table before its guard reads the registry.
+  v_retyped := to_regclass('arbiter.machines') is null
+    or (arbiter._id_class(p_registry, p_id_column), arbiter._id_class(p_registry, p_user_column))
+       <> (arbiter._registry_class('machine'), arbiter._registry_class('user'));
+  if v_retyped then
+    perform arbiter._lock_tables(array(
+      select c.oid::regclass from arbiter.protections p join pg_catalog.pg_class c on c.oid = p.protected_table
+      union all
+      select p_registry
+      union all
+      select v_old.registry where v_old.registry <> p_registry), 'access exclusive');
+  end if;
   -- No write to the registry between here and its triggers. The first time take the strongest lock at once, which a
   -- policy needs: a later upgrade can deadlock with a reader.
   execute format('lock table %s in %s mode', p_registry,
     case v_old.registry when p_registry then 'share row exclusive' else 'access exclusive' end);
   if v_old.registry <> p_registry then
     perform arbiter._detach(v_old.registry);
-  end if;
-  -- Guards read ids by the types of the registry's: no write that is in flight may have read a user by another one.
-  v_retyped := (arbiter._id_class(p_registry, p_id_column), arbiter._id_class(p_registry, p_user_column))
-    <> (arbiter._registry_class('machine'), arbiter._registry_class('user'));
-  if v_retyped then
-    perform arbiter._lock_tables(array(
-      select c.oid::regclass from arbiter.protections p join pg_catalog.pg_class c on c.oid = p.protected_table),
-      'share row exclusive');
   end if;
   perform arbiter._add_column(p_registry, p_heartbeat_column, 'heartbeat');
   if (v_old.registry, v_old.heartbeat_column) is distinct from (p_registry, p_heartbeat_column) then

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from sessions import TIMEOUT_S, wait_until_blocked
 from story import backend, clock, detail_of, rejection, rows, value
 
 import arbiter_db
@@ -714,3 +715,43 @@ def test_texts_of_an_earlier_registry_beside_uuids(bare_db: Database) -> None:
         owner.execute("update public.apps set last_health_check = now()")
     insert = "insert into public.signals (user_id, source, machine_id) values (%s, 'cloud', %s)"
     owner.execute(insert, (user.upper(), machine))
+
+
+def test_a_registry_of_texts_after_one_of_uuids_was_dropped(bare_db: Database) -> None:
+    """The guards of tables with texts read their machines as uuids until then."""
+    owner = bare_db.connect()
+    owner.execute(
+        "create table public.cloud_machines (id uuid primary key, user_id uuid, status text)"
+    )
+    owner.execute("create table public.signals (user_id text not null, machine_id text)")
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("drop table public.cloud_machines cascade")
+    owner.execute(
+        "create table public.cloud_machines (id text primary key, user_id text, status text)"
+    )
+    owner.execute("select arbiter.register_machines('public.cloud_machines')")
+    owner.execute("insert into public.cloud_machines values ('m-1', 'ada', 'running')")
+    for _ in range(2):
+        beat(owner, "m-1")
+    write = (
+        "insert into public.signals (user_id, source, machine_id) values ('ada', 'cloud', 'm-1')"
+    )
+    owner.execute(write)
+
+
+def test_a_new_type_waits_for_writes_and_holds_no_lock_meanwhile(bare_db: Database) -> None:
+    """A write that is in flight still reads the old registry."""
+    owner = make(bare_db, KINDS["text"])
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("create table public.apps (id uuid primary key, user_id uuid, status text)")
+    owner.execute("insert into public.cloud_machines (id, user_id) values ('m-1', 'ada')")
+    writer = bare_db.connect(autocommit=False)
+    insert = "insert into public.signals (user_id, source, machine_id) values ('ada', %s, %s)"
+    writer.execute(insert, ("local", None))
+    registering = bare_db.session()
+    registered = registering.start("select arbiter.register_machines('public.apps')")
+    wait_until_blocked(registering)
+    assert arbiter_db.status(writer, "ada").environment == "local"
+    assert rejection(writer.execute, insert, ("cloud", "m-1")).sqlstate == "WX004"
+    writer.rollback()
+    assert registered.result(TIMEOUT_S)
