@@ -108,7 +108,8 @@ begin
   if v_id is null then
     return null;
   end if;
-  if __is_usual then
+  -- The text of a list or an object may have the dashes of a uuid.
+  if __is_usual and v_id not like '[%' and v_id not like '{%' then
     return v_id;
   end if;
   if v_id = '' or jsonb_typeof(current_setting('request.jwt.claims')::jsonb #> __path) not in ('string', 'number') then

@@ -67,6 +67,8 @@ NAMED = {
     "empty": ("sub", {"sub": ""}, None),
     "an object": ("app_metadata", {"app_metadata": {"org_id": "org_1"}}, None),
     "a list": ("sub", {"sub": ["ada"]}, None),
+    "a list like a uuid": ("sub", {"sub": ["234567-1234-1234-1234-1234567890"]}, None),
+    "an object like a uuid": ("sub", {"sub": {"3": "7-9abc-1234-1234-1234567890"}}, None),
     "true": ("sub", {"sub": True}, None),
     "below a text": ("sub.id", {"sub": "ada"}, None),
     "no object": ("sub", ["sub"], None),
