@@ -165,6 +165,20 @@ $$;
 comment on function arbiter._build_guard(integer) is
   'Generates the functions and triggers of a protected table and its partitions, by its row in arbiter.protections.';
 
+create or replace function arbiter._is_current_guard(p_protection arbiter.protections)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select p.prosrc = arbiter._filled_in('arbiter._guard_template()',
+           arbiter._guard_words(p_protection) || '{"__rows": "arbiter_rows"}')
+    from pg_catalog.pg_proc p
+   where p.oid = to_regprocedure(format('arbiter.%I()', '_guard_' || (p_protection).protection_id));
+end;
+comment on function arbiter._is_current_guard(arbiter.protections) is
+  'Whether the guard of a table is the one that protect() would generate now; null when there is none.';
+
 -- The notices of `if exists` are no news to the caller.
 create or replace function arbiter._drop_guard(p_protection_id integer)
 returns void

@@ -84,6 +84,9 @@ begin
       then
         state := 'missing';
         problem := 'The function of its guard is gone: every write fails.';
+      elsif to_regclass('arbiter.machines') is not null and not arbiter._is_current_guard(v_protection) then
+        state := 'outdated';
+        problem := 'Its guard was made for columns of other types.';
       else
         state := 'ok';
         problem := null;

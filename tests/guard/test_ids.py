@@ -755,3 +755,26 @@ def test_a_new_type_waits_for_writes_and_holds_no_lock_meanwhile(bare_db: Databa
     assert rejection(writer.execute, insert, ("cloud", "m-1")).sqlstate == "WX004"
     writer.rollback()
     assert registered.result(TIMEOUT_S)
+
+
+def test_doctor_names_a_guard_for_another_type(bare_db: Database) -> None:
+    """The column is right, so nothing else is wrong; and the call that it names mends it."""
+    owner = bare_db.connect()
+    owner.execute(
+        "create table public.cloud_machines (id text primary key, user_id uuid, status text)"
+    )
+    owner.execute("create table public.signals (user_id uuid not null)")
+    arbiter_db.install(bare_db.conninfo())
+    doctor = (
+        "select state, problem, remedy from arbiter.doctor() where object like 'protection of%'"
+    )
+    assert [row.state for row in rows(owner, doctor)] == ["ok"]
+    owner.execute("alter table public.signals alter user_id type text")
+    (found,) = rows(owner, doctor)
+    assert (found.state, found.problem) == (
+        "outdated",
+        "Its guard was made for columns of other types.",
+    )
+    owner.execute(found.remedy)
+    assert [row.state for row in rows(owner, doctor)] == ["ok"]
+    owner.execute("insert into public.signals (user_id) values ('guest')")
