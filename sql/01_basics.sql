@@ -102,12 +102,12 @@ comment on function arbiter._id_type(regclass, name) is
   'The type of a column''s ids, without domain and length, for columns that arbiter adds; null when there is no such column.';
 
 -- 1 in one table and 1 in another are the same id, whichever integers they are.
-create or replace function arbiter._id_class(p_table regclass, p_column name)
+create or replace function arbiter._class_of_type(p_type text)
 returns text
 language sql
-stable
+immutable
 set search_path = pg_catalog, pg_temp
-return case arbiter._id_type(p_table, p_column)
+return case p_type
   when 'uuid' then 'uuid'
   when 'smallint' then 'bigint'
   when 'integer' then 'bigint'
@@ -115,6 +115,15 @@ return case arbiter._id_type(p_table, p_column)
   when 'text' then 'text'
   when 'character varying' then 'text'
 end;
+comment on function arbiter._class_of_type(text) is
+  'How ids of a type (_id_type) are written: as uuid, bigint or text; null for a type that cannot be that of ids.';
+
+create or replace function arbiter._id_class(p_table regclass, p_column name)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return arbiter._class_of_type(arbiter._id_type(p_table, p_column));
 comment on function arbiter._id_class(regclass, name) is
   'How the ids of a column are written: as uuid, bigint or text; null when it cannot hold ids, or there is no such column.';
 

@@ -53,7 +53,8 @@ end;
 comment on function arbiter._normal_expression(text, text) is
   'SQL for the text by which arbiter knows the id that a text names; the text itself when it names none.';
 
--- By the view and not by arbiter.registry, because the view follows a column that is renamed.
+-- By the view and not by arbiter.registry, because the view follows a column that is renamed. A registry that was
+-- dropped with the view has left the functions that were made for its types: guards go on with these.
 create or replace function arbiter._registry_ids()
 returns table (kind text, class text, type text, collation_name text)
 language sql
@@ -66,10 +67,16 @@ begin atomic
     from pg_catalog.pg_attribute a
     left join pg_catalog.pg_collation l on l.oid = a.attcollation
    where a.attrelid = to_regclass('arbiter.machines')
-     and a.attname in ('machine_id', 'user_id');
+     and a.attname in ('machine_id', 'user_id')
+  union all
+  select substr(p.proname, 5), arbiter._class_of_type(format_type(p.proargtypes[0], null)), format_type(p.proargtypes[0], null), null
+    from pg_catalog.pg_proc p
+   where p.pronamespace = 'arbiter'::regnamespace
+     and p.proname in ('_is_machine', '_is_user')
+     and to_regclass('arbiter.machines') is null;
 end;
 comment on function arbiter._registry_ids() is
-  'The types of the ids in arbiter.machines; text while no table is registered. class: as _id_class().';
+  'The types of the ids in arbiter.machines; text before a table was registered. class: as _id_class().';
 
 create or replace function arbiter._registry_class(p_kind text)
 returns text

@@ -281,6 +281,7 @@ begin
       'A browser cannot write a row without a user, nor can a machine''s token: write it as the backend.'
     when p_user_id is null and p_machine_id is not null then 'A row without a user cannot have a machine.'
     when p_user_id is null then null
+    when octet_length(p_user_id) > 1000 then 'The id of the user is longer than 1,000 bytes.'
     when p_source = 'cloud' and p_machine_id is null then 'A cloud write names its machine.'
   end;
 end

@@ -181,10 +181,13 @@ declare
 begin
   select r.* into v_registry from arbiter.registry r where r.singleton;
   if not found then
-    -- There are no machines, and the view is the empty one of the first migration.
+    -- There are no machines, and the view is empty. Their ids have the types of before: texts, or those of a registry
+    -- that was dropped.
     perform arbiter._make_machines_view(
-      'select null::text as machine_id, null::text as user_id, null::text as status, null::text as state, '
-      'null::timestamptz as heartbeat_at where false');
+      (select format('select null::%s as machine_id, null::%s as user_id, null::text as status, null::text as state, '
+                'null::timestamptz as heartbeat_at where false',
+                max(i.type) filter (where i.kind = 'machine'), max(i.type) filter (where i.kind = 'user'))
+         from arbiter._registry_ids() i));
     perform arbiter._note_absent_machines();
     return;
   end if;
@@ -212,6 +215,45 @@ end
 $$;
 comment on function arbiter._build_registry() is
   'Generates the view, functions and triggers of the registered table, and takes its machines (_take_machines).';
+
+-- The text of an id is the user. Where users become uuids, a lease by the text in upper case would be of no user; where
+-- they were uuids, rows with such a text were written under another user's lease.
+create or replace function arbiter._need_same_users(p_user_class text)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_place record;
+  v_user_id text;
+begin
+  for v_place in
+    select 'arbiter.leases'::regclass as name, 'user_id'::name as column, p_user_class as class
+    union
+    select e.end_table, e.end_column, 'uuid'
+      from arbiter.protections p
+      join pg_catalog.pg_class c on c.oid = p.protected_table
+     cross join lateral arbiter._ends(p.protected_table, p.user_path) e
+     where arbiter._id_class(e.end_table, e.end_column) = 'text'
+       and p_user_class <> 'uuid'
+       and (to_regclass('arbiter.machines') is null or arbiter._registry_class('user') = 'uuid')
+       and exists (select from arbiter.leases)
+     order by 1, 2
+  loop
+    execute format('select u.id from (select t.%I::text collate "C" as id from %s t) u where %s <> u.id limit 1',
+        v_place.column, v_place.name, arbiter._normal_expression(v_place.class, 'u.id'))
+      into v_user_id;
+    if v_user_id is not null then
+      perform arbiter._fail('object_not_in_prerequisite_state',
+        format('user %L of %s would become another user: the registry''s users were of another type', v_user_id, v_place.name),
+        'Register a table whose users have the type of before, or give these rows and their leases up: arbiter-db uninstall. Nothing was changed.');
+    end if;
+  end loop;
+end
+$$;
+comment on function arbiter._need_same_users(text) is
+  'Error 55000 when a user that arbiter knows would be another one among users of this class (_id_class).';
 
 -- Definer: what it creates must belong to arbiter's owner, whichever role calls.
 create or replace function arbiter.register_machines(
@@ -299,6 +341,7 @@ begin
       select p_registry
       union all
       select v_old.registry where v_old.registry <> p_registry), 'access exclusive');
+    perform arbiter._need_same_users(arbiter._id_class(p_registry, p_user_column));
   end if;
   -- No write to the registry between here and its triggers. The first time take the strongest lock at once, which a
   -- policy needs: a later upgrade can deadlock with a reader.

@@ -739,6 +739,67 @@ def test_a_registry_of_texts_after_one_of_uuids_was_dropped(bare_db: Database) -
     owner.execute(write)
 
 
+UPPER = "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"
+
+
+@pytest.mark.parametrize("before", ["text", "uuid", "dropped"])
+def test_no_user_becomes_another_one_with_the_types_of_the_registry(
+    bare_db: Database, before: str
+) -> None:
+    """By one spelling the user has a lease, and by the other one rows."""
+    owner = bare_db.connect()
+    first, then = ("text", "uuid") if before == "text" else ("uuid", "text")
+    create = "create table public.{} (id {} primary key, user_id {}, status text)"
+    owner.execute(create.format("cloud_machines", first, first).encode())
+    owner.execute("create table public.signals (user_id text not null, machine_id text)")
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("insert into public.signals (user_id) values (%s)", (UPPER,))
+    known = UPPER if before == "text" else UPPER.lower()
+    assert rows(owner, "select user_id from arbiter.leases") == [(known,)]
+    owner.execute(create.format("apps", then, then).encode())
+    if before == "dropped":
+        owner.execute("drop table public.cloud_machines cascade")
+    register = "select arbiter.register_machines('public.apps')"
+    error = rejection(owner.execute, register)
+    place = "arbiter.leases" if before == "text" else "public.signals"
+    assert (error.sqlstate, error.diag.message_primary) == (
+        "55000",
+        f"arbiter: user '{UPPER}' of {place} would become another user: the registry's users were"
+        " of another type",
+    )
+    # One who is spelled as arbiter knows him is the same user.
+    if before != "text":
+        with owner.transaction():
+            owner.execute("select arbiter.amend('public.signals', 'spelling')")
+            owner.execute(
+                "update public.signals set user_id = lower(user_id), arbiter_xid = default"
+            )
+        owner.execute(register)
+
+
+def test_settings_change_while_there_is_no_registry(bare_db: Database) -> None:
+    """What is known of its types stays: a uuid in upper case is still the same user."""
+    owner = bare_db.connect()
+    owner.execute(
+        "create table public.cloud_machines (id uuid primary key, user_id uuid, status text)"
+    )
+    owner.execute("create table public.signals (user_id text not null)")
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("drop table public.cloud_machines cascade")
+    owner.execute("update arbiter.settings set user_claim = 'id', poll_interval = '1 s'")
+    arbiter_db.install(bare_db.conninfo())
+    for user in (UPPER, UPPER.lower()):
+        owner.execute("insert into public.signals (user_id) values (%s)", (user,))
+    assert rows(owner, "select user_id from arbiter.leases") == [(UPPER.lower(),)]
+    owner.execute(
+        "create table public.cloud_machines (id uuid primary key, user_id uuid, status text)"
+    )
+    owner.execute("select arbiter.register_machines('public.cloud_machines')")
+    claims = json.dumps({"id": UPPER})
+    owner.execute("select set_config('request.jwt.claims', %s, false)", (claims,))
+    assert value(owner, "select arbiter.claimed_user_id()") == UPPER.lower()
+
+
 def test_a_new_type_waits_for_writes_and_holds_no_lock_meanwhile(bare_db: Database) -> None:
     """A write that is in flight still reads the old registry."""
     owner = make(bare_db, KINDS["text"])

@@ -439,6 +439,17 @@ FAILURES = {
         "arbiter: the correction of public.signals has no reason",
         "Say in p_reason why; it is kept in arbiter.amendments.",
     ),
+    "a user who would be another one": Failure(
+        "select arbiter._need_same_users('text')",
+        "55000",
+        "arbiter: user 'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11' of public.by_name would become"
+        " another user: the registry's users were of another type",
+        "Register a table whose users have the type of before, or give these rows and their leases"
+        " up: arbiter-db uninstall. Nothing was changed.",
+        setup="create table public.by_name (user_id text);"
+        " select arbiter.protect('public.by_name');"
+        " insert into public.by_name values ('A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11')",
+    ),
     "a key that is newer": Failure(
         "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",
         "55000",
@@ -862,6 +873,14 @@ def correct_unmarked(at: Stage) -> None:
         at.owner.execute("update public.signals set source = 'cloud'")
 
 
+def write_as_a_long_id(at: Stage) -> None:
+    at.long = User("x" * 1001, at.ada.trader)
+    at.owner.execute("create table public.notes (user_id text)")
+    at.owner.execute("select arbiter.protect('public.notes')")
+    at.owner.execute("insert into public.notes values (%s)", ("x" * 1000,))
+    at.owner.execute("insert into public.notes values (%s)", (at.long.id,))
+
+
 def take_the_machine_away(at: Stage) -> None:
     at.owner.execute("select arbiter.protect('public.positions', p_verbs => '{insert,update}')")
     at.owner.execute(
@@ -952,6 +971,14 @@ REJECTIONS = {
         " arbiter.protect('public.signals').",
         after(drop_the_key, make_another_key, write("adas")),
         whose=None,
+        by_lease=False,
+        more=said("local"),
+    ),
+    "a long id": Rejected(
+        "wrong_identity",
+        "The id of the user is longer than 1,000 bytes.",
+        write_as_a_long_id,
+        whose="long",
         by_lease=False,
         more=said("local"),
     ),
