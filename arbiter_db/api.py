@@ -205,8 +205,9 @@ def heartbeat(conn: psycopg.Connection[Any], machine_id: Iterable[Id]) -> int: .
 def heartbeat(conn: psycopg.Connection[Any], machine_id: Id | Iterable[Id]) -> datetime | int:
     """Send the heartbeat of one machine, or of many in one statement.
 
-    Returns the instant that the database stored for one, and the number of machines for many. An
-    unknown machine is an error. Counts when the caller commits, so commit at once.
+    Returns the instant that the database stored for one, and for many the number of those that
+    count. An unknown machine is an error, and so is one machine that its registry calls unhealthy;
+    of many, those do not count. Counts when the caller commits, so commit at once.
     """
     if isinstance(machine_id, (UUID, str, int)):
         stamped: datetime = _one(conn, scalar_row, "heartbeat", machine_id=str(machine_id))
@@ -340,12 +341,15 @@ def register_machines(
     heartbeat_column: str = "last_health_check",
     states: Mapping[str, str] | None = None,
     machine_statuses: Iterable[str] = (),
+    health_column: str | None = None,
+    healthy: Iterable[str] | None = None,
 ) -> None:
     """Make a table the registry of machines, in place of any other (`arbiter.register_machines`).
 
     `states` maps the table's status words to `starting`, `running`, `stopping`, `stopped` and
     `error`; None keeps the usual words. `machine_statuses` are the words that a machine's token may
-    set.
+    set. With `health_column` and `healthy` a heartbeat counts only if the row then has one of these
+    words in that column.
     """
     _one(
         conn,
@@ -358,6 +362,8 @@ def register_machines(
         heartbeat_column=heartbeat_column,
         states=None if states is None else Jsonb(dict(states)),
         machine_statuses=list(machine_statuses),
+        health_column=health_column,
+        healthy=None if healthy is None else list(healthy),
     )
 
 

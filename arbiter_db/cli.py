@@ -532,6 +532,17 @@ def unprotect_command(table: str, dsn: str) -> None:
     multiple=True,
     help="A status word that a machine's token may set; may be given several times.",
 )
+@click.option(
+    "--health-column",
+    metavar="NAME",
+    help="The column that says whether the machine is well; else every heartbeat counts.",
+)
+@click.option(
+    "--healthy",
+    metavar="WORD",
+    multiple=True,
+    help="A word of that column with which a heartbeat counts; may be given several times.",
+)
 def register_machines_command(
     table: str,
     dsn: str,
@@ -541,6 +552,8 @@ def register_machines_command(
     heartbeat_column: str,
     states: dict[str, str] | None,
     machine_statuses: tuple[str, ...],
+    health_column: str | None,
+    healthy: tuple[str, ...],
 ) -> None:
     """Make TABLE the registry of machines."""
     with _connected(dsn) as conn:
@@ -553,6 +566,8 @@ def register_machines_command(
             heartbeat_column=heartbeat_column,
             states=states,
             machine_statuses=machine_statuses,
+            health_column=health_column,
+            healthy=healthy or None,
         )
     say(f"{table} is the registry of machines")
 

@@ -133,8 +133,9 @@ class Machine:
     def start(self) -> None:
         """Send the first heartbeat, then go on from a thread.
 
-        Raises what the first heartbeat raises: an unknown machine, no database, or `ValueError`,
-        without a heartbeat, when `margin` leaves less than a heartbeat interval to trade in.
+        Raises what the first heartbeat raises: an unknown machine, one that its registry calls
+        unhealthy, no database, or `ValueError`, without a heartbeat, when `margin` leaves less than
+        a heartbeat interval to trade in.
         """
         if self._threads or self._stopped:
             raise RuntimeError("a Machine starts once")

@@ -92,7 +92,9 @@ select arbiter.register_machines(
   p_status_column => %(status_column)s::text::name,
   p_heartbeat_column => %(heartbeat_column)s::text::name,
   p_states => %(states)s::jsonb,
-  p_machine_statuses => %(machine_statuses)s::text[])
+  p_machine_statuses => %(machine_statuses)s::text[],
+  p_health_column => %(health_column)s::text::name,
+  p_healthy => %(healthy)s::text[])
 
 -- name: version
 select arbiter.version()

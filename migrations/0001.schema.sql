@@ -157,9 +157,12 @@ create table if not exists arbiter.registry (
   heartbeat_column name not null,
   states jsonb not null,
   machine_statuses text[] not null,
+  health_column name,
+  healthy text[],
   constraint registry_pkey primary key (singleton),
   constraint registry_singleton_check check (singleton),
-  constraint registry_states_check check (jsonb_typeof(states) = 'object')
+  constraint registry_states_check check (jsonb_typeof(states) = 'object'),
+  constraint registry_health_check check ((health_column is null) = (healthy is null))
 );
 
 comment on table arbiter.registry is
@@ -174,6 +177,9 @@ comment on column arbiter.registry.heartbeat_column is 'Its timestamptz column t
 comment on column arbiter.registry.states is
   'Status word to machine state (starting, running, stopping, stopped, error). An absent word means running.';
 comment on column arbiter.registry.machine_statuses is 'The status words that a machine''s token may set.';
+comment on column arbiter.registry.health_column is
+  'Its column that says whether the machine is well, or null: then every heartbeat counts.';
+comment on column arbiter.registry.healthy is 'The words of that column with which a heartbeat counts.';
 
 -- The registry under fixed names. Until a table is registered there are no machines.
 do $machines$

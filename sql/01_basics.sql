@@ -57,6 +57,7 @@ begin atomic
     ('user', '{uuid,text,character varying,smallint,integer,bigint}'::text[], null, null),
     ('machine id', '{uuid,text,character varying,smallint,integer,bigint}', null, null),
     ('status', null, null, null),
+    ('health', null, null, null),
     ('heartbeat', '{timestamp with time zone}', 'timestamptz',
       'the last heartbeat, stamped with the database''s clock in place of the value that the client sent.'),
     ('source', '{text,character varying}', 'text not null default ''local''',
@@ -164,17 +165,21 @@ begin
       format('column %I of table %s is %s, it must be %s', p_column, p_table, v_type, array_to_string(v_types, ' or ')),
       'Rename that column, or name another one in the call; nothing was changed.');
   end if;
-  -- A trigger sees null in the place of its value.
+  -- A trigger sees null in the place of its value, and one before the write also for a stored one.
   if v_generated = 'v' then
     perform arbiter._fail('feature_not_supported',
       format('column %I of table %s is a virtual generated column', p_column, p_table),
       'Make it stored, or name another one in the call; nothing was changed.');
+  elsif v_generated = 's' and p_kind = 'health' then
+    perform arbiter._fail('feature_not_supported',
+      format('column %I of table %s is a generated column', p_column, p_table),
+      'Name a column from which it is generated; nothing was changed.');
   end if;
   return true;
 end
 $$;
 comment on function arbiter._has_column(regclass, name, text) is
-  'Whether the column exists. p_kind: see _columns(). Error 42804 when it exists with another type, 0A000 when it is virtual.';
+  'Whether the column exists. p_kind: see _columns(). Error 42804 when it exists with another type, 0A000 when it is virtual, or generated and is to say whether a machine is well.';
 
 create or replace function arbiter._need_column(p_table regclass, p_column name, p_kind text)
 returns void

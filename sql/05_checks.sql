@@ -247,6 +247,42 @@ $$;
 comment on function arbiter._need_registry(regclass, name, name, name, name) is
   'Errors when a table cannot be the registry: not ours, a column missing or of another type, ids not unique.';
 
+create or replace function arbiter._need_health_column(
+  p_registry regclass,
+  p_health_column name,
+  p_status_column name,
+  p_heartbeat_column name)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_health_column is null then
+    return;
+  end if;
+  -- A machine's token may set both of these, and may not say that its machine is well.
+  if p_health_column in (p_status_column, p_heartbeat_column) then
+    perform arbiter._fail('invalid_parameter_value',
+      format('column %I of table %s cannot say whether a machine is well', p_health_column, p_registry),
+      'p_health_column is a column of its own, beside status and heartbeat; nothing was changed.');
+  end if;
+  perform arbiter._need_column(p_registry, p_health_column, 'health');
+  perform arbiter._need_trusted_type(p_registry, p_health_column);
+  if exists (
+    select from pg_catalog.pg_attribute a
+     where a.attrelid = p_registry and a.attname = p_heartbeat_column and not a.attisdropped and a.attnotnull)
+  then
+    perform arbiter._fail('invalid_table_definition',
+      format('column %I of table %s is not null, and a machine that has never been well has no heartbeat',
+        p_heartbeat_column, p_registry),
+      format('Run: alter table %s alter column %I drop not null; nothing was changed.', p_registry, p_heartbeat_column));
+  end if;
+end
+$$;
+comment on function arbiter._need_health_column(regclass, name, name, name) is
+  'Errors when a column of the registry cannot say whether a machine is well; none without such a column.';
+
 create or replace function arbiter._need_path(p_table regclass, p_user_path text, p_machine_column name)
 returns void
 language plpgsql

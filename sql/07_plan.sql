@@ -59,6 +59,7 @@ declare
   v_user name := 'user_id';
   v_status name := 'status';
   v_heartbeat name := 'last_health_check';
+  v_health name;
   v_states jsonb := arbiter._default_states();
   v_timeout interval := '30 seconds';
   v_has_heartbeat boolean;
@@ -68,13 +69,14 @@ declare
   v_hint text;
 begin
   if p_is_kept then
-    select r.id_column, r.user_column, r.status_column, r.heartbeat_column, r.states
-      into v_id, v_user, v_status, v_heartbeat, v_states
+    select r.id_column, r.user_column, r.status_column, r.heartbeat_column, r.health_column, r.states
+      into v_id, v_user, v_status, v_heartbeat, v_health, v_states
       from arbiter.registry r;
     select s.heartbeat_timeout into v_timeout from arbiter.settings s;
   end if;
   begin
     perform arbiter._need_registry(p_registry, v_id, v_user, v_status, v_heartbeat);
+    perform arbiter._need_health_column(p_registry, v_health, v_status, v_heartbeat);
   exception
     when others then
       get stacked diagnostics v_words = message_text, v_hint = pg_exception_hint;
@@ -96,7 +98,8 @@ begin
     using v_timeout;
   step := 'note';
   finding := format('machines: %s; columns %s, %s, %s, %s%s',
-    v_machines, quote_ident(v_id), quote_ident(v_user), quote_ident(v_status), quote_ident(v_heartbeat),
+    v_machines, quote_ident(v_id), quote_ident(v_user), concat_ws(', ', quote_ident(v_status), quote_ident(v_health)),
+    quote_ident(v_heartbeat),
     case when v_has_heartbeat then '' else ' (is added)' end);
   return next;
   step := 'warning';
@@ -131,6 +134,22 @@ begin
     finding := format('no index begins with %I, so looking up the machines of a user reads the whole table', v_user);
     remedy := format('create index on %s (%I);', p_registry, v_user);
     return next;
+  end if;
+  step := 'note';
+  if v_health is null then
+    select a.attname
+      into v_health
+      from pg_catalog.pg_attribute a
+      join pg_catalog.pg_type t on t.oid = a.atttypid and t.typcategory in ('S', 'E')
+     where a.attrelid = p_registry and a.attname in ('health_status', 'health') and a.attname <> v_status
+     order by a.attname desc
+     limit 1;
+    if found then
+      finding := format('column %I may say that a machine is not well, and every heartbeat counts all the same', v_health);
+      remedy := format('If a monitor stamps %I then, too: arbiter-db register-machines --health-column %I --healthy WORD.',
+        v_heartbeat, v_health);
+      return next;
+    end if;
   end if;
 end
 $$;

@@ -300,9 +300,11 @@ begin atomic
       format('Stop trading: the status of this machine means %s. It can get the lease once its status means running and it sends heartbeats.',
         p_machine.state)
     when not coalesce(arbiter._is_fresh(p_machine.heartbeat_at, s.heartbeat_timeout, clock_timestamp()), false) then
-      'Stop trading: this machine has sent no heartbeat in time. Send heartbeats, and write again once arbiter.status() names this machine.'
+      format('Stop trading: this machine has sent no heartbeat in time%s. Send heartbeats, and write again once arbiter.status() names this machine.',
+        ', or its registry says that it is not well, in column ' || quote_ident(r.health_column))
     end
-    from arbiter.settings s;
+    from arbiter.settings s
+    left join arbiter.registry r on true;
 end;
 comment on function arbiter._not_holder_hint(arbiter.machine) is
   'What a machine lacks to hold the lease: the status, or a heartbeat. Null when it has both, so that another one holds.';

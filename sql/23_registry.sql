@@ -6,6 +6,7 @@
 --
 --   __machine, __user, __status, __heartbeat   the registry's columns
 --   __statuses                       the status words that a machine's token may set
+--   __beat(new)                      the instant of a heartbeat that has left the row new
 --   __state(x)                       the machine state of the row x
 --   __settled_machine(x)             the machine that holds the settled lease of the user of the row x
 --
@@ -25,6 +26,21 @@ end;
 comment on function arbiter._state_expression(arbiter.registry, text) is
   'SQL for the machine state of a row of the registry.';
 
+-- A heartbeat that does not count leaves the stamp of the last one that did. So nothing else needs to know of health:
+-- what asks for the stamp goes on as if none had been sent. In an insert old is null.
+create or replace function arbiter._beat_expression(p_registry arbiter.registry)
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return case
+  when (p_registry).health_column is null then 'clock_timestamp()'
+  else format('case when new.%I::text = any (%L::text[]) then clock_timestamp() else old.%I end',
+    (p_registry).health_column, (p_registry).healthy, (p_registry).heartbeat_column)
+end;
+comment on function arbiter._beat_expression(arbiter.registry) is
+  'SQL for the stamp of a heartbeat in its row trigger: the clock, or the stamp that the row had when the row says that the machine is not well.';
+
 create or replace function arbiter._registry_words(p_registry arbiter.registry)
 returns jsonb
 language sql
@@ -37,6 +53,7 @@ begin atomic
     '__status', quote_ident((p_registry).status_column),
     '__statuses', quote_literal((p_registry).machine_statuses) || '::text[]',
     '__heartbeat', quote_ident((p_registry).heartbeat_column),
+    '__beat(new)', arbiter._beat_expression(p_registry),
     '__state(n)', arbiter._state_expression(p_registry, 'n'),
     '__state(new)', arbiter._state_expression(p_registry, 'new'),
     '__state(old)', arbiter._state_expression(p_registry, 'old'),
@@ -104,7 +121,7 @@ set search_path = pg_catalog, pg_temp
 set row_security = off
 as $$
 begin
-  new.__heartbeat := clock_timestamp();
+  new.__heartbeat := __beat(new);
   -- The stored value never moves back, unless the clock was set back by more than the timeout (_fresh_expression). Two
   -- conditions, because one that contains a query would be run as a query each time.
   if tg_op = 'UPDATE' and old.__heartbeat > new.__heartbeat then

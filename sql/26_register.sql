@@ -67,11 +67,12 @@ begin atomic
       ('!arbiter_limit',
        format('before update on %s for each row execute function arbiter.tg_registry_limit()', r.registry),
        'A machine''s token sends heartbeats, and sets the status words for machines.'),
-      ('arbiter_stamp_insert',
+      -- The last of the row triggers before the write: a trigger of the app may set the health column.
+      ('~arbiter_stamp_insert',
        format('before insert on %s for each row when (new.%I is not null) execute function arbiter.tg_registry_stamp()',
          r.registry, r.heartbeat_column),
        'A heartbeat is stamped with the database''s clock.'),
-      ('arbiter_stamp_update',
+      ('~arbiter_stamp_update',
        format('before update of %I on %s for each row execute function arbiter.tg_registry_stamp()',
          r.heartbeat_column, r.registry),
        'A heartbeat is any update that names the column; it is stamped with the database''s clock.'),
@@ -263,7 +264,9 @@ create or replace function arbiter.register_machines(
   p_status_column name default 'status',
   p_heartbeat_column name default 'last_health_check',
   p_states jsonb default null,
-  p_machine_statuses text[] default '{}')
+  p_machine_statuses text[] default '{}',
+  p_health_column name default null,
+  p_healthy text[] default null)
 returns void
 language plpgsql
 security definer
@@ -318,7 +321,18 @@ begin
       format('p_machine_statuses has a status word that p_states does not map: %s', v_unknown),
       'Map the word to a machine state in p_states, too.');
   end if;
+  if (p_health_column is null) <> (p_healthy is null) then
+    perform arbiter._fail('invalid_parameter_value',
+      'register_machines() with one of p_health_column and p_healthy, and not with the other',
+      'For example p_health_column => ''health_status'', p_healthy => ''{healthy}''.');
+  end if;
+  if p_healthy is not null and not (select coalesce(bool_and(w.word is not null), false) from unnest(p_healthy) as w (word)) then
+    perform arbiter._fail('invalid_parameter_value',
+      'p_healthy is empty, or has a null',
+      'List the words that the health column has while the machine is well.');
+  end if;
   perform arbiter._need_registry(p_registry, p_id_column, p_user_column, p_status_column, p_heartbeat_column);
+  perform arbiter._need_health_column(p_registry, p_health_column, p_status_column, p_heartbeat_column);
   perform arbiter._need_ids_of_registry(p.protected_table, p.user_path, p.machine_column,
       p_registry, p_id_column, p_user_column)
      from arbiter.protections p
@@ -363,9 +377,10 @@ begin
   end if;
 
   insert into arbiter.registry
-    (registry, declared_as, id_column, user_column, status_column, heartbeat_column, states, machine_statuses)
+    (registry, declared_as, id_column, user_column, status_column, heartbeat_column, states, machine_statuses,
+      health_column, healthy)
   values (p_registry, p_registry::text, p_id_column, p_user_column, p_status_column, p_heartbeat_column, v_states,
-    coalesce(p_machine_statuses, '{}'))
+    coalesce(p_machine_statuses, '{}'), p_health_column, p_healthy)
   on conflict on constraint registry_pkey do update
     set registry = excluded.registry,
         declared_as = excluded.declared_as,
@@ -374,7 +389,9 @@ begin
         status_column = excluded.status_column,
         heartbeat_column = excluded.heartbeat_column,
         states = excluded.states,
-        machine_statuses = excluded.machine_statuses;
+        machine_statuses = excluded.machine_statuses,
+        health_column = excluded.health_column,
+        healthy = excluded.healthy;
   perform arbiter._build_registry();
   perform arbiter._build_guard(p.protection_id)
      from arbiter.protections p
@@ -394,5 +411,5 @@ begin
   end if;
 end
 $$;
-comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb, text[]) is
-  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. p_machine_statuses: the words that a machine''s token may set, none by default. Idempotent; another table replaces the registry. Errors 42501, 42703, 42804, 22023: nothing changed.';
+comment on function arbiter.register_machines(regclass, name, name, name, name, jsonb, text[], name, text[]) is
+  'Makes a table the registry of machines: adds the heartbeat column if missing, attaches the triggers, gives leases to machines that are healthy now. p_states: status word to machine state; default fits common words. p_machine_statuses: the words that a machine''s token may set, none by default. p_health_column, p_healthy: with these a heartbeat counts only if the row then has one of the words in that column. Idempotent; another table replaces the registry. Errors 0A000, 22023, 42501, 42703, 42804, 42P16: nothing changed.';

@@ -6,10 +6,10 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('select arbiter.register_machines(%L, %L, %L, %L, %L, %L, %L)',
+  select format('select arbiter.register_machines(%L, %L, %L, %L, %L, %L, %L, %L, %L)',
     (p_registry).registry, (p_registry).id_column, (p_registry).user_column,
     (p_registry).status_column, (p_registry).heartbeat_column, (p_registry).states,
-    (p_registry).machine_statuses);
+    (p_registry).machine_statuses, (p_registry).health_column, (p_registry).healthy);
 end;
 comment on function arbiter._register_statement(arbiter.registry) is 'The call that registers the registry again.';
 

@@ -22,6 +22,8 @@ begin
       perform arbiter._need_registry(v_registry.registry, v_registry.id_column, v_registry.user_column,
         v_registry.status_column, v_registry.heartbeat_column);
       perform arbiter._need_column(v_registry.registry, v_registry.heartbeat_column, 'heartbeat');
+      perform arbiter._need_health_column(v_registry.registry, v_registry.health_column, v_registry.status_column,
+        v_registry.heartbeat_column);
       state := 'ok';
       problem := null;
       remedy := null;

@@ -189,7 +189,7 @@ def test_a_heartbeat_needs_no_rights_on_arbiter(db: Database, login: str) -> Non
         "update public.cloud_machines set last_health_check = clock_timestamp() + interval '1 s'"
     )
     owner.execute("alter table public.cloud_machines enable trigger user")
-    owner.execute("alter table public.cloud_machines enable always trigger arbiter_stamp_update")
+    owner.execute('alter table public.cloud_machines enable always trigger "~arbiter_stamp_update"')
     later = value(owner, "select last_health_check from public.cloud_machines")
     assert beat(db.connect(login), machine) == later
 

@@ -58,7 +58,7 @@ CASES = [
     Case("status(text)", MACHINES, "select arbiter.status(%(bob)s)"),
     Case("confirm_takeover(text)", MACHINES, "select arbiter.confirm_takeover(%(bob)s)"),
     Case(
-        "register_machines(regclass,name,name,name,name,jsonb,text[])",
+        "register_machines(regclass,name,name,name,name,jsonb,text[],name,text[])",
         MACHINES,
         "select arbiter.register_machines('public.cloud_machines')",
         by="owner",

@@ -107,7 +107,7 @@ CALLS: dict[str, Call] = {
     "heartbeat(text)": sql("select arbiter.heartbeat(%(bobs)s)"),
     "heartbeat(uuid)": sql("select arbiter.heartbeat(%(bobs)s::uuid)"),
     "heartbeats(text[])": sql("select arbiter.heartbeats(array[%(bobs)s]::text[])"),
-    "register_machines(regclass,name,name,name,name,jsonb,text[])": sql(
+    "register_machines(regclass,name,name,name,name,jsonb,text[],name,text[])": sql(
         "select arbiter.register_machines('public.cloud_machines')"
     ),
     "protect(regclass,text,text[],name,text,text,boolean)": sql(
@@ -209,7 +209,7 @@ SET = {
     "audit(regclass,boolean)": ["row_security=off", "enable_nestloop=off", "jit=off"],
     "confirm_takeover(text)": ["row_security=off"],
     "protect(regclass,text,text[],name,text,text,boolean)": OWNERS,
-    "register_machines(regclass,name,name,name,name,jsonb,text[])": OWNERS,
+    "register_machines(regclass,name,name,name,name,jsonb,text[],name,text[])": OWNERS,
     "remove_client_role(name)": ["lock_timeout=5s"],
     "status(text)": ["row_security=off"],
     "tg_announce()": ["lock_timeout=100ms"],

@@ -264,6 +264,27 @@ DAMAGES = {
     "user renamed": renamed("user_id", "p_user_column"),
     "status renamed": renamed("status", "p_status_column"),
     "heartbeat renamed": renamed("last_health_check", "p_heartbeat_column"),
+    "health renamed": Damage(
+        "select arbiter.register_machines('public.cloud_machines', p_health_column => 'region',"
+        " p_healthy => '{fra}'); alter table public.cloud_machines rename region to renamed",
+        MACHINES,
+        "outdated",
+        "arbiter: table public.cloud_machines has no column region",
+        REGISTER,
+        "select arbiter.register_machines('public.cloud_machines', p_health_column => 'renamed',"
+        " p_healthy => '{fra}')",
+    ),
+    "heartbeat not null beside health": Damage(
+        "select arbiter.register_machines('public.cloud_machines', p_health_column => 'region',"
+        " p_healthy => '{fra}');"
+        "alter table public.cloud_machines alter column last_health_check set not null",
+        MACHINES,
+        "outdated",
+        "arbiter: column last_health_check of table public.cloud_machines is not null, and a"
+        " machine that has never been well has no heartbeat",
+        REGISTER,
+        "alter table public.cloud_machines alter column last_health_check drop not null",
+    ),
     "id not unique": Damage(
         "alter table public.cloud_machines drop constraint cloud_machines_pkey cascade",
         MACHINES,

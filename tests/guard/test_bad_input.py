@@ -824,6 +824,39 @@ REGISTER = [
         "starting, running",
     ),
     ("'public.good', p_states => 'up'", "22P02", "json", ""),
+    ("'public.good', p_health_column => 'health'", "22023", "one of p_health_column", "example"),
+    ("'public.good', p_healthy => '{ok}'", "22023", "one of p_health_column", "For example"),
+    (
+        "'public.good', p_health_column => 'health', p_healthy => '{}'",
+        "22023",
+        "p_healthy is empty",
+        "List the words",
+    ),
+    (
+        "'public.good', p_health_column => 'health', p_healthy => '{ok,null}'",
+        "22023",
+        "or has a null",
+        "List the words",
+    ),
+    (
+        "'public.good', p_health_column => 'health', p_healthy => '{ok}'",
+        "42703",
+        "table public.good has no column health",
+        ".",
+    ),
+    (
+        "'public.good', p_health_column => 'status', p_healthy => '{running}'",
+        "22023",
+        "column status of table public.good cannot say",
+        "beside status and heartbeat",
+    ),
+    (
+        "'public.good', p_heartbeat_column => 'seen', p_health_column => 'seen',"
+        " p_healthy => '{ok}'",
+        "22023",
+        "column seen of table public.good cannot say",
+        "beside status and heartbeat",
+    ),
 ]
 
 

@@ -540,6 +540,57 @@ FAILURES = {
         "arbiter: p_machine_statuses has a status word that p_states does not map: runing",
         "Map the word to a machine state in p_states, too.",
     ),
+    "a health column without words": Failure(
+        "select arbiter.register_machines('public.cloud_machines', p_health_column => 'region')",
+        "22023",
+        "arbiter: register_machines() with one of p_health_column and p_healthy, and not with the"
+        " other",
+        "For example p_health_column => 'health_status', p_healthy => '{{healthy}}'.",
+    ),
+    "no word for well": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'region', p_healthy => '{{}}')",
+        "22023",
+        "arbiter: p_healthy is empty, or has a null",
+        "List the words that the health column has while the machine is well.",
+    ),
+    "a status that says whether it is well": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'status', p_healthy => '{{running}}')",
+        "22023",
+        "arbiter: column status of table public.cloud_machines cannot say whether a machine is"
+        " well",
+        "p_health_column is a column of its own, beside status and heartbeat; nothing was changed.",
+    ),
+    "a heartbeat that is never null": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'region', p_healthy => '{{fra}}')",
+        "42P16",
+        "arbiter: column last_health_check of table public.cloud_machines is not null, and a"
+        " machine that has never been well has no heartbeat",
+        "Run: alter table public.cloud_machines alter column last_health_check drop not null;"
+        " nothing was changed.",
+        setup="alter table public.cloud_machines alter column last_health_check set not null",
+    ),
+    "a health column that is generated": Failure(
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'well', p_healthy => '{{true}}')",
+        "0A000",
+        "arbiter: column well of table public.cloud_machines is a generated column",
+        "Name a column from which it is generated; nothing was changed.",
+        setup="alter table public.cloud_machines"
+        " add column well boolean generated always as (error_message is null) stored",
+    ),
+    "a machine that is not well": Failure(
+        "select arbiter.heartbeat('{machine}'::uuid)",
+        "55000",
+        "arbiter: the heartbeat of machine {machine} does not count",
+        "Column region of public.cloud_machines says that the machine is not well. Words for well:"
+        " iad, lhr.",
+        setup="select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'region', p_healthy => '{{iad,lhr}}')",
+        detail='{{"code": "machine_unhealthy", "machine_id": "{machine}"}}',
+    ),
     "no registry": Failure(
         "select arbiter.heartbeat('{machine}'::uuid)",
         "55000",

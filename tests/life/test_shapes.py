@@ -168,6 +168,14 @@ SHAPES = {
         signals='"Trading App"."Signals $(date)"',
         machine_column='"Machine\'s"',
     ),
+    "registry with a health column": Shape(
+        TRADERS
+        + MACHINES
+        + SIGNALS
+        + "create type public.health as enum ('unknown', 'healthy', 'unhealthy');"
+        "alter table public.cloud_machines"
+        " add health_status public.health not null default 'unknown'",
+    ),
     "Clerk text ids": Shape(
         TRADERS.replace("user_id uuid", "user_id text")
         + MACHINES.replace(

@@ -22,7 +22,7 @@ begin
   return new;
 end
 $$;
-create trigger proof_age
+create trigger "~~proof_age"
   before update on public.cloud_machines
   for each row
   when (current_setting('proof.age', true) = 'on')

@@ -270,7 +270,8 @@ def test_protect_passes_the_databases_rejection_on(conn: Connection) -> None:
 
 def test_register_machines_with_other_names(conn: Connection) -> None:
     conn.execute(
-        "create table public.user_apps (app_id uuid primary key, owner uuid not null, phase text)"
+        "create table public.user_apps (app_id uuid primary key, owner uuid not null, phase text,"
+        " probe text)"
     )
 
     api.register_machines(
@@ -281,15 +282,30 @@ def test_register_machines_with_other_names(conn: Connection) -> None:
         status_column="phase",
         heartbeat_column="seen_at",
         states={"up": "running", "down": "stopped"},
+        health_column="probe",
+        healthy=iter(["passing", "warning"]),
     )
 
     row = conn.execute(
-        "select registry::text, id_column, user_column, status_column, heartbeat_column, states"
-        " from arbiter.registry"
+        "select registry::text, id_column, user_column, status_column, heartbeat_column, states,"
+        " health_column, healthy from arbiter.registry"
     ).fetchone()
     assert row is not None
     assert row[:5] == ("user_apps", "app_id", "owner", "phase", "seen_at")
     assert (row[5]["up"], row[5]["down"]) == ("running", "stopped")
+    assert row[6:] == ("probe", ["passing", "warning"])
+
+
+def test_heartbeats_of_a_machine_that_is_not_well(conn: Connection) -> None:
+    conn.execute("alter table public.cloud_machines add health_status text")
+    api.register_machines(
+        conn, "public.cloud_machines", health_column="health_status", healthy=["healthy"]
+    )
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="does not count"):
+        api.heartbeat(conn, ADAS_MACHINE)
+    assert api.heartbeat(conn, [ADAS_MACHINE]) == 0
+    conn.execute("update public.cloud_machines set health_status = 'healthy'")
+    assert api.heartbeat(conn, [ADAS_MACHINE]) == 1
 
 
 def test_the_database_has_the_packages_version(conn: Connection) -> None:

@@ -440,24 +440,28 @@ def test_protect_takes_verbs_with_spaces(db: Database, dsn: str) -> None:
 def test_register_machines_passes_every_name_on(db: Database, dsn: str) -> None:
     conn = db.connect()
     query = (
-        "select registry::text, id_column, user_column, status_column, heartbeat_column, states"
-        " from arbiter.registry"
+        "select registry::text, id_column, user_column, status_column, heartbeat_column, states,"
+        " health_column, healthy from arbiter.registry"
     )
     before = conn.execute(query).fetchone()
     assert fine("register-machines", "public.cloud_machines", dsn) == (
         "public.cloud_machines is the registry of machines\n"
     )
     assert conn.execute(query).fetchone() == before
-    conn.execute("create table public.apps (app uuid primary key, who uuid not null, phase text)")
+    conn.execute(
+        "create table public.apps (app uuid primary key, who uuid not null, phase text, probe text)"
+    )
     fine(
         "register-machines", "public.apps", dsn, "--id-column=app", "--user-column=who",
         "--status-column=phase", "--heartbeat-column=seen",
         "--states", '{"up": "running", "down": "stopped"}',
+        "--health-column=probe", "--healthy=passing", "--healthy=warning",
     )  # fmt: skip
     row = conn.execute(query).fetchone()
     assert row is not None
     assert row[:5] == ("apps", "app", "who", "phase", "seen")
     assert row[5]["up"] == "running"
+    assert row[6:] == ("probe", ["passing", "warning"])
 
 
 def test_export_prints_what_it_has_written(tmp_path: Path) -> None:

@@ -351,6 +351,32 @@ def test_an_unknown_machine_is_an_error_at_the_start(connect: Connector) -> None
     assert not machine.may_execute()
 
 
+def test_a_machine_that_is_called_unhealthy_stops_before_the_browser_may_write(
+    owner: Connection, connect: Connector
+) -> None:
+    owner.execute(
+        "alter table public.cloud_machines add probe text default 'bad';"
+        "select arbiter.register_machines('public.cloud_machines',"
+        " p_health_column => 'probe', p_healthy => '{good}')"
+    )
+    clock = Clock()
+    machine = Machine(connect, ADAS_MACHINE, margin=timedelta(seconds=5), clock=clock)
+    not_well = pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="does not count")
+    with not_well:
+        machine.beat_now()
+    assert not machine.may_execute()
+    owner.execute("update public.cloud_machines set probe = 'good'")
+    machine.beat_now()
+    owner.execute("update public.cloud_machines set probe = 'bad'")
+    clock.now += 25
+    with not_well:
+        machine.beat_now()
+    assert machine.may_execute()
+    clock.now += 0.1
+    assert not machine.may_execute()
+    machine.stop()
+
+
 def test_a_margin_that_leaves_no_time_is_an_error_before_the_first_heartbeat(
     owner: Connection, connect: Connector
 ) -> None:

@@ -124,7 +124,7 @@ def heartbeat(at: Stage) -> list[datetime]:
 
 
 def heartbeat_without_its_trigger(at: Stage) -> list[datetime]:
-    at.conn.execute("alter table public.cloud_machines disable trigger arbiter_stamp_update")
+    at.conn.execute('alter table public.cloud_machines disable trigger "~arbiter_stamp_update"')
     return [value(at.conn, "select arbiter.heartbeat(%s::uuid)", at.bobs)]
 
 

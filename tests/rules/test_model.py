@@ -643,7 +643,8 @@ class Arbiter(RuleBasedStateMachine):
             with self.conn.transaction():
                 self.conn.execute(
                     "alter table public.cloud_machines"
-                    " disable trigger arbiter_stamp_update, disable trigger arbiter_activate_update"
+                    ' disable trigger "~arbiter_stamp_update",'
+                    " disable trigger arbiter_activate_update"
                 )
                 self.conn.execute(
                     "update public.cloud_machines set last_health_check = last_health_check - %s",
@@ -651,7 +652,7 @@ class Arbiter(RuleBasedStateMachine):
                 )
                 self.conn.execute(
                     "alter table public.cloud_machines"
-                    " enable always trigger arbiter_stamp_update,"
+                    ' enable always trigger "~arbiter_stamp_update",'
                     " enable always trigger arbiter_activate_update"
                 )
                 self.conn.execute(

@@ -64,7 +64,7 @@ class Late:
 
     def heartbeat_was(self, machine: str, instant: datetime) -> None:
         """Past the stamp, which takes no client's word."""
-        triggers = ("arbiter_stamp_update", "arbiter_activate_update")
+        triggers = ('"~arbiter_stamp_update"', "arbiter_activate_update")
         with self.owner.transaction():
             for name in triggers:
                 self.owner.execute(

@@ -124,18 +124,25 @@ def test_no_temporary_table_stands_in_for_one_of_the_app(db: Database) -> None:
     assert value(owner, "select count(*) from public.machine_log") == logged + 1
 
 
-def test_a_domain_over_a_domain_of_another_role_is_not_trusted(db: Database, mallory: Conn) -> None:
+@pytest.mark.parametrize("kind", ["status", "health"])
+def test_a_domain_over_a_domain_of_another_role_is_not_trusted(
+    db: Database, mallory: Conn, kind: str
+) -> None:
     mallory.execute("create domain lair.word as text")
     mallory.execute("grant usage on type lair.word to public")
     owner = db.connect()
     owner.execute(
         """
-        create domain public.status as lair.word;
-        create table public.apps (id uuid primary key, user_id uuid, status public.status)
+        create domain public.word as lair.word;
+        create table public.apps (id uuid primary key, user_id uuid, status text, health text)
         """
     )
+    owner.execute(f"alter table public.apps alter {kind} type public.word".encode())
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match=r"lair\.word of authenticator"):
-        owner.execute("select arbiter.register_machines('public.apps')")
+        owner.execute(
+            "select arbiter.register_machines('public.apps', p_health_column => 'health',"
+            " p_healthy => '{well}')"
+        )
 
 
 def test_no_operator_of_another_role_runs_in_a_query(db: Database, mallory: Conn) -> None:
