@@ -217,45 +217,6 @@ $$;
 comment on function arbiter._build_registry() is
   'Generates the view, functions and triggers of the registered table, and takes its machines (_take_machines).';
 
--- The text of an id is the user. Where users become uuids, a lease by the text in upper case would be of no user; where
--- they were uuids, rows with such a text were written under another user's lease.
-create or replace function arbiter._need_same_users(p_user_class text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_place record;
-  v_user_id text;
-begin
-  for v_place in
-    select 'arbiter.leases'::regclass as name, 'user_id'::name as column, p_user_class as class
-    union
-    select e.end_table, e.end_column, 'uuid'
-      from arbiter.protections p
-      join pg_catalog.pg_class c on c.oid = p.protected_table
-     cross join lateral arbiter._ends(p.protected_table, p.user_path) e
-     where arbiter._id_class(e.end_table, e.end_column) = 'text'
-       and p_user_class <> 'uuid'
-       and (to_regclass('arbiter.machines') is null or arbiter._registry_class('user') = 'uuid')
-       and exists (select from arbiter.leases)
-     order by 1, 2
-  loop
-    execute format('select u.id from (select t.%I::text collate "C" as id from %s t) u where %s <> u.id limit 1',
-        v_place.column, v_place.name, arbiter._normal_expression(v_place.class, 'u.id'))
-      into v_user_id;
-    if v_user_id is not null then
-      perform arbiter._fail('object_not_in_prerequisite_state',
-        format('user %L of %s would become another user: the registry''s users were of another type', v_user_id, v_place.name),
-        'Register a table whose users have the type of before, or give these rows and their leases up: arbiter-db uninstall. Nothing was changed.');
-    end if;
-  end loop;
-end
-$$;
-comment on function arbiter._need_same_users(text) is
-  'Error 55000 when a user that arbiter knows would be another one among users of this class (_id_class).';
-
 -- Definer: what it creates must belong to arbiter's owner, whichever role calls.
 create or replace function arbiter.register_machines(
   p_registry regclass,

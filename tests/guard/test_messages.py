@@ -1308,7 +1308,7 @@ def test_each_code_and_each_hint_of_a_rejection_is_in_the_table() -> None:
     sentences = {
         text
         for path in FILES
-        if path.name in ("10_errors.sql", "22_guard.sql", "30_status.sql")
+        if path.name in ("10_errors.sql", "21_paths.sql", "22_guard.sql", "30_status.sql")
         for statement in statements(path)
         if not isinstance(statement.tree, ast.CommentStmt)
         for text in literals(statement.text)
