@@ -247,6 +247,9 @@ comment on function arbiter._build_ids() is
 
 do $ids$
 begin
+  -- In this order and before any table of the app, as protect() and register_machines() do; and before a write of the
+  -- app could wait with this for a change of the settings in flight. What an install generates, no other session does.
+  lock table arbiter.protections, arbiter.registry, arbiter.settings in share row exclusive mode;
   perform arbiter._build_ids();
 end
 $ids$;

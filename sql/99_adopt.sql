@@ -1,14 +1,11 @@
 -- Runs last: generates anew what depends on the app's names and roles, and adopts the tables of the plan
--- (06_adoption.sql).
+-- (06_adoption.sql). 20_ids.sql has locked arbiter's own tables.
 
 do $adopt$
 declare
   v_registry regclass;
   v_tables jsonb;
 begin
-  -- Before any table of the app, as protect() and register_machines() do. _build_settings() waits for a change of the
-  -- settings in flight, and no write of the app must wait with it.
-  lock table arbiter.protections, arbiter.registry, arbiter.settings in share row exclusive mode;
   perform arbiter._lock_for_upgrade();
   perform arbiter._drop_left_over();
   perform arbiter._forget_dropped();

@@ -217,6 +217,23 @@ def test_an_installation_waits_before_it_locks_a_table(db: Database, call: str, 
         is_well(owner)
 
 
+def test_an_installation_generates_nothing_while_a_registration_waits(db: Database) -> None:
+    """Both generate the same functions: an installation that had begun would have them locked."""
+    owner = prepare(db)
+    writer = db.connect(autocommit=False)
+    writer.execute("lock table public.fly_apps in row exclusive mode")
+    conninfo = make_conninfo(db.conninfo(), application_name="installer")
+    with db.session() as one, ThreadPoolExecutor(max_workers=1) as pool:
+        registered = one.start(f"select {APPS}")
+        wait_until_blocked(one)
+        done: Future[object] = pool.submit(arbiter_db.install, conninfo)
+        wait_until_waiting(owner, "installer")
+        writer.commit()
+        registered.result(TIMEOUT_S)
+        done.result(TIMEOUT_S)
+    is_well(owner)
+
+
 def test_no_write_waits_with_an_installation_for_a_change_of_the_settings(db: Database) -> None:
     owner = prepare(db)
     user = add_user(owner)
