@@ -63,6 +63,8 @@ class Status:
     """Who may write: `local`, `cloud`, or `none` while neither may."""
     can_write_local: bool
     """Whether a local write would be admitted."""
+    enforced: bool
+    """False while no table is in mode `enforce`: local writes are then admitted."""
     code: str | None
     """Why not: the code of the rejection, such as `cloud_active`."""
     message: str

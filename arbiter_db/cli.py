@@ -694,8 +694,12 @@ def _badge(status: api.Status) -> Text:
         parts.append(f"heartbeat {_seconds(status.heartbeat_age)} ago")
     if status.retry_at:
         parts.append(f"retry at {_instant(status.retry_at)}")
-    colour = _COLOURS.get(status.environment, "")
-    return Text.assemble(data(status.message, f"bold {colour}"), ": ", data(", ".join(parts)))
+    return Text.assemble(data(status.message, _badge_style(status)), ": ", data(", ".join(parts)))
+
+
+def _badge_style(status: api.Status) -> str:
+    colour = _COLOURS.get(status.environment, "") if status.enforced else ""
+    return f"bold {colour}"
 
 
 def _panel(status: api.Status) -> Group:
@@ -704,8 +708,7 @@ def _panel(status: api.Status) -> Group:
     for name, value in asdict(status).items():
         if name != "message":
             grid.add_row(data(name.replace("_", " "), "dim"), _text(value))
-    colour = _COLOURS.get(status.environment, "")
-    return Group(data(status.message, f"bold {colour}"), grid)
+    return Group(data(status.message, _badge_style(status)), grid)
 
 
 def _progress() -> Progress:

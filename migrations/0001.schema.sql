@@ -60,6 +60,7 @@ begin
     create type arbiter.execution_status as (
       environment text,
       can_write_local boolean,
+      enforced boolean,
       code text,
       message text,
       retry_at timestamptz,

@@ -1,10 +1,10 @@
--- Whether a machine is active, as each of its writes and each poll ask.
+-- Whether a machine is active, as each of its writes and each poll ask, and whether a table is in mode enforce.
 --
--- The settings that they need are constants in functions, because to read them from arbiter.settings would cost more
--- than to read the machine. These functions and _is_active() are without settings of their own, because only so the
--- server puts their bodies into the plan of the query that asks; it read them when they were made. A transaction that
--- has already written or asked may still use the old constant, because the server looks for replaced functions only
--- when it takes a lock; the lease excludes all the same. So it may still read the old user_claim, too.
+-- The settings that they need, and that mode, are constants in functions, because to read them from arbiter's tables
+-- would cost more than to read the machine. These functions and _is_active() are without settings of their own, because
+-- only so the server puts their bodies into the plan of the query that asks; it read them when they were made. A
+-- transaction that has already written or asked may still use the old constant, because the server looks for replaced
+-- functions only when it takes a lock; the lease excludes all the same. So it may still read the old user_claim, too.
 
 -- In seconds, because the text of an interval depends on the session. A year counts 360 days in comparisons and 365.25
 -- in seconds, so it is made days first. Without settings no machine is fresh.
@@ -59,6 +59,57 @@ begin atomic
 end;
 comment on function arbiter._outdated_settings() is
   'The settings of which a generated function holds another value than arbiter.settings.';
+
+create or replace function arbiter._enforces()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select exists (select from arbiter.protections p where p.mode = 'enforce');
+end;
+comment on function arbiter._enforces() is 'Whether a protected table is in mode enforce.';
+
+-- What changes arbiter.protections locks it first, so no two sessions replace the function at once. Above read
+-- committed the snapshot may be older than what another session has protected, so there true stays true.
+create or replace function arbiter._build_enforced()
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_enforced boolean := arbiter._enforces();
+begin
+  if not v_enforced
+     and current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
+     and to_regprocedure('arbiter._is_enforced()') is not null
+  then
+    v_enforced := arbiter._is_enforced();
+  end if;
+  execute format('create or replace function arbiter._is_enforced() returns boolean language sql stable return %s',
+    v_enforced::text);
+  perform arbiter._seal('arbiter._is_enforced()',
+    'Whether a protected table is in mode enforce, by arbiter.protections as a constant.');
+end
+$$;
+comment on function arbiter._build_enforced() is 'Generates _is_enforced() from arbiter.protections.';
+
+do $enforced$
+begin
+  perform arbiter._build_enforced();
+end
+$enforced$;
+
+create or replace function arbiter._enforced_state()
+returns text
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select case when arbiter._is_enforced() = arbiter._enforces() then 'ok' else 'outdated' end;
+end;
+comment on function arbiter._enforced_state() is
+  'Whether _is_enforced() says what arbiter.protections does: ok or outdated.';
 
 -- Volatile because of the clock.
 do $is_active$

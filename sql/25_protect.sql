@@ -189,6 +189,7 @@ as $$
 declare
   v_protection arbiter.protections;
 begin
+  lock table arbiter.protections in share row exclusive mode;
   delete from arbiter.protections p where p.protected_table = p_table returning p.* into v_protection;
   if not found then
     perform arbiter._fail('undefined_object',

@@ -29,11 +29,17 @@ begin
   select s.* into strict v_settings from arbiter.settings s where s.singleton;
   select l.* into strict v_lease from arbiter.leases l where l.user_id = p_user_id;
   v_machine := arbiter._machine(p_user_id, v_lease.claimant);
+  if not arbiter._is_enforced() then
+    return ('local', true, false, null, 'Watching', null, v_lease.claimant, v_machine.state,
+      v_as_of - v_machine.heartbeat_at, v_lease.epoch, v_lease.draining_since is not null, v_as_of,
+      v_settings.poll_interval)::arbiter.execution_status;
+  end if;
   v_local := arbiter._verdict('local', null, v_lease, v_machine, v_settings, v_as_of);
   v_cloud := arbiter._verdict('cloud', v_lease.claimant, v_lease, v_machine, v_settings, v_as_of);
   return (
     case when v_local.code is null then 'local' when v_cloud.code is null then 'cloud' else 'none' end,
     v_local.code is null,
+    true,
     v_local.code,
     case v_local.code
       when 'cloud_active' then 'Cloud active'
@@ -52,7 +58,7 @@ begin
 end
 $$;
 comment on function arbiter._uncommon_status(text) is
-  'The status of a user whose lease is for a machine that is not active, by the verdicts.';
+  'The status of a user whose lease is for a machine, by the verdicts; while no table is in mode enforce, that the browser may write.';
 
 -- Definer: a browser may ask, but may read neither leases nor machines.
 create or replace function arbiter.status(p_user_id text default null)
@@ -68,8 +74,9 @@ declare
   v_as_of timestamptz := clock_timestamp();
   v_status arbiter.execution_status;
 begin
-  -- The two common answers come first, each in one query: a machine is active, or the lease is for the browser.
-  select 'cloud', false, 'cloud_active', 'Cloud active', null::timestamptz, l.claimant, 'running',
+  -- The two common answers come first, each in one query: a machine is active, or the lease is for the browser. What
+  -- they ask of _is_enforced() is computed when they are planned.
+  select 'cloud', false, true, 'cloud_active', 'Cloud active', null::timestamptz, l.claimant, 'running',
          v_as_of - m.heartbeat_at, l.epoch, l.draining_since is not null, v_as_of,
          arbiter._poll_interval()
     into v_status
@@ -77,12 +84,18 @@ begin
     join arbiter.machines m
       on arbiter._is_machine(m.machine_id, l.claimant) and m.user_id::text collate "C" = l.user_id
    where l.user_id = v_user_id
+     and arbiter._is_enforced()
      and arbiter._is_active(m.state, m.heartbeat_at);
   if found then
     return v_status;
   end if;
   -- Shown is the machine that is on its way.
-  select 'local', true, null, case m.state when 'starting' then 'Cloud starting' else 'Browser mode' end,
+  select 'local', true, arbiter._is_enforced(), null,
+         case
+           when not arbiter._is_enforced() then 'Watching'
+           when m.state = 'starting' then 'Cloud starting'
+           else 'Browser mode'
+         end,
          null::timestamptz, m.machine_id, m.state, v_as_of - m.heartbeat_at, l.epoch,
          l.draining_since is not null, v_as_of, arbiter._poll_interval()
     into v_status
@@ -102,7 +115,7 @@ begin
 end
 $$;
 comment on function arbiter.status(text) is
-  'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
+  'Which environment is active for a user, as a write in the instant as_of would find it. environment: local, cloud, or none while neither may write; enforced: false while no table is in mode enforce, and the browser may write; message: text for a badge. The user is the session''s (request.jwt.claims); only a trusted role may pass another: error 42501.';
 
 -- The functions for a uuid cost nothing, because the server puts their bodies into the call; only without settings of
 -- their own, which such a body does not need: it was read when it was made. Their parameters have other names, so that

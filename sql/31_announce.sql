@@ -61,6 +61,22 @@ end
 $$;
 comment on function arbiter.tg_settings() is 'Generates anew the functions that hold a setting.';
 
+-- Definer, for the same reason. For each row, because a subscription applies rows and fires no other triggers.
+create or replace function arbiter.tg_protections()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set row_security = off
+as $$
+begin
+  perform arbiter._build_enforced();
+  return null;
+end
+$$;
+comment on function arbiter.tg_protections() is
+  'Generates anew the function that says whether a protected table is in mode enforce.';
+
 create or replace function arbiter.tg_keep_settings()
 returns trigger
 language plpgsql
@@ -91,6 +107,9 @@ begin atomic
       'after update on arbiter.leases for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
         'execute function arbiter.tg_announce()',
       'Announces handovers and drains.'),
+    ('arbiter.protections', 'arbiter_protections',
+      'after insert or update or delete on arbiter.protections for each row execute function arbiter.tg_protections()',
+      'A function holds whether a protected table is in mode enforce.'),
     ('arbiter.settings', 'arbiter_settings',
       'after insert or update on arbiter.settings for each row execute function arbiter.tg_settings()',
       'Functions hold heartbeat_timeout and user_claim.'),

@@ -166,6 +166,10 @@ begin
            format('It does not hold the %s of arbiter.settings.', s.name), 'Run: arbiter-db install'
       from arbiter._outdated_settings() as s (name);
   return query
+    select 'generated function arbiter._is_enforced', 'outdated',
+           'It does not say whether arbiter.protections has a table in mode enforce.', 'Run: arbiter-db install'
+     where arbiter._enforced_state() <> 'ok';
+  return query
     select 'generated function arbiter.claimed_user_id', 'outdated',
            'It does not hold the user_claim of arbiter.settings.', 'Run: arbiter-db install'
      where arbiter._claims_state() <> 'ok';

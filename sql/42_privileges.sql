@@ -6,7 +6,8 @@
 --   confirm_takeover       the user may confirm, but may write neither lease nor registry
 --   register_machines,     what they create must belong to arbiter's owner, who alone may execute them
 --   protect, unprotect
---   tg_settings            replaces a function of arbiter's owner
+--   tg_settings,           replace functions of arbiter's owner
+--   tg_protections
 --   tg_registry_stamp      reads settings, which a role that sends heartbeats need not be able to
 --   tg_registry_note       writes notes, which no client may
 --   tg_registry_activate   marks leases, which no client may

@@ -15,6 +15,7 @@ begin
   -- In a database in which the row was deleted past its trigger, or before there was one.
   insert into arbiter.settings default values on conflict on constraint settings_pkey do nothing;
   perform arbiter._build_settings();
+  perform arbiter._build_enforced();
   perform arbiter._build_registry();
   perform arbiter._open_machines();
   perform arbiter._build_guard(p.protection_id)

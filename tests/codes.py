@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["BADGES", "MESSAGES", "SQLSTATES"]
+__all__ = ["BADGES", "MESSAGES", "SQLSTATES", "WATCHING"]
 
 #: The code in DETAIL to the SQLSTATE.
 SQLSTATES: Mapping[str, str] = {
@@ -33,3 +33,6 @@ BADGES: Mapping[str | None, str] = {
     "takeover_unconfirmed": "Cloud failed",
     None: "Browser mode",
 }
+
+#: What it says while every protected table is only observed.
+WATCHING = "Watching"

@@ -2,6 +2,8 @@
 export interface ExecutionStatus {
   readonly environment: 'local' | 'cloud' | 'none';
   readonly can_write_local: boolean;
+  /** False while no table is in mode enforce: the browser may then write. */
+  readonly enforced: boolean;
   readonly code: 'cloud_active' | 'cooling_down' | 'takeover_unconfirmed' | null;
   readonly message: string;
   readonly retry_at: string | null;

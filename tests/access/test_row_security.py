@@ -82,6 +82,12 @@ CASES = [
         "update arbiter.settings set poll_interval = '6 s'",
         before="grant select, update on arbiter.settings to service_role",
     ),
+    Case(
+        "tg_protections()",
+        "arbiter.protections",
+        "update arbiter.protections set mode = 'observe'",
+        before="grant select, update on arbiter.protections to service_role",
+    ),
     Case("tg_registry_note()", MACHINES, "truncate public.cloud_machines cascade"),
     # A clock that was set back: by less than the timeout?
     Case(

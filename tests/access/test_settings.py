@@ -213,6 +213,7 @@ SET = {
     "remove_client_role(name)": ["lock_timeout=5s"],
     "status(text)": ["row_security=off"],
     "tg_announce()": ["lock_timeout=100ms"],
+    "tg_protections()": ["row_security=off"],
     "tg_registry_activate()": GUARD,
     "tg_registry_note()": ["row_security=off"],
     "tg_registry_stamp()": ["row_security=off"],

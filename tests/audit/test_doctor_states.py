@@ -92,7 +92,7 @@ WRONGS = {
     "not for replicas": ("alter table {1} enable trigger {0}", "disabled", NOT_ALWAYS),
     "only for replicas": ("alter table {1} enable replica trigger {0}", "disabled", NOT_ALWAYS),
     "replaced": (
-        REPLACED.replace("{2}", "arbiter.tg_append_only") + SAME_COMMENT,
+        REPLACED.replace("{2}", "arbiter.tg_no_parent") + SAME_COMMENT,
         "outdated",
         ANOTHER,
     ),

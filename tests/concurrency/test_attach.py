@@ -64,7 +64,8 @@ def is_well(conn: Conn) -> None:
             "   and t.tgrelid <> all (array(select protected_table from arbiter.protections))"
             "   and t.tgrelid <> (select registry from arbiter.registry)"
             "   and t.tgrelid <> all"
-            "     ('{arbiter.leases,arbiter.handovers,arbiter.settings}'::regclass[])",
+            "     ('{arbiter.leases,arbiter.handovers,arbiter.settings,arbiter.protections}'"
+            "::regclass[])",
         )
         == []
     )
@@ -165,6 +166,21 @@ def test_each_locks_what_both_read_in_the_same_order(db: Database) -> None:
         registered.result(TIMEOUT_S)
         protected.result(TIMEOUT_S)
     is_well(owner)
+
+
+def test_two_tables_are_unprotected_at_once(db: Database) -> None:
+    """Each replaces the function that says whether a table is in mode enforce."""
+    owner = prepare(db)
+    owner.execute("select arbiter.protect('public.positions')")
+    with db.session() as one, db.session() as other:
+        one.run("begin")
+        one.run(f"select {UNPROTECT}")
+        called = other.start("select arbiter.unprotect('public.positions')")
+        wait_until_blocked(other)
+        one.run("commit")
+        called.result(TIMEOUT_S)
+    is_well(owner)
+    assert value(owner, "select arbiter._is_enforced()") is False
 
 
 @pytest.mark.parametrize("call", [FEEDS, MACHINES])

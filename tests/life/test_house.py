@@ -47,7 +47,7 @@ def is_generated(name: str) -> bool:
     """A function or view that is made from a template or a format, under a name of its own."""
     generated = (
         r"_path_\w*|tg_registry_\w+|_is_(user|machine|active)?|_user_text|_machine_keys"
-        r"|claimed_\w+_id|_heartbeat_timeout|_poll_interval"
+        r"|claimed_\w+_id|_heartbeat_timeout|_poll_interval|_is_enforced"
     )
     return re.fullmatch(generated, name) is not None
 
@@ -112,7 +112,7 @@ def test_a_page_names_functions_that_exist(page: Path) -> None:
     # Generated ones, the last two of which are written short.
     defined |= {"_guard_1", "tg_registry_stamp", "_note", "_activate"}
     defined |= {"_is_user", "_is_machine", "_user_text", "claimed_user_id", "claimed_machine_id"}
-    defined |= {"_heartbeat_timeout", "_poll_interval"}
+    defined |= {"_heartbeat_timeout", "_poll_interval", "_is_enforced"}
     assert named - defined == set()
 
 

@@ -205,7 +205,7 @@ def test_the_lint_of_functions_sees_them_all(ask: Ask) -> None:
     """Each function of the database is one that test_style has read."""
     read = {function.name for path in FILES for function in functions(path)}
     generated = re.compile(
-        r"arbiter\.(_[a-z_]+_\d+|tg_registry_[a-z]+|_heartbeat_timeout|_poll_interval|claimed_[a-z]+_id"
+        r"arbiter\.(_[a-z_]+_\d+|tg_registry_[a-z]+|_heartbeat_timeout|_poll_interval|_is_enforced|claimed_[a-z]+_id"
         r"|_is_(user|machine|active)|_user_text|_machine_keys)"
     )
     names = ask("select format('arbiter.%I', p.proname) from pg_proc p "
@@ -304,8 +304,8 @@ def test_what_pins_no_search_path_was_read_when_it_was_made(ask: Ask) -> None:
         " and not coalesce('search_path=pg_catalog, pg_temp' = any (p.proconfig), false)"
     )
     names = [
-        *("_heartbeat_timeout", "_is_active", "_is_machine", "_is_owner_session", "_is_user"),
-        *("_poll_interval", "_session_role", "_user_text"),
+        *("_heartbeat_timeout", "_is_active", "_is_enforced", "_is_machine"),
+        *("_is_owner_session", "_is_user", "_poll_interval", "_session_role", "_user_text"),
         *("confirm_takeover", "heartbeat", "status"),
     ]
     assert sorted(unpinned) == names

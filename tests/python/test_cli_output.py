@@ -48,11 +48,11 @@ def let_status_be(conn: psycopg.Connection[Any], columns: str) -> None:
 
 
 COOLING = (
-    f"'none', false, 'cooling_down', 'Cooling down', '{RETRY_AT}', '{ADAS_MACHINE}', 'stopped',"
-    f" '00:01:02.34', 7, true, '{AS_OF}', '00:00:01.5'"
+    f"'none', false, true, 'cooling_down', 'Cooling down', '{RETRY_AT}', '{ADAS_MACHINE}',"
+    f" 'stopped', '00:01:02.34', 7, true, '{AS_OF}', '00:00:01.5'"
 )
 QUIET = (
-    f"'local', true, null, 'Browser mode', null, null, null, null, null, false, '{AS_OF}',"
+    f"'local', true, true, null, 'Browser mode', null, null, null, null, null, false, '{AS_OF}',"
     " '00:00:05'"
 )
 
@@ -67,6 +67,7 @@ def test_status_shows_every_column(db: Database, dsn: str) -> None:
         "Cooling down",
         "environment      none",
         "can write local  no",
+        "enforced         yes",
         "code             cooling_down",
         f"retry at         {shown(RETRY_AT)}",
         f"machine id       {ADAS_MACHINE}",
@@ -84,6 +85,7 @@ def test_status_as_json_has_every_column(db: Database, dsn: str) -> None:
     assert json.loads(fine("status", dsn, "--json")) == {
         "environment": "none",
         "can_write_local": False,
+        "enforced": True,
         "code": "cooling_down",
         "message": "Cooling down",
         "retry_at": "2026-01-05T09:20:27+00:00",
@@ -113,6 +115,19 @@ def test_a_terminal_shows_the_environment_as_a_colour(
     style = "1" if colour is None else f"1;{colour}"
     assert first == f"\x1b[{style}mCooling down\x1b[0m"
     assert second.startswith("\x1b[2menvironment")
+
+
+def test_a_terminal_shows_no_colour_while_arbiter_only_watches(db: Database, dsn: str) -> None:
+    watching = QUIET.replace("true, true, null, 'Browser mode'", "true, false, null, 'Watching'")
+    let_status_be(db.connect(), watching)
+    env = {"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": None, "COLUMNS": "200"}
+    assert fine("status", dsn, env=env).splitlines()[0] == "\x1b[1mWatching\x1b[0m"
+    assert [line.rstrip() for line in fine("status", dsn).splitlines()][:4] == [
+        "Watching",
+        "environment      local",
+        "can write local  yes",
+        "enforced         no",
+    ]
 
 
 @pytest.fixture

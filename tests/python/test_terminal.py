@@ -178,8 +178,8 @@ def test_status_and_handovers(owner: psycopg.Connection[Any], db: Database, dsn:
     conn = db.connect()
     values = [f"$${EVIL}$$"] * 2
     columns = (
-        f"{values[0]}, false, {values[0]}, {values[1]}, null, null, {values[0]}, null, 7, true,"
-        " clock_timestamp(), '00:00:05'"
+        f"{values[0]}, false, true, {values[0]}, {values[1]}, null, null, {values[0]}, null, 7,"
+        " true, clock_timestamp(), '00:00:05'"
     )
     conn.execute(
         "create or replace function arbiter.status(p_user_id text default null)"
@@ -204,8 +204,8 @@ def test_status_and_handovers(owner: psycopg.Connection[Any], db: Database, dsn:
 def test_a_status_that_is_watched(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     badge = cli._badge(
         SimpleNamespace(  # type: ignore[arg-type]
-            message=EVIL, environment=EVIL, machine_id=ADAS_MACHINE, machine_state=EVIL,
-            heartbeat_age=None, retry_at=None,
+            message=EVIL, environment=EVIL, enforced=True, machine_id=ADAS_MACHINE,
+            machine_state=EVIL, heartbeat_age=None, retry_at=None,
         )
     )  # fmt: skip
     assert badge.plain == f"{SHOWN}: environment {SHOWN}, machine {ADAS_MACHINE} {SHOWN}"

@@ -234,7 +234,7 @@ def test_doctor_sees_a_change_past_the_trigger_and_install_mends_it(
 
 def test_a_constant_cannot_be_dropped_while_it_is_used(db: Database) -> None:
     owner = db.connect()
-    for name in ("heartbeat_timeout", "poll_interval"):
+    for name in ("heartbeat_timeout", "poll_interval", "is_enforced"):
         error = rejection(owner.execute, f"drop function arbiter._{name}()")
         assert error.sqlstate == "2BP01"
 
@@ -246,5 +246,5 @@ def test_no_other_role_may_ask(db: Database) -> None:
         conn = db.connect(role=role)
         ask = "select arbiter._machine_may_write(%s::uuid, null)"
         assert rejection(conn.execute, ask, (machine,)).sqlstate == "42501"
-        for name in ("heartbeat_timeout", "poll_interval"):
+        for name in ("heartbeat_timeout", "poll_interval", "is_enforced"):
             assert rejection(conn.execute, f"select arbiter._{name}()").sqlstate == "42501"

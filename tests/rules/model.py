@@ -352,7 +352,10 @@ def status(world: World, user: str, shown: str | None, now: datetime) -> dict[st
     claimant = lease.claimant if lease else None
     browser = judge(world, user, None, now)
     state = world.state(user, shown) if shown else None
-    if browser.code is None:
+    enforced = any(one.mode == "enforce" for one in world.protections.values())
+    if not enforced:
+        browser, environment, message = Verdict(), "local", codes.WATCHING
+    elif browser.code is None:
         environment = "local"
         starting = claimant is None and state == "starting"
         message = "Cloud starting" if starting else codes.BADGES[None]
@@ -363,6 +366,7 @@ def status(world: World, user: str, shown: str | None, now: datetime) -> dict[st
     return {
         "environment": environment,
         "can_write_local": browser.code is None,
+        "enforced": enforced,
         "code": browser.code,
         "message": message,
         "retry_at": browser.retry_at,

@@ -460,6 +460,7 @@ def test_first_local_write_creates_the_lease(stage: Stage) -> None:
     assert said == {
         "environment": "local",
         "can_write_local": True,
+        "enforced": True,
         "code": None,
         "message": "Browser mode",
         "retry_at": None,

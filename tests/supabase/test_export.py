@@ -345,6 +345,7 @@ def test_types_for_clients_have_the_columns(pushed: Hosted) -> None:
             "can_write_local": "boolean",
             "code": "string",
             "draining": "boolean",
+            "enforced": "boolean",
             "environment": "string",
             "epoch": "number",
             "heartbeat_age": "string",

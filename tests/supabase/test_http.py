@@ -387,6 +387,7 @@ def test_the_browser_asks_and_says_yes(scene: Scene) -> None:
     assert row | {"as_of": 0, "heartbeat_age": 0} == {
         "environment": "none",
         "can_write_local": False,
+        "enforced": True,
         "code": "takeover_unconfirmed",
         "message": "Cloud failed",
         "retry_at": None,
