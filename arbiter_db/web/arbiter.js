@@ -9,7 +9,7 @@
  *   const { data, error } = await arbiter.insert('signals', rows, { select: true });
  *   arbiter.stop();                          // when the user signs out; start() again for the next one
  *
- *   <arbiter-badge></arbiter-badge>          Cloud active, Browser mode, Cooling down 0:27, Unknown ...
+ *   <arbiter-badge></arbiter-badge>          Cloud active, Browser mode, Cooling down 0:27, Watching, Unknown ...
  *   <arbiter-toasts></arbiter-toasts>        tells when the cloud machine starts and stops
  *   <arbiter-confirm></arbiter-confirm>      asks before the browser takes over from a failed machine
  *   <button data-arbiter-generates>          off while this browser may not generate signals
@@ -17,6 +17,9 @@
  * The database decides who may write, in the transaction of each write. This module asks it, shows the
  * answer, and does not send writes that the database would reject. Without a fresh answer (none yet, an old
  * one, an error, no network) the state is unknown, and then it allows no write.
+ *
+ * While no table is in mode enforce (`enforced` is false), the page works as if arbiter were not there: the badge
+ * says Watching, and every write is allowed, after the first answer also when the state is unknown.
  *
  * Events of an Arbiter (their `detail` is the new status, null when unknown):
  *
@@ -28,7 +31,8 @@
  *   confirm     a takeover has become possible that the user must confirm
  *
  * The last four compare an answer with the last known one, so they are not repeated after a time of
- * unknown. Of them only confirm can come with the first answer after start().
+ * unknown. Of them only confirm can come with the first answer after start(), or with the first one after
+ * enforcing has begun: then the machine has not started.
  *
  * Elements use the Arbiter that was started first, or the one in their property `arbiter`. Their colours
  * are custom properties (see STYLES). No build step, no dependency, no inline script or style.
@@ -56,7 +60,8 @@ const SLACK_MS = 1_000;
 
 /** A status has changed when one of these columns differs. The heartbeat's age differs in each answer. */
 const TOLD = [
-  'environment', 'can_write_local', 'code', 'message', 'retry_at', 'machine_id', 'machine_state', 'epoch', 'draining',
+  'environment', 'can_write_local', 'enforced', 'code', 'message', 'retry_at', 'machine_id', 'machine_state', 'epoch',
+  'draining',
 ];
 
 const UNKNOWN = 'Unknown';
@@ -107,6 +112,7 @@ function milliseconds(interval) {
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const randomBetween = (low, high) => low + Math.random() * (high - low);
 const isRejection = (error) => /^WX\d{3}$/.test(error?.code ?? '');
+const isEnforced = (status) => status?.enforced !== false;
 const isConfirmable = (status) => status?.code === 'takeover_unconfirmed' && !status.retry_at;
 
 /** The result of a write that was not sent, in the shape of supabase-js. */
@@ -138,7 +144,8 @@ export class Arbiter extends EventTarget {
   #answer = null;
   #error = null;
   #known = null; // the last status that was known, for the events
-  #told = null; // what the last change told, as JSON
+  #enforced = true; // as the last answer said; true without one
+  #told = false; // what the last change told: a status as JSON, or whether the unknown allows writes
 
   // Requests are numbered as they begin; an answer counts only if nothing newer has been settled.
   #begun = 0;
@@ -191,6 +198,7 @@ export class Arbiter extends EventTarget {
     globalThis.removeEventListener?.('pageshow', this.#onReturn);
     globalThis.removeEventListener?.('offline', this.#onOffline);
     this.#abort?.abort();
+    this.#enforced = true;
     this.#forget();
     this.#known = null; // the next user's first answer is not compared with this user's
     this.#readOnly?.stop();
@@ -225,7 +233,8 @@ export class Arbiter extends EventTarget {
 
   /** Whether this browser may generate signals, as far as it knows at this moment. */
   get canGenerate() {
-    return this.status?.can_write_local === true;
+    const { status } = this;
+    return status ? status.can_write_local : !this.#enforced;
   }
 
   /** Whether the takeover from a failed machine waits for the user's yes. */
@@ -366,7 +375,10 @@ export class Arbiter extends EventTarget {
   #settle(number, answer) {
     this.#settled = number;
     this.#answer = answer;
-    if (answer) this.#usual = answer.interval;
+    if (answer) {
+      this.#usual = answer.interval;
+      this.#enforced = isEnforced(answer.status);
+    }
     this.#watch();
     this.#tell();
   }
@@ -377,6 +389,7 @@ export class Arbiter extends EventTarget {
   }
 
   #reconsider() {
+    this.#enforced = true;
     this.#forget();
     return this.refresh();
   }
@@ -394,10 +407,11 @@ export class Arbiter extends EventTarget {
 
   #tell() {
     const status = this.status;
-    const told = status && JSON.stringify(TOLD.map((column) => status[column]));
+    const told = status ? JSON.stringify(TOLD.map((column) => status[column])) : this.canGenerate;
     if (told === this.#told) return;
     this.#told = told;
-    const before = this.#known;
+    // A machine has neither started nor stopped because enforcing has begun or ended.
+    const before = isEnforced(this.#known) === isEnforced(status) ? this.#known : null;
     if (status) this.#known = status;
     this.#readOnly?.update();
     this.#emit('change', status);
@@ -584,6 +598,7 @@ button:disabled { cursor: default; opacity: 0.6; }
   font-variant-numeric: tabular-nums;
 }
 .badge[data-state=unknown] { --_color: var(--_unknown); --_back: var(--_unknown-back); border-style: dashed; }
+.badge[data-state=watching] { --_color: var(--_muted); --_back: var(--_surface); border-color: var(--_line); }
 .badge[data-state=local] { --_color: var(--_local); --_back: var(--_local-back); }
 .badge[data-state=cloud_active] { --_color: var(--_cloud); --_back: var(--_cloud-back); }
 .badge[data-state=cooling_down] { --_color: var(--_waiting); --_back: var(--_waiting-back); }
@@ -591,7 +606,7 @@ button:disabled { cursor: default; opacity: 0.6; }
 .badge button { padding: 0 0.6em; border-radius: 1em; }
 .dot { inline-size: 0.6em; block-size: 0.6em; border-radius: 50%; background: currentColor; }
 .badge[data-state=unknown] .dot { background: none; box-shadow: inset 0 0 0 2px currentColor; }
-.badge[data-machine=starting] .dot { animation: beat 1.2s ease-in-out infinite alternate; }
+.badge[data-machine=starting]:not([data-state=watching]) .dot { animation: beat 1.2s ease-in-out infinite alternate; }
 @keyframes beat { to { opacity: 0.25; } }
 
 .toasts {
@@ -749,7 +764,7 @@ export class ArbiterBadge extends ArbiterElement {
     const status = this.arbiter?.status ?? null;
     const text = status?.message ?? UNKNOWN;
     if (this.#text.textContent !== text) this.#text.textContent = text;
-    this.#badge.dataset.state = status ? status.code ?? 'local' : 'unknown';
+    this.#badge.dataset.state = status ? status.code ?? (isEnforced(status) ? 'local' : 'watching') : 'unknown';
     this.#badge.dataset.machine = status?.machine_state ?? '';
     show(this.#badge, this.#confirm, this.arbiter?.canConfirm);
     this.#count(status);

@@ -346,6 +346,32 @@ def test_a_machine_that_starts_between_two_polls(
     assert "POST signals" not in visit.requests
 
 
+def test_while_a_table_is_only_observed_the_page_works_as_without_arbiter(
+    visit: Visit, db: Database, owner: psycopg.Connection[Any], gateway: Gateway
+) -> None:
+    owner.execute("select arbiter.protect('public.signals', p_mode => 'observe')")
+    activate(backend(db), ADA)
+    visit.shows("Watching")
+    expect(visit.buy).to_be_enabled()
+    answer = visit.insert()
+    assert (answer["status"], answer["error"], answer["data"]) == (201, None, [{"source": "local"}])
+    visit.press("unguarded")
+    expect(visit.page.locator("#browser-outcome")).to_contain_text("written")
+
+    owner.execute("select arbiter.protect('public.signals', p_mode => 'enforce')")
+    visit.shows("Cloud active")
+    expect(visit.buy).to_be_disabled()
+    owner.execute("select arbiter.protect('public.signals', p_mode => 'observe')")
+    visit.shows("Watching")
+    expect(visit.buy).to_be_enabled()
+    gateway.close()
+    visit.shows("Unknown")
+    expect(visit.buy).to_be_enabled()
+    # The machine has neither started nor stopped.
+    expect(visit.page.locator("arbiter-toasts .toast")).to_have_count(0)
+    assert count_rows(owner, "public.signals") == 2
+
+
 def test_a_client_that_throws_gets_the_error_and_the_state(
     visit: Visit, db: Database, owner: psycopg.Connection[Any]
 ) -> None:
@@ -406,7 +432,7 @@ def test_an_answer_that_does_not_come_is_given_up(visit: Visit, gateway: Gateway
 
 
 def test_an_answer_that_is_no_yes_is_unknown(visit: Visit, owner: psycopg.Connection[Any]) -> None:
-    grant = "execute on function public.execution_status(uuid)"
+    grant = "execute on function public.execution_status(text)"
     owner.execute(f"revoke {grant} from authenticated")
     assert_unknown(visit)
     assert visit.page.evaluate(f"{ARBITER}.error.code") == "42501"
@@ -594,7 +620,7 @@ def test_the_dialog_says_what_went_wrong_and_goes_when_the_machine_recovers(
     visit: Visit, db: Database, owner: psycopg.Connection[Any]
 ) -> None:
     machine = open_dialog(visit, db, owner)
-    grant = "execute on function public.confirm_takeover(uuid)"
+    grant = "execute on function public.confirm_takeover(text)"
     owner.execute(f"revoke {grant} from authenticated")
     visit.dialog.get_by_role("button", name="Take over").click()
     expect(visit.dialog.get_by_role("alert")).to_contain_text("Not taken over: permission denied")
@@ -851,7 +877,10 @@ def test_looks(
 
         visit.go()
         look("Browser mode")
+        owner.execute("select arbiter.protect('public.signals', p_mode => 'observe')")
         machine = activate(service, ADA)
+        look("Watching")
+        owner.execute("select arbiter.protect('public.signals', p_mode => 'enforce')")
         look("Cloud active")
         set_status(service, machine, "stopped")
         look(re.compile("^Cooling down"))

@@ -97,6 +97,7 @@ export function status(changes = {}) {
   return {
     environment: 'local',
     can_write_local: true,
+    enforced: true,
     code: null,
     message: 'Browser mode',
     retry_at: null,
@@ -123,6 +124,8 @@ export const CLOUD = status({
   machine_state: 'running',
   epoch: 2,
 });
+/** Every table is only observed, although the machine is active. */
+export const WATCHING = status({ ...MACHINE, enforced: false, message: 'Watching', machine_state: 'running', epoch: 2 });
 /** 27 s to go. */
 export const COOLING = status({
   ...MACHINE,

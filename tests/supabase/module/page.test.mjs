@@ -3,7 +3,8 @@
 import assert from 'node:assert/strict';
 import { afterEach, beforeEach, describe, it } from 'node:test';
 import {
-  bad, Client, clock, closePage, CLOUD, CONFIRMABLE, COOLING, FAILED, good, listen, LOCAL, observed, openPage, settle,
+  bad, Client, clock, closePage, CLOUD, CONFIRMABLE, COOLING, FAILED, good, listen, LOCAL, observed, openPage,
+  settle, WATCHING,
 } from './harness.mjs';
 
 let page;
@@ -73,6 +74,23 @@ describe('read-only mode', () => {
     assert.deepEqual(off(), APPS);
     arbiter.start();
     assert.deepEqual(off(), ALL);
+  });
+
+  it('is off while every table is only observed, until a stop', async () => {
+    await startWith(WATCHING);
+    assert.deepEqual(off(), APPS);
+    await failPoll();
+    assert.deepEqual(off(), APPS);
+    arbiter.stop();
+    assert.deepEqual(off(), ALL);
+  });
+
+  it('begins again when enforcing does', async () => {
+    await startWith(WATCHING);
+    await poll(CLOUD);
+    assert.deepEqual(off(), ALL);
+    await poll(WATCHING);
+    assert.deepEqual(off(), APPS);
   });
 
   it('ends with the first yes, and leaves the page as it was', async () => {
@@ -286,6 +304,9 @@ describe('<arbiter-badge>', () => {
     await poll({ ...LOCAL, message: 'Cloud starting', machine_state: 'starting' });
     assert.equal(text(), 'Cloud starting');
     assert.deepEqual(data(), { state: 'local', machine: 'starting' });
+    await poll(WATCHING);
+    assert.equal(text(), 'Watching');
+    assert.deepEqual(data(), { state: 'watching', machine: 'running' });
     await failPoll();
     assert.equal(text(), 'Unknown');
     assert.deepEqual(data(), { state: 'unknown', machine: '' });

@@ -4,7 +4,7 @@ import assert from 'node:assert/strict';
 import { afterEach, beforeEach, describe, it } from 'node:test';
 import {
   bad, bareWindow, Client, clock, closePage, CLOUD, CONFIRMABLE, COOLING, FAILED, good, listen, load, LOCAL, settle,
-  status,
+  status, WATCHING,
 } from './harness.mjs';
 
 const { Arbiter } = await load();
@@ -135,6 +135,52 @@ describe('an answer', () => {
     await arbiter.insert('signals', {});
     assert.equal(client.writes.length, 1);
   });
+});
+
+describe('while every table is only observed', () => {
+  it('this browser may generate, although a machine is active', async () => {
+    await startWith(WATCHING);
+    assert.deepEqual(arbiter.status, WATCHING);
+    assert.equal(arbiter.canGenerate, true);
+    assert.equal(arbiter.canConfirm, false);
+  });
+
+  it('it may so when the state is unknown, too', async () => {
+    await startWith(WATCHING);
+    events.types();
+    await failPoll();
+    assert.deepEqual([arbiter.status, arbiter.canGenerate], [null, true]);
+    await failPoll();
+    assert.equal(arbiter.canGenerate, true);
+    assert.deepEqual(events.all(), [['change', null]]);
+  });
+
+  it('nothing is known of it before the first answer, nor after a stop', async () => {
+    arbiter.start();
+    assert.equal(arbiter.canGenerate, false);
+    await client.last.answer(good(WATCHING));
+    await failPoll();
+    events.types();
+    arbiter.stop();
+    assert.equal(arbiter.canGenerate, false);
+    assert.deepEqual(events.all(), [['change', null]]);
+    arbiter.start();
+    assert.equal(arbiter.canGenerate, false);
+  });
+
+  for (const [what, answer] of [
+    ['an answer that enforces', LOCAL],
+    ['an answer of an older version', status({ enforced: undefined })],
+  ]) {
+    it(`it ends with ${what}`, async () => {
+      await startWith(WATCHING);
+      await failPoll();
+      await poll(answer);
+      assert.equal(arbiter.canGenerate, true);
+      await failPoll();
+      assert.equal(arbiter.canGenerate, false);
+    });
+  }
 });
 
 describe('the age of an answer', () => {
@@ -610,7 +656,7 @@ describe('the network', () => {
 });
 
 describe('events', () => {
-  const named = { LOCAL, CLOUD, COOLING, FAILED, CONFIRMABLE };
+  const named = { LOCAL, CLOUD, COOLING, FAILED, CONFIRMABLE, WATCHING };
   const expected = {
     'LOCAL CLOUD': ['cloudstart'],
     'COOLING CLOUD': ['cloudstart'],
@@ -632,6 +678,17 @@ describe('events', () => {
     'LOCAL CONFIRMABLE': ['confirm'],
     'COOLING CONFIRMABLE': ['confirm'],
     'FAILED CONFIRMABLE': ['confirm'],
+    // Nothing has happened to the machine.
+    'LOCAL WATCHING': [],
+    'CLOUD WATCHING': [],
+    'COOLING WATCHING': [],
+    'FAILED WATCHING': [],
+    'CONFIRMABLE WATCHING': [],
+    'WATCHING LOCAL': [],
+    'WATCHING CLOUD': [],
+    'WATCHING COOLING': [],
+    'WATCHING FAILED': [],
+    'WATCHING CONFIRMABLE': ['confirm'],
   };
   for (const [before, first] of Object.entries(named)) {
     for (const [after, second] of Object.entries(named)) {
@@ -675,6 +732,7 @@ describe('events', () => {
   for (const [column, value] of Object.entries({
     environment: 'none',
     can_write_local: false,
+    enforced: false,
     code: 'handover_draining',
     message: 'Cloud starting',
     retry_at: '2026-01-05T09:30:00+00:00',

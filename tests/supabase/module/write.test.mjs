@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { afterEach, beforeEach, describe, it } from 'node:test';
 import {
-  bad, Client, clock, CLOUD, CONFIRMABLE, COOLING, FAILED, good, listen, load, LOCAL, settle, status,
+  bad, Client, clock, CLOUD, CONFIRMABLE, COOLING, FAILED, good, listen, load, LOCAL, settle, status, WATCHING,
 } from './harness.mjs';
 
 const { Arbiter } = await load();
@@ -78,6 +78,29 @@ describe('a write', () => {
     assert.equal(client.count, 1);
     await client.last.answer(good(CLOUD));
     assert.equal((await writing).error.code, 'arbiter_not_local');
+  });
+
+  it('is sent while every table is only observed, with an answer or without', async () => {
+    await know(WATCHING);
+    assert.equal(await arbiter.insert('signals', ROW), client.written);
+    assert.equal(client.count, 0);
+    client.replies = () => bad({ message: 'no' });
+    await arbiter.refresh();
+    assert.equal(await arbiter.insert('signals', ROW), client.written);
+    assert.equal(client.writes.length, 2);
+  });
+
+  it('is the last one that is sent when the database rejects it and nothing else is known', async () => {
+    await know(WATCHING);
+    client.replies = () => bad({ message: 'no' });
+    await arbiter.refresh();
+    events.types();
+    client.written = { data: null, error: rejection(), status: 409 };
+    assert.equal(await arbiter.insert('signals', ROW), client.written);
+    assert.equal(arbiter.canGenerate, false);
+    assert.deepEqual(events.all(), [['change', null]]);
+    assert.equal((await arbiter.insert('signals', ROW)).error.code, 'arbiter_unknown');
+    assert.equal(client.writes.length, 1);
   });
 
   it('is neither sent nor asked for when the state is known and forbids it', async () => {
