@@ -342,13 +342,13 @@ ATTACKS = {
         MACHINE_WRITES,
     ),
     "machine is no uuid": Attack(
-        insert(forged(machine_id="mine"), of_ada), 400, "22P02", MACHINE_WRITES
+        insert(forged(machine_id="mine"), of_ada), 403, "42501", MACHINE_WRITES
     ),
-    "machine is empty": Attack(insert(forged(machine_id=""), of_ada), 400, "22P02", MACHINE_WRITES),
+    "machine is empty": Attack(insert(forged(machine_id=""), of_ada), 403, "42501", MACHINE_WRITES),
     "machine is a list": Attack(
         insert(lambda at: ada(at, machine_id=[str(at.adas_machine)]), of_ada),
-        400,
-        "22P02",
+        403,
+        "42501",
         MACHINE_WRITES,
     ),
     "machine is null": Attack(
@@ -725,10 +725,10 @@ def test_a_browser_reads_its_own_lease_and_history_only(at: Stage) -> None:
 # Overloads in the exposed schema ----------------------------------------------------------------
 
 OVERLOADS = {
-    "another name": "execution_status(p_user text)",
-    "another type": "execution_status(p_user_id text)",
+    "another name": "execution_status(p_user uuid)",
+    "another type": "execution_status(p_user_id uuid)",
     "no argument": "execution_status()",
-    "a default": "execution_status(p_user_id text default null)",
+    "a default": "execution_status(p_user_id uuid default null)",
 }
 
 
