@@ -141,31 +141,34 @@ declare
   v_options record := arbiter._install_options();
   v_usual constant regclass := to_regclass('public.cloud_machines');
   v_found regclass[] := array(select l.candidate from arbiter._looks_like_registry() as l (candidate));
+  v_named regclass;
   v_message text;
   v_hint text;
 begin
-  id_column := 'id';
-  user_column := 'user_id';
   if v_options.registry is not null then
-    step := 'register';
-    table_name := arbiter._need_table(v_options.registry);
-    perform arbiter._need_registry(table_name, id_column, user_column, 'status', 'last_health_check');
-    return next;
-    return;
+    v_named := arbiter._need_table(v_options.registry);
   end if;
-  -- Only until a table was registered: a later installation must not undo what a DBA has decided.
+  -- Only until a table was registered, also where it is named again: a later installation must not undo what a DBA has
+  -- decided, such as its columns and status words.
   if to_regclass('arbiter.registry') is not null then
     select r.registry, r.id_column, r.user_column
       into table_name, id_column, user_column
       from arbiter.registry r
       join pg_catalog.pg_class c on c.oid = r.registry;
-    if found then
+    if found and coalesce(v_named, table_name) = table_name then
       step := 'keep';
       return next;
       return;
     end if;
-    id_column := 'id';
-    user_column := 'user_id';
+  end if;
+  id_column := 'id';
+  user_column := 'user_id';
+  if v_named is not null then
+    step := 'register';
+    table_name := v_named;
+    perform arbiter._need_registry(table_name, id_column, user_column, 'status', 'last_health_check');
+    return next;
+    return;
   end if;
   foreach table_name in array v_found loop
     step := 'skip';

@@ -359,6 +359,22 @@ create table public.positions (user_id numeric not null);
 """
 
 
+def test_a_registry_that_is_named_again_keeps_its_options(app: Conn, bare_db: Database) -> None:
+    """An exported migration names it each time, and a DBA has told arbiter more of it since."""
+    adoption = Adoption(registry=MACHINES)
+    arbiter_db.install(bare_db.conninfo(), adoption=adoption)
+    app.execute("alter table public.cloud_machines rename status to phase")
+    app.execute(
+        "select arbiter.register_machines('public.cloud_machines', p_status_column => 'phase',"
+        ' p_states => \'{"up": "running", "down": "stopped"}\', p_machine_statuses => \'{up}\')'
+    )
+    known = rows(app, "select * from arbiter.registry")
+    plan = arbiter_db.plan(bare_db.conninfo(), adoption=adoption)
+    assert [line.step for line in plan if line.finding == "is the registry of machines"] == ["keep"]
+    arbiter_db.install(bare_db.conninfo(), adoption=adoption)
+    assert rows(app, "select * from arbiter.registry") == known
+
+
 def test_of_tables_whose_ids_are_never_those_of_the_registry(bare_db: Database, app: Conn) -> None:
     """They are skipped; asked for by name they are an error, and nothing was changed."""
     app.execute(NUMBERS.encode())
