@@ -299,7 +299,7 @@ begin atomic
     when p_machine.state <> 'running' then
       format('Stop trading: the status of this machine means %s. It can get the lease once its status means running and it sends heartbeats.',
         p_machine.state)
-    when not coalesce(arbiter._is_fresh(p_machine.heartbeat_at, s.heartbeat_timeout, clock_timestamp()), false) then
+    when not arbiter._is_fresh(p_machine.heartbeat_at, s.heartbeat_timeout, clock_timestamp()) then
       format('Stop trading: this machine has sent no heartbeat in time%s. Send heartbeats, and write again once arbiter.status() names this machine.',
         ', or its registry says that it is not well, in column ' || quote_ident(r.health_column))
     end

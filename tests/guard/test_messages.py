@@ -781,6 +781,7 @@ class Stage:
         self.adas_machine = add_machine(self.owner, self.ada, "running")
         self.machine = activate(self.owner, self.bob)
         self.builtin = add_trader(self.owner, None)
+        self.long = User("x" * 1001, self.adas)
         self.owner.execute("update arbiter.settings set drain_timeout = '100 ms'")
         self.owner.execute("set statement_timeout = '20 s'")  # should that bound fail
 
@@ -925,7 +926,6 @@ def correct_unmarked(at: Stage) -> None:
 
 
 def write_as_a_long_id(at: Stage) -> None:
-    at.long = User("x" * 1001, at.ada.trader)
     at.owner.execute("create table public.notes (user_id text)")
     at.owner.execute("select arbiter.protect('public.notes')")
     at.owner.execute("insert into public.notes values (%s)", ("x" * 1000,))

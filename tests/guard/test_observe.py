@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from sessions import TIMEOUT_S
+from sessions import TIMEOUT_S, wait_until_blocked
 from story import (
     SETTINGS,
     activate,
@@ -370,6 +370,36 @@ def test_a_snapshot_older_than_the_switch_to_enforce_is_rejected(
     at.conn.execute("rollback")
     assert at.observations() == []
     assert value(at.owner, "select count(*) from public.signals") == 1
+
+
+def test_a_lease_that_another_session_has_created_meanwhile_decides(at: Stage) -> None:
+    """Between the look for it and its creation. Observing waits for nothing, and need not."""
+    user = add_user(at.owner)
+    at.protect("observe")
+    admin = at.db.connect("postgres")
+    admin.execute(
+        """
+        create function public.tg_slow() returns trigger language plpgsql as
+          'begin perform pg_sleep(1); return new; end';
+        create trigger slow before insert on arbiter.leases
+          for each row execute function public.tg_slow();
+        set session_replication_role = replica
+        """
+    )
+    with at.db.session() as writer:
+        writing = writer.start(
+            "insert into public.signals (trader_id, symbol, interval, signal, bar_time)"
+            f" values ('{user.trader}', 'BTC', '1m', 'buy', now())"
+        )
+        wait_until_blocked(writer)
+        admin.execute(
+            "insert into arbiter.leases (user_id, epoch, holder, held_since)"
+            " values (%s, 1, 'local', now())",
+            (str(user.id),),
+        )
+        writing.result(TIMEOUT_S)
+    assert at.observations() == []
+    assert value(at.owner, "select count(*) from public.signals") == 2
 
 
 # No more than 1,000 of a table --------------------------------------------------------------------

@@ -977,3 +977,23 @@ def test_a_machine_that_an_old_local_row_names_can_be_deleted(db: Database) -> N
     conn.execute("delete from public.cloud_machines where id = %s", (machine,))
     row = one(conn, "select source, machine_id from public.signals where id = %s", signal)
     assert (row.source, row.machine_id) == ("local", None)
+
+
+def test_an_error_that_was_missed_leaves_the_instant_of_the_stop(db: Database) -> None:
+    """The grace after the stop goes on from there; a stop that was missed begins it now."""
+    owner = db.connect()
+    machine = activate(owner, add_user(owner))
+    set_status(owner, machine, "stopped")
+    left = notes(owner, machine).left_running_at
+    owner.execute("alter table public.cloud_machines disable trigger user")
+    set_status(owner, machine, "error")
+    owner.execute(REGISTER)
+    noted = notes(owner, machine)
+    assert noted.left_running_at == left
+    assert noted.entered_error_at > left
+    # And the instant of the error stays, where only the stop is not known.
+    owner.execute("update arbiter.machine_notes set left_running_at = null")
+    owner.execute(REGISTER)
+    again = notes(owner, machine)
+    assert again.entered_error_at == noted.entered_error_at
+    assert again.left_running_at > left

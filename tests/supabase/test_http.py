@@ -519,8 +519,8 @@ def test_a_tokens_text_stays_in_the_body(scene: Scene, claim: str) -> None:
     text = NASTY.replace(":", "") if claim == "sub" else NASTY
     claims: dict[str, Any] = {"sub": str(scene.user.id), claim: text}
     token = scene.app.gateway.token("authenticated", **claims)
-    # A subject that is no uuid ends in auth.uid(), which the policies of the app call; to arbiter it
-    # is a user without a lease. With a machine_id the token is a machine's, of which there is none.
+    # A subject that is no uuid ends in auth.uid(), which the policies of the app call; to arbiter
+    # it is a user without a lease. With a machine_id the token is a machine's; there is none such.
     write, confirm = {
         "sub": ("400 Bad Request", "409 Conflict"),
         "machine_id": ("403 Forbidden", "403 Forbidden"),

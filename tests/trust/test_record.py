@@ -76,6 +76,16 @@ def test_all_that_is_attached_is_recorded(db: Database) -> None:
     owner.execute("drop table public.ticks")
     arbiter_db.install(db.conninfo())
     assert value(owner, "select count(*) from arbiter.attachments where name ~ 'ticks'") == 0
+    # Nor of a table that is dropped while it is protected, after the next call.
+    owner.execute("create table public.bids (user_id uuid)")
+    owner.execute("select arbiter.protect('public.bids')")
+    owner.execute("drop table public.bids")
+    owner.execute("select arbiter.protect('public.signals')")
+    dropped = (
+        "select count(*) from arbiter.attachments a where a.kind <> 'function'"
+        " and not exists (select from pg_class c where c.oid = a.attached_to)"
+    )
+    assert value(owner, dropped) == 0
 
 
 def test_a_copied_database_recognises_them_by_name_and_shape(
