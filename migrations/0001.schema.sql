@@ -393,17 +393,20 @@ create table if not exists arbiter.amendments (
   amended_by name not null,
   amended_at timestamptz not null,
   xid xid8 not null,
+  cluster bigint not null,
   constraint amendments_pkey primary key (xid, amendment_id)
 );
 
 comment on table arbiter.amendments is
-  'Transactions in which the owner of a protected table has corrected who wrote its rows, by arbiter.amend(). A row that carries such a transaction in arbiter_xid is not provable.';
+  'Transactions in which the owner of a protected table has corrected who wrote its rows, by arbiter.amend(); append-only (WX008). A row that carries such a transaction in arbiter_xid is not provable.';
 comment on column arbiter.amendments.amendment_id is 'Order of recording.';
 comment on column arbiter.amendments.protected_table is 'The table whose rows were corrected.';
 comment on column arbiter.amendments.reason is 'Why, in the owner''s words.';
 comment on column arbiter.amendments.amended_by is 'The role that corrected them.';
 comment on column arbiter.amendments.amended_at is 'When. Database clock.';
 comment on column arbiter.amendments.xid is 'The transaction.';
+comment on column arbiter.amendments.cluster is
+  'system_identifier of the cluster that counted this transaction id; a restored dump brings that of another.';
 
 create table if not exists arbiter.client_roles (
   role name not null,

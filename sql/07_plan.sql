@@ -146,8 +146,10 @@ begin
      limit 1;
     if found then
       finding := format('column %I may say that a machine is not well, and every heartbeat counts all the same', v_health);
-      remedy := format('If a monitor stamps %I then, too: arbiter-db register-machines --health-column %I --healthy WORD.',
-        v_heartbeat, v_health);
+      remedy := format('If a monitor stamps %I then, too: ', v_heartbeat) || case
+        when p_is_kept then 'call arbiter.register_machines() again with p_health_column and p_healthy, and with the other options as they are.'
+        else format('arbiter-db register-machines %s --health-column %I --healthy WORD', arbiter._shell_word(p_registry),
+          v_health) end;
       return next;
     end if;
   end if;

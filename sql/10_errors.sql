@@ -50,7 +50,7 @@ begin
       hint := 'Try again; if it lasts, end the transactions of the blockers named in the detail.';
     when 'append_only' then
       sqlstate := 'WX008';
-      message := 'the history of handovers is append-only';
+      message := 'the history of handovers and corrections is append-only';
       hint := 'Leave it as it is: arbiter.audit() proves exclusion from it.';
   end case;
 end

@@ -176,14 +176,12 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_row arbiter.handovers;
+  -- A correction has neither user nor epoch.
+  v_row jsonb := case tg_level when 'ROW' then to_jsonb(old) end;
   v_error arbiter.error;
 begin
-  if tg_level = 'ROW' then
-    v_row := old;
-  end if;
-  v_error := arbiter._rejected('append_only', arbiter._detail('append_only', v_row.user_id, null, null,
-    jsonb_build_object('operation', tg_op, 'epoch', v_row.epoch)));
+  v_error := arbiter._rejected('append_only', arbiter._detail('append_only', v_row ->> 'user_id', null, null,
+    jsonb_build_object('operation', tg_op, 'epoch', (v_row ->> 'epoch')::bigint)));
   raise exception using
     errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
 end

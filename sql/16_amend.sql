@@ -20,13 +20,15 @@ begin
       format('the correction of %s has no reason', p_table),
       'Say in p_reason why; it is kept in arbiter.amendments.');
   end if;
-  insert into arbiter.amendments (protected_table, reason, amended_by, amended_at, xid)
-  values (p_table, p_reason, arbiter._session_role(), clock_timestamp(), pg_current_xact_id());
+  insert into arbiter.amendments (protected_table, reason, amended_by, amended_at, xid, cluster)
+  values (p_table, p_reason, arbiter._session_role(), clock_timestamp(), pg_current_xact_id(),
+    (select c.system_identifier from pg_catalog.pg_control_system() c));
 end
 $$;
 comment on function arbiter.amend(regclass, text) is
-  'Lets updates of this transaction change source, machine and user of rows of a protected table, if they say arbiter_xid = default. The audit counts these rows as not provable, amended. Inserts are arbitrated as ever. p_reason: is kept in arbiter.amendments. For the owner of the table. Errors 22023 no reason, 42501 not the owner, 42704 not protected.';
+  'Lets updates of this transaction change source, machine and user of rows of a protected table, if they say arbiter_xid = default. The audit counts these rows as not provable, amended. Inserts are arbitrated as ever. On a table without arbiter_xid nothing marks the rows. p_reason: is kept in arbiter.amendments. For the owner of the table. Errors 22023 no reason, 42501 not the owner, 42704 not protected, 42P01 no table.';
 
+-- A restored dump brings transaction ids of another cluster, which this one will count up to.
 create or replace function arbiter._is_amending(p_protection_id integer)
 returns boolean
 language plpgsql
@@ -38,7 +40,8 @@ begin
     select from arbiter.amendments a
       join arbiter.protections p on p.protected_table = a.protected_table
      where p.protection_id = p_protection_id
-       and a.xid = pg_current_xact_id_if_assigned());
+       and a.xid = pg_current_xact_id_if_assigned()
+       and a.cluster = (select c.system_identifier from pg_catalog.pg_control_system() c));
 end
 $$;
 comment on function arbiter._is_amending(integer) is 'Whether this transaction corrects rows of a protected table, see amend().';

@@ -4,10 +4,10 @@
 -- would cost more than to read the machine. These functions and _is_active() are without settings of their own, because
 -- only so the server puts their bodies into the plan of the query that asks; it read them when they were made. A
 -- transaction that has already written or asked may still use the old constant, because the server looks for replaced
--- functions only when it takes a lock; the lease excludes all the same. So it may still read the old user_claim, too.
+-- functions only when it takes a lock; the lease excludes all the same. It may still read the old user_claim as well.
 
 -- In seconds, because the text of an interval depends on the session. A year counts 360 days in comparisons and 365.25
--- in seconds, so it is made days first. Without settings no machine is fresh.
+-- in seconds, so months and days are balanced first. Without settings no machine is fresh.
 --
 -- Stable, although a constant: the server computes an immutable function when it plans, and then does not know that the
 -- plan depends on that function.

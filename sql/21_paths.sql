@@ -86,8 +86,9 @@ $$;
 comment on function arbiter._path_views(arbiter.protections) is
   'The views that lead from a row of a protected table to its user. Error 22023 when a foreign key of the path is gone.';
 
--- A text beside a registry of uuids may name the same user in upper case. The cast of the others costs nothing; a guard
--- whose column has become a text since still reads the user by it, and fails the write of a text that is no such id.
+-- A text beside a registry of uuids may name the same user in upper case; for one of texts _user_text() is the text
+-- itself. No cast makes a text of a column that has become a number since, and the casts of the others cost nothing: a
+-- guard that is older than the type of its column goes on by the type that it knows, or fails the write.
 create or replace function arbiter._user_expression(p_class text, p_value text)
 returns text
 language sql
@@ -95,10 +96,10 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select format(
-    case when p_class = 'text' and arbiter._registry_class('user') = 'uuid' then 'arbiter._user_text(%s::text) collate "C"'
-         when p_class = 'uuid' then '%s::uuid::text collate "C"'
-         when p_class = 'bigint' then '%s::bigint::text collate "C"'
-         else '%s::text collate "C"' end, p_value);
+    case p_class
+      when 'uuid' then '%s::uuid::text collate "C"'
+      when 'bigint' then '%s::bigint::text collate "C"'
+      else 'arbiter._user_text(%s) collate "C"' end, p_value);
 end;
 comment on function arbiter._user_expression(text, text) is
   'SQL for the text of the user that a column names. p_class: of the column, as _id_class().';
@@ -161,9 +162,9 @@ comment on function arbiter._path_expression(arbiter.protections, text, text) is
 
 -- When a foreign key with `on update cascade` has acted, its parent has the row with the new key, written by this
 -- transaction, and none with the old one; after `on delete set null` only the latter. Outside the statement that
--- changes the parent no row can name a parent that is not there. Inside it a client could do the same by hand, but only
--- with parents that it may change; such a client may as well give the parent itself to another user. The depth of
--- triggers tells nothing: those after the cascade run when the parent's statement ends.
+-- changes the parent no row can name a parent that is not there, if the key is not deferrable. Inside it a client could
+-- do the same by hand, but only with parents that it may change; such a client may as well give the parent itself to
+-- another user. The depth of triggers tells nothing: those after the cascade run when the parent's statement ends.
 create or replace function arbiter._follows_key(p_table regclass, p_column name, p_old text, p_new text)
 returns boolean
 language plpgsql
@@ -183,7 +184,7 @@ begin
     join pg_catalog.pg_attribute r on r.attrelid = k.confrelid and k.confkey = array[r.attnum]
    where k.conrelid = p_table
      and k.contype = 'f'
-     and case when p_new is null then k.confdeltype = 'n' else k.confupdtype = 'c' end
+     and case when p_new is null then k.confdeltype = 'n' and not k.condeferrable else k.confupdtype = 'c' end
      and k.convalidated
      and a.attname = p_column
      and has_table_privilege(k.confrelid, 'select')

@@ -103,6 +103,12 @@ begin atomic
     ('arbiter.handovers', 'arbiter_append_only_truncate',
       'before truncate on arbiter.handovers for each statement execute function arbiter.tg_append_only()',
       'The history of handovers is append-only.'),
+    ('arbiter.amendments', 'arbiter_append_only',
+      'before update or delete on arbiter.amendments for each row execute function arbiter.tg_append_only()',
+      'The record of corrections is append-only.'),
+    ('arbiter.amendments', 'arbiter_append_only_truncate',
+      'before truncate on arbiter.amendments for each statement execute function arbiter.tg_append_only()',
+      'The record of corrections is append-only.'),
     ('arbiter.leases', 'arbiter_announce',
       'after update on arbiter.leases for each row when (old.epoch <> new.epoch or old.draining_since is distinct from new.draining_since) '
         'execute function arbiter.tg_announce()',
@@ -112,7 +118,7 @@ begin atomic
       'A function holds whether a protected table is in mode enforce.'),
     ('arbiter.settings', 'arbiter_settings',
       'after insert or update on arbiter.settings for each row execute function arbiter.tg_settings()',
-      'Functions hold heartbeat_timeout and user_claim.'),
+      'Functions hold heartbeat_timeout, poll_interval and user_claim.'),
     ('arbiter.settings', 'arbiter_keep_settings',
       'before delete or truncate on arbiter.settings for each statement execute function arbiter.tg_keep_settings()',
       'Every decision needs the settings.');

@@ -88,7 +88,7 @@ begin
         problem := 'The function of its guard is gone: every write fails.';
       elsif to_regclass('arbiter.machines') is not null and not arbiter._is_current_guard(v_protection) then
         state := 'outdated';
-        problem := 'Its guard was made for columns of other types.';
+        problem := 'Its guard is not the one that protect() would make now: columns have other types, or arbiter.protections was changed past it.';
       else
         state := 'ok';
         problem := null;

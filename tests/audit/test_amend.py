@@ -117,6 +117,70 @@ def test_it_is_of_this_transaction_and_of_this_table(at: Stage) -> None:
     assert rows(at.owner, "select * from arbiter.amendments") == []
 
 
+def test_a_restored_record_opens_nothing(at: Stage) -> None:
+    """This cluster will count up to the transaction ids that a dump of another one brings."""
+    at.owner.execute("begin")
+    at.owner.execute(
+        "insert into arbiter.amendments"
+        " (protected_table, reason, amended_by, amended_at, xid, cluster)"
+        " values ('public.signals', 'elsewhere', 'x', now(), pg_current_xact_id(), 42)"
+    )
+    assert rejection(at.owner.execute, MARKED).sqlstate == "WX006"
+    at.owner.execute("rollback")
+
+
+def test_the_record_stays(at: Stage) -> None:
+    at.owner.execute("begin")
+    at.owner.execute(AMEND)
+    at.owner.execute(MARKED.encode())
+    for forget in (
+        "delete from arbiter.amendments",
+        "update arbiter.amendments set reason = 'none'",
+        "truncate arbiter.amendments",
+    ):
+        assert rejection(in_a_savepoint, at.owner, forget).sqlstate == "WX008"
+    at.owner.execute("commit")
+    assert rejection(at.owner.execute, "delete from arbiter.amendments").sqlstate == "WX008"
+    assert at.audit() == [("not_provable", "amended", 3)]
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_partitioned_table(at: Stage, updates: bool) -> None:
+    """An update that moves a row to another partition is an insert where updates are arbitrated."""
+    at.owner.execute("""
+        create table public.ticks (user_id uuid, day integer) partition by range (day);
+        create table public.ticks_a partition of public.ticks for values from (0) to (10);
+        create table public.ticks_b partition of public.ticks for values from (10) to (20)""")
+    verbs = "{insert,update}" if updates else "{insert}"
+    at.owner.execute("select arbiter.protect('public.ticks', p_verbs => %s)", (verbs,))
+    insert = "insert into public.ticks values (%s, 1, 'cloud', %s)"
+    at.owner.execute(insert, (at.bob.id, at.machine))
+    correct = "update public.ticks set source = 'local', machine_id = null, arbiter_xid = default"
+    at.owner.execute("begin")
+    at.owner.execute("select arbiter.amend('public.ticks', 'why')")
+    in_a_savepoint(at.owner, correct)
+    move = correct + ", day = 11"
+    if updates:
+        assert rejection(in_a_savepoint, at.owner, move).sqlstate == "WX001"
+    else:
+        in_a_savepoint(at.owner, move)
+    at.owner.execute("commit")
+    audit = "select finding, reason, row_count from arbiter.audit('public.ticks', true)"
+    assert rows(at.owner, audit) == [("not_provable", "amended", 1)]
+
+
+def test_a_table_without_evidence(at: Stage) -> None:
+    at.owner.execute("create table public.orders (user_id uuid)")
+    at.owner.execute("select arbiter.protect('public.orders', p_evidence => false)")
+    at.owner.execute("insert into public.orders (user_id) values (%s)", (at.ada.id,))
+    with at.owner.transaction():
+        at.owner.execute("select arbiter.amend('public.orders', 'why')")
+        at.owner.execute("update public.orders set user_id = %s", (at.bob.id,))
+    assert (
+        rejection(at.owner.execute, "update public.orders set user_id = null").sqlstate == "WX006"
+    )
+
+
 def in_a_savepoint(conn: Conn, statement: str) -> None:
     with conn.transaction():
         conn.execute(statement.encode())

@@ -184,6 +184,20 @@ def test_a_row_without_a_user_is_not_made_by_hand(at: Stage) -> None:
     assert rejection(at.conn.execute, drop).sqlstate == "WX006"
 
 
+def test_a_deferred_key_makes_no_row_without_a_user(at: Stage) -> None:
+    """Such a row may name a user who is not there."""
+    at.owner.execute("""
+        create table public.notes (id integer,
+          user_id uuid references auth.users (id) on delete set null deferrable initially deferred);
+        select arbiter.protect('public.notes');
+        grant all on public.notes to service_role""")
+    at.conn.execute("begin")
+    at.conn.execute("insert into public.notes values (1, gen_random_uuid())")
+    drop = "update public.notes set user_id = null"
+    assert rejection(at.conn.execute, drop).sqlstate == "WX006"
+    at.conn.execute("rollback")
+
+
 def test_partitions(at: Stage) -> None:
     at.owner.execute("""
         create table public.ticks (

@@ -703,6 +703,26 @@ def test_a_user_column_of_another_type_leads_to_the_same_lease(
     assert rows(owner, "select user_id from arbiter.leases") == [(user,)]
 
 
+@pytest.mark.parametrize("new_type", ["numeric", "integer", "timestamptz", "uuid"])
+def test_a_user_column_that_is_no_text_any_more_fails_the_write(
+    bare_db: Database, new_type: str
+) -> None:
+    """1.0 is the user 1 of the table, and would be another one of the registry of texts."""
+    owner = make(bare_db, KINDS["text"])
+    arbiter_db.install(bare_db.conninfo())
+    owner.execute("drop policy mine on public.signals")
+    change = f"alter table public.signals alter user_id type {new_type}"
+    owner.execute("delete from public.signals")
+    owner.execute(f"{change} using null::{new_type}".encode())
+    insert = "insert into public.signals (user_id, source, machine_id) values (%s, %s, %s)"
+    users = {"uuid": str(UUID(int=1)), "timestamptz": "2026-01-01"}
+    for _ in range(2):
+        error = rejection(owner.execute, insert, (users.get(new_type, "1"), "local", None))
+        assert error.sqlstate == "42883"
+    wrong = "select state from arbiter.doctor() where object = 'protection of public.signals'"
+    assert value(owner, wrong) == "outdated"
+
+
 def test_texts_of_an_earlier_registry_beside_uuids(bare_db: Database) -> None:
     """The column that arbiter added is a text; a foreign key to uuids cannot be made for it."""
     owner = make(bare_db, KINDS["text"])
@@ -834,7 +854,8 @@ def test_doctor_names_a_guard_for_another_type(bare_db: Database) -> None:
     (found,) = rows(owner, doctor)
     assert (found.state, found.problem) == (
         "outdated",
-        "Its guard was made for columns of other types.",
+        "Its guard is not the one that protect() would make now: columns have other types, or"
+        " arbiter.protections was changed past it.",
     )
     owner.execute(found.remedy)
     assert [row.state for row in rows(owner, doctor)] == ["ok"]

@@ -1202,7 +1202,7 @@ RULES = {
     "provenance_immutable": "source, machine, user and arbiter_xid of a protected row cannot be"
     " changed",
     "handover_draining": "writes in flight keep the lease from being handed over",
-    "append_only": "the history of handovers is append-only",
+    "append_only": "the history of handovers and corrections is append-only",
 }
 
 

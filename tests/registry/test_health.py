@@ -607,8 +607,8 @@ def test_the_plan_asks_about_a_column_of_that_name(
         (
             f"column {name} may say that a machine is not well, and every heartbeat counts all"
             " the same",
-            "If a monitor stamps last_health_check then, too: arbiter-db register-machines"
-            f" --health-column {name} --healthy WORD.",
+            "If a monitor stamps last_health_check then, too: call arbiter.register_machines()"
+            " again with p_health_column and p_healthy, and with the other options as they are.",
         )
     ]
     owner.execute(
