@@ -1012,7 +1012,7 @@ def test_history_is_append_only(shared: Rows) -> None:
             shared.owner,
             statement,
             "WX008",
-            "the history of handovers is append-only",
+            "the history of handovers and corrections is append-only",
             r"arbiter\.audit\(\)",
         )
         operation = statement.split()[0].upper()
