@@ -105,7 +105,7 @@ where id = %(machine)s
 returning status, last_health_check
 
 -- name: heartbeat_call
-select arbiter.heartbeat(%(machine)s::text)
+select arbiter.heartbeat(%(machine)s::uuid)
 
 -- name: stopping
 update public.cloud_machines
@@ -154,7 +154,7 @@ join public.traders t on t.id = s.trader_id
 cross join lateral (
   select h.epoch, h.to_holder
   from arbiter.handovers h
-  where h.user_id = t.user_id
+  where h.user_id = t.user_id::text
     and (h.xid = s.arbiter_xid or not pg_visible_in_snapshot(s.arbiter_xid, h.snapshot))
   order by h.epoch desc
   limit 1

@@ -64,8 +64,8 @@ def is_well(conn: Conn) -> None:
             "   and t.tgrelid <> all (array(select protected_table from arbiter.protections))"
             "   and t.tgrelid <> (select registry from arbiter.registry)"
             "   and t.tgrelid <> all"
-            "     ('{arbiter.leases,arbiter.handovers,arbiter.settings,arbiter.protections}'"
-            "::regclass[])",
+            "     ('{arbiter.leases,arbiter.handovers,arbiter.amendments,arbiter.settings,"
+            "arbiter.protections}'::regclass[])",
         )
         == []
     )

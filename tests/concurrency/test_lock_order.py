@@ -164,7 +164,8 @@ def test_heartbeats_for_many_do_not_deadlock(db: Database) -> None:
         first = one.start(heartbeat, ([moved, held, last],))
         wait_until_blocked(one)  # for the row that is being moved
         mover.commit()
-        wait_until_blocked(one)  # for the row that is held
+        while holder.info.backend_pid not in wait_until_blocked(one).blocked_by:
+            pass  # it is still seen waiting for the row that was moved
         second = other.start(heartbeat, ([last, moved],))
         wait_until_blocked(other)
         holder.commit()
