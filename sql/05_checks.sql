@@ -49,6 +49,18 @@ end;
 comment on function arbiter._any_id_expression(text, text) is
   'SQL for the id of a class that a text names in any form; null when it names none.';
 
+create or replace function arbiter._normal_expression(p_class text, p_text text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+return case p_class
+  when 'text' then p_text
+  else format('coalesce((%s)::text, %s)', arbiter._any_id_expression(p_class, p_text), p_text)
+end;
+comment on function arbiter._normal_expression(text, text) is
+  'SQL for the text by which arbiter knows the id that a text names; the text itself when it names none.';
+
 -- Ids are compared as texts. A text beside a uuid is read as one (_id_expression, 20_ids.sql), so that upper case names
 -- the same user. Other types that are mixed could never be equal, or only by chance.
 create or replace function arbiter._need_comparable_ids(

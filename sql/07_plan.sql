@@ -184,7 +184,7 @@ begin
     is_strange := 'false';
     if p_user_class = 'uuid' and arbiter._id_class(v_table, v_way.steps[v_way.last]) = 'text' then
       is_strange := format('%s is not null and (%s) is null', value, arbiter._any_id_expression('uuid', value));
-      value := format('coalesce((%s)::text, %s)', arbiter._any_id_expression('uuid', value), value);
+      value := arbiter._normal_expression('uuid', value);
     end if;
     value := value || ' collate "C"';
     return next;

@@ -8,8 +8,8 @@
 -- What depends on these types is generated (_build_ids): whenever the registry or settings.user_claim changes.
 
 -- A CASE, because the server evaluates no branch that it does not need. A pattern for the places of the dashes and a
--- regular expression without counts are the cheapest test of a uuid that is complete: any other costs twice as much. A
--- number that may have too many digits is compared first, so that nothing overflows.
+-- regular expression without counts are the cheapest complete test of a uuid that PostgreSQL 15 has. A number that may
+-- have too many digits is compared first, so that nothing overflows.
 create or replace function arbiter._id_expression(p_class text, p_text text)
 returns text
 language sql
@@ -40,18 +40,6 @@ return case p_class
 end;
 comment on function arbiter._usual_expression(text, text) is
   'SQL for whether a text is surely not another form of the id that it names, which is cheaper than to read it.';
-
-create or replace function arbiter._normal_expression(p_class text, p_text text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-return case p_class
-  when 'text' then p_text
-  else format('coalesce((%s)::text, %s)', arbiter._any_id_expression(p_class, p_text), p_text)
-end;
-comment on function arbiter._normal_expression(text, text) is
-  'SQL for the text by which arbiter knows the id that a text names; the text itself when it names none.';
 
 -- By the view and not by arbiter.registry, because the view follows a column that is renamed. A registry that was
 -- dropped with the view has left the functions that were made for its types: guards go on with these.
@@ -253,20 +241,6 @@ begin
   perform arbiter._build_ids();
 end
 $ids$;
-
-create or replace function arbiter._claims_state()
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select case when p.prosrc = arbiter._filled_in('arbiter._claimed_user_template()', arbiter._id_words('user', 'v_id'))
-                or to_regclass('arbiter.machines') is null then 'ok' else 'outdated' end
-    from pg_catalog.pg_proc p
-   where p.oid = 'arbiter.claimed_user_id()'::regprocedure;
-end;
-comment on function arbiter._claims_state() is
-  'Whether claimed_user_id() holds the user_claim of arbiter.settings: ok or outdated.';
 
 -- The text of an id is the user. Where users become uuids, a lease by the text in upper case would be of no user; where
 -- they were uuids, rows with such a text were written under another user's lease.

@@ -43,33 +43,6 @@ begin
 end
 $settings$;
 
-create or replace function arbiter._outdated_settings()
-returns setof text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select v.name
-    from arbiter.settings s
-   cross join lateral (
-     values ('heartbeat_timeout', s.heartbeat_timeout, arbiter._heartbeat_timeout()),
-            ('poll_interval', s.poll_interval, arbiter._poll_interval())) as v (name, is_set, is_used)
-   where v.is_set is distinct from v.is_used
-   order by 1;
-end;
-comment on function arbiter._outdated_settings() is
-  'The settings of which a generated function holds another value than arbiter.settings.';
-
-create or replace function arbiter._enforces()
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-begin atomic
-  select exists (select from arbiter.protections p where p.mode = 'enforce');
-end;
-comment on function arbiter._enforces() is 'Whether a protected table is in mode enforce.';
-
 -- What changes arbiter.protections locks it first, so no two sessions replace the function at once. Above read
 -- committed the snapshot may be older than what another session has protected, so there true stays true.
 create or replace function arbiter._build_enforced()
@@ -78,7 +51,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_enforced boolean := arbiter._enforces();
+  v_enforced boolean := exists (select from arbiter.protections p where p.mode = 'enforce');
 begin
   if not v_enforced
      and current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
@@ -100,16 +73,32 @@ begin
 end
 $enforced$;
 
-create or replace function arbiter._enforced_state()
-returns text
+-- The tables can be changed past their triggers, for example by a restore that disables them.
+create or replace function arbiter._outdated_constants()
+returns table (function_name text, problem text)
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select case when arbiter._is_enforced() = arbiter._enforces() then 'ok' else 'outdated' end;
+  select '_' || v.name, format('It does not hold the %s of arbiter.settings.', v.name)
+    from arbiter.settings s
+   cross join lateral (
+     values ('heartbeat_timeout', s.heartbeat_timeout, arbiter._heartbeat_timeout()),
+            ('poll_interval', s.poll_interval, arbiter._poll_interval())) as v (name, is_set, is_used)
+   where v.is_set is distinct from v.is_used
+  union all
+  select '_is_enforced', 'It does not say whether arbiter.protections has a table in mode enforce.'
+   where arbiter._is_enforced() <> exists (select from arbiter.protections p where p.mode = 'enforce')
+  union all
+  select p.proname, 'It does not hold the user_claim of arbiter.settings.'
+    from pg_catalog.pg_proc p
+   where p.oid = 'arbiter.claimed_user_id()'::regprocedure
+     and p.prosrc <> arbiter._filled_in('arbiter._claimed_user_template()', arbiter._id_words('user', 'v_id'))
+     and to_regclass('arbiter.machines') is not null
+   order by 1;
 end;
-comment on function arbiter._enforced_state() is
-  'Whether _is_enforced() says what arbiter.protections does: ok or outdated.';
+comment on function arbiter._outdated_constants() is
+  'The generated functions that hold another value than arbiter.settings or arbiter.protections.';
 
 -- Volatile because of the clock.
 do $is_active$

@@ -160,19 +160,9 @@ begin
   return query
     select 'settings', 'missing', 'arbiter.settings has no row: every decision fails.', 'Run: arbiter-db install'
      where not exists (select from arbiter.settings);
-  -- The settings can be changed past their trigger, for example by a restore that disables triggers.
   return query
-    select format('generated function arbiter._%s', s.name), 'outdated',
-           format('It does not hold the %s of arbiter.settings.', s.name), 'Run: arbiter-db install'
-      from arbiter._outdated_settings() as s (name);
-  return query
-    select 'generated function arbiter._is_enforced', 'outdated',
-           'It does not say whether arbiter.protections has a table in mode enforce.', 'Run: arbiter-db install'
-     where arbiter._enforced_state() <> 'ok';
-  return query
-    select 'generated function arbiter.claimed_user_id', 'outdated',
-           'It does not hold the user_claim of arbiter.settings.', 'Run: arbiter-db install'
-     where arbiter._claims_state() <> 'ok';
+    select format('generated function arbiter.%I', c.function_name), 'outdated', c.problem, 'Run: arbiter-db install'
+      from arbiter._outdated_constants() c;
   -- confirm_takeover() writes the registry as arbiter's owner, so what the registry runs has that owner's rights.
   return query
     select c.object, 'foreign',

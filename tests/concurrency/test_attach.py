@@ -265,7 +265,7 @@ def test_no_write_waits_with_an_installation_for_a_change_of_the_settings(db: Da
         one.run("commit")
         done.result(TIMEOUT_S)
     is_well(owner)
-    assert value(owner, "select count(*) from arbiter._outdated_settings()") == 0
+    assert value(owner, "select count(*) from arbiter._outdated_constants()") == 0
 
 
 def wait_until_waiting(conn: Conn, application: str) -> None:

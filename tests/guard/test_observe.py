@@ -379,10 +379,16 @@ def test_a_lease_that_another_session_has_created_meanwhile_decides(at: Stage) -
     admin = at.db.connect("postgres")
     admin.execute(
         """
-        create function public.tg_slow() returns trigger language plpgsql as
-          'begin perform pg_sleep(1); return new; end';
-        create trigger slow before insert on arbiter.leases
-          for each row execute function public.tg_slow();
+        create function public.tg_wait() returns trigger language plpgsql as $$
+        begin
+          for n in 1 .. 2000 loop
+            exit when exists (select from arbiter.leases l where l.user_id = new.user_id);
+            perform pg_sleep(0.01);
+          end loop;
+          return new;
+        end $$;
+        create trigger wait before insert on arbiter.leases
+          for each row execute function public.tg_wait();
         set session_replication_role = replica
         """
     )

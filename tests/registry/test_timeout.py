@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Conn = psycopg.Connection[Any]
 
-OUTDATED = "select count(*) from arbiter._outdated_settings()"
+OUTDATED = "select count(*) from arbiter._outdated_constants()"
 SECOND = timedelta(seconds=1)
 
 
