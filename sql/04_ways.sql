@@ -14,6 +14,16 @@ end;
 comment on function arbiter._ways(text) is
   'The ways of a path to the user in their order, each as its columns. Error 22023 when one is not a path.';
 
+create or replace function arbiter._keys(p_user_path text)
+returns table (way bigint, key text)
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select min(w.way), w.steps[1] from arbiter._ways(p_user_path) w group by w.steps[1] order by 1;
+end;
+comment on function arbiter._keys(text) is 'The columns of a table where the ways to the user begin, each once, in the order of the ways.';
+
 create or replace function arbiter._differ_expression(p_users text[])
 returns text
 language sql

@@ -94,8 +94,6 @@ returns arbiter.error
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_seconds integer := greatest(1, ceil(extract(epoch from (p_detail ->> 'retry_at')::timestamptz - clock_timestamp())));
 begin
   if coalesce(current_setting('request.method', true), '') = '' then
     return (p_sqlstate, p_message, p_detail::text, p_hint)::arbiter.error;
@@ -106,7 +104,8 @@ begin
     jsonb_build_object(
       'status', p_http_status,
       'headers', case when p_detail ->> 'retry_at' is null then '{}'
-                 else jsonb_build_object('Retry-After', v_seconds::text) end)::text,
+                 else jsonb_build_object('Retry-After', greatest(1,
+                   ceil(extract(epoch from (p_detail ->> 'retry_at')::timestamptz - clock_timestamp())))::text) end)::text,
     p_hint)::arbiter.error;
 end
 $$;

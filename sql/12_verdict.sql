@@ -58,17 +58,21 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
-  -- An instant that was never noted counts as p_at, because the machine may be alive. One that lies further in the
-  -- future than its period was noted before the clock was set back; its period counts as over.
-  v_grace_ends_at timestamptz := case
-    when p_machine.left_running_at - p_settings.stop_grace > p_at then p_at
-    else coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace end;
-  v_delay_ends_at timestamptz := case
-    when p_machine.entered_error_at - p_settings.error_takeover_delay > p_at then p_at
-    else coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay end;
+  v_grace_ends_at timestamptz;
+  v_delay_ends_at timestamptz;
   v_local arbiter.verdict;
   v_cloud arbiter.verdict;
 begin
+  if p_lease.claimant is not null and p_machine.state <> 'running' then
+    -- An instant that was never noted counts as p_at, because the machine may be alive. One that lies further in the
+    -- future than its period was noted before the clock was set back; its period counts as over.
+    v_grace_ends_at := case
+      when p_machine.left_running_at - p_settings.stop_grace > p_at then p_at
+      else coalesce(p_machine.left_running_at, p_at) + p_settings.stop_grace end;
+    v_delay_ends_at := case
+      when p_machine.entered_error_at - p_settings.error_takeover_delay > p_at then p_at
+      else coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay end;
+  end if;
   if p_lease.claimant is not null then
     case p_machine.state
       when 'stopping' then

@@ -128,8 +128,8 @@ end
 $settled_machine$;
 comment on function arbiter._settled_machine(text) is '_settled_machine_expression() as a function.';
 
--- Found means locked to the end of the transaction. The guard's query for the common case (_guard_template,
--- 22_guard.sql) has this lock written out, where a call would cost too much; test_one_rule holds the two together.
+-- Found means locked to the end of the transaction. The guard has this lock written out (_lease_expression,
+-- 21_words.sql), where a call would cost too much; test_one_rule holds the two together.
 create or replace function arbiter._share_lease(p_user_id text, p_source text, p_machine_id text)
 returns boolean
 language plpgsql

@@ -111,21 +111,22 @@ $is_active$;
 comment on function arbiter._is_active(text, timestamptz) is
   'Whether a machine of this state and heartbeat is active now: it runs and has sent a heartbeat in time.';
 
--- A function, so that a browser's write does not pay for what only a machine's needs.
-create or replace function arbiter._machine_may_write(p_machine_id anyelement, p_user_id text)
+-- A function, so that a browser's write does not pay for what only a machine's needs. Without a search_path of its own,
+-- because a guard has one, and to set it again costs as much as to read the machine.
+create or replace function arbiter._machine_may_write(p_machine_id anyelement, p_holder text, p_user_id text)
 returns boolean
 language plpgsql
 stable
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform
      from arbiter.machines m
     where m.machine_id = p_machine_id
+      and m.machine_id::text collate "C" = p_holder
       and m.user_id::text collate "C" = p_user_id
       and arbiter._is_active(m.state, m.heartbeat_at);
   return found;
 end
 $$;
-comment on function arbiter._machine_may_write(anyelement, text) is
-  'Whether a machine of a user runs and has sent a heartbeat in time.';
+comment on function arbiter._machine_may_write(anyelement, text, text) is
+  'Whether a machine of a user is the holder of a lease, runs and has sent a heartbeat in time.';

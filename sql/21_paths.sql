@@ -205,32 +205,6 @@ $$;
 comment on function arbiter._follows_key(regclass, name, text, text) is
   'Whether a change of a column is what a foreign key with on update cascade, or on delete set null, does. For a trigger on the table.';
 
--- A migration that makes a foreign key anew is not to be answered with rows that need no user.
-create or replace function arbiter._changed_path_hint(p_protection_id integer)
-returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_protection arbiter.protections;
-begin
-  select p.* into v_protection from arbiter.protections p where p.protection_id = p_protection_id;
-  if exists (
-    select from arbiter._path_views(v_protection) w where not arbiter._is_current_view(w.view_name, w.query, w.parent))
-  then
-    return format('A foreign key of the path %L has changed. The owner of the table calls arbiter.protect(%L).',
-      v_protection.user_path, v_protection.protected_table);
-  end if;
-  return null;
-exception
-  when invalid_parameter_value then
-    return format('A foreign key of the path %L is gone. The owner of the table makes it again, then calls arbiter.protect(%L).',
-      v_protection.user_path, v_protection.protected_table);
-end
-$$;
-comment on function arbiter._changed_path_hint(integer) is
-  'What to do when a foreign key of the path is not the one that the guard knows; null when it is.';
-
 -- A statement trigger fires only for the table that a statement names, so each partition needs its own.
 create or replace function arbiter._family(p_table regclass)
 returns setof regclass

@@ -117,12 +117,10 @@ declare
   v_table regclass;
   v_guard record;
   v_provenance name := '_provenance_' || p_protection_id;
-  v_words jsonb;
   v_view record;
 begin
   select p.* into strict v_protection from arbiter.protections p where p.protection_id = p_protection_id;
   v_table := v_protection.protected_table;
-  v_words := arbiter._guard_words(v_protection);
 
   perform arbiter._drop_path_views(p_protection_id, array(select w.view_name from arbiter._path_views(v_protection) w));
   for v_view in
@@ -145,12 +143,12 @@ begin
         or (select c.relkind = 'p' from pg_catalog.pg_class c where c.oid = v_table)
   loop
     perform arbiter._instantiate('arbiter._guard_template()', v_guard.name,
-      v_words || jsonb_build_object('__rows', v_guard.rows));
+      arbiter._guard_words(v_protection, v_guard.name) || jsonb_build_object('__rows', v_guard.rows));
     perform arbiter._seal(format('arbiter.%I()', v_guard.name)::regprocedure,
       format('Arbitrates writes to %s.', v_table));
   end loop;
 
-  perform arbiter._instantiate('arbiter._provenance_template()', v_provenance, v_words);
+  perform arbiter._instantiate('arbiter._provenance_template()', v_provenance, arbiter._guard_words(v_protection, v_provenance));
   perform arbiter._seal(format('arbiter.%I()', v_provenance)::regprocedure,
     format('Keeps who wrote a row of %s.', v_table));
 
@@ -172,7 +170,7 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select p.prosrc = arbiter._filled_in('arbiter._guard_template()',
-           arbiter._guard_words(p_protection) || '{"__rows": "arbiter_rows"}')
+           arbiter._guard_words(p_protection, p.proname) || '{"__rows": "arbiter_rows"}')
     from pg_catalog.pg_proc p
    where p.oid = to_regprocedure(format('arbiter.%I()', '_guard_' || (p_protection).protection_id));
 end;

@@ -98,14 +98,7 @@ begin
       when others then
         state := 'outdated';
         problem := sqlerrm;
-        remedy := coalesce(
-          (select format('If it was renamed, rename it to %s again; if it was dropped: %s', c.name, remedy)
-             from unnest('{source,arbiter_xid}'::name[]) as c (name)
-            where not arbiter._is_column(v_protection.protected_table, c.name)
-              and (c.name = 'source' or v_protection.evidence)
-            limit 1),
-          arbiter._protect_statement(nullif(arbiter._by_current_names(v_protection), v_protection)),
-          'Call arbiter.protect() with the names that the table has now.');
+        remedy := arbiter._columns_remedy(v_protection);
     end;
     return next;
     return query

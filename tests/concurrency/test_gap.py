@@ -43,11 +43,12 @@ create or replace view arbiter._path_1_1 as
   select t.id as key, t.user_id as value from public.traders t where public.gate();
 """
 MACHINE = f"""
-create or replace function arbiter._machine_may_write(p_machine_id anyelement, p_user_id text)
+create or replace function arbiter._machine_may_write(
+  p_machine_id anyelement, p_holder text, p_user_id text)
 returns boolean language plpgsql stable as $$
 begin
   perform pg_advisory_xact_lock_shared({GATE});
-  return true;
+  return coalesce(p_machine_id::text = p_holder, false);
 end $$;
 """
 INSERT = """

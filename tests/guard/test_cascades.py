@@ -169,6 +169,73 @@ def test_a_user_who_is_deleted_leaves_the_rows(at: Stage, kind: str, two_ways: b
     assert rows(at.owner, audit) == [("not_provable", "unowned", 1)]
 
 
+MACHINES_GO = """
+alter table public.cloud_machines
+  drop constraint cloud_machines_user_id_fkey,
+  add constraint cloud_machines_user_id_fkey foreign key (user_id) references auth.users (id)
+    on delete cascade
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "partitioned"])
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+@pytest.mark.parametrize("first", ["machine", "row"])
+def test_where_updates_are_arbitrated_it_is_nobodys_write(
+    at: Stage, first: str, unowned: str, kind: str
+) -> None:
+    """Whoever holds, and also when the machine is deleted with its user, in either order."""
+    if first == "machine":  # keys act in the order in which they were made
+        at.owner.execute(MACHINES_GO)
+    at.owner.execute(
+        f"""
+        create table public.notes (
+          id integer, user_id uuid references auth.users (id) on delete set null, note text)
+          {"partition by range (id)" if kind == "partitioned" else ""};
+        grant all on public.notes to service_role, authenticated""".encode()
+    )
+    if kind == "partitioned":
+        at.owner.execute("create table public.some partition of public.notes default")
+    if first == "row":
+        at.owner.execute(MACHINES_GO)
+    at.owner.execute(
+        "select arbiter.protect('public.notes', p_verbs => '{insert,update}', p_unowned => %s)",
+        (unowned,),
+    )
+    at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    mine = "insert into public.notes values (%s, %s, null, 'cloud', %s)"
+    at.conn.execute(mine, (2, at.bob.id, at.machine))
+    row = "select id, user_id, note, source, machine_id from public.notes where id = %s"
+    before = [one(at.owner, row, 1), one(at.owner, row, 2)]
+    for user in (at.ada, at.bob):
+        at.owner.execute("delete from public.signals where trader_id = %s", (user.trader,))
+        at.owner.execute("delete from public.traders where id = %s", (user.trader,))
+    # A machine of Ada's is active: it is not asked.
+    activate(at.owner, at.ada)
+
+    at.owner.execute("delete from auth.users where id = %s", (at.ada.id,))
+    assert one(at.owner, row, 1) == before[0]._replace(user_id=None)
+    at.owner.execute("delete from auth.users where id = %s", (at.bob.id,))
+    # protect() adds no foreign key for the machine to a partitioned table.
+    machine = None if kind == "plain" else at.machine
+    assert one(at.owner, row, 2) == before[1]._replace(user_id=None, machine_id=machine)
+
+    # A write to such a row is one to a row without a user.
+    write = "update public.notes set note = 'x', source = 'local', machine_id = null"
+    if unowned == "reject":
+        for conn in (at.conn, at.owner):
+            assert rejection(conn.execute, write).sqlstate == "WX005"
+            assert rejection(conn.execute, "update public.notes set note = 'x'").sqlstate == "WX005"
+    else:
+        at.conn.execute(write)
+        browser = at.db.connect(role="authenticated")
+        assert rejection(browser.execute, write).sqlstate == "WX005"
+    take = "update public.notes set user_id = %s, source = 'local', machine_id = null"
+    eve = add_user(at.owner)
+    assert rejection(at.conn.execute, take, (eve.id,)).sqlstate == "WX006"
+    audit = "select finding, reason, row_count from arbiter.audit('public.notes')"
+    assert rows(at.owner, audit) == [("not_provable", "unowned", 2)]
+
+
 def test_a_row_without_a_user_is_not_made_by_hand(at: Stage) -> None:
     """Not while the user is there, nor by a key that does something else."""
     at.owner.execute("""

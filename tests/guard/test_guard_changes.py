@@ -114,7 +114,7 @@ def named(**names: str) -> tuple[tuple[str, str], ...]:
     return tuple(names.items())
 
 
-UNDEFINED_COLUMN, UNDEFINED_TABLE = "42703", "42P01"
+UNDEFINED_TABLE = "42P01"
 
 #: There is no operator for that type.
 OTHER_TYPE = "42883"
@@ -122,14 +122,14 @@ OTHER_TYPE = "42883"
 CHANGES = {
     "column renamed, path": Change(
         "alter table public.orders rename owner_id to account_id",
-        UNDEFINED_COLUMN,
+        "WX005",
         protect="'public.orders', 'account_id.user_id'",
         names=named(owner_id="account_id"),
         mended_names=named(owner_id="account_id"),
     ),
     "column renamed, machine": Change(
         "alter table public.orders rename machine_id to fly_app_id",
-        UNDEFINED_COLUMN,
+        "WX005",
         protect="'public.orders', p_machine_column => 'fly_app_id'",
         names=named(machine_id="fly_app_id"),
         mended_names=named(machine_id="fly_app_id"),
@@ -142,38 +142,30 @@ CHANGES = {
     ),
     "column renamed, source": Change(
         "alter table public.orders rename source to origin",
-        UNDEFINED_COLUMN,
+        "WX005",
         mend="alter table public.orders rename origin to source",
         names=named(source="origin"),
     ),
     "column renamed, evidence": Change(
         "alter table public.orders rename arbiter_xid to xid8",
-        UNDEFINED_COLUMN,
+        "WX005",
         mend="alter table public.orders rename xid8 to arbiter_xid",
     ),
     "column dropped, machine": Change(
         "alter table public.orders drop column machine_id cascade",
-        UNDEFINED_COLUMN,
+        "WX005",
         names=named(without="machine_id"),
     ),
     "column dropped, source": Change(
         "alter table public.orders drop column source cascade",
-        UNDEFINED_COLUMN,
+        "WX005",
         names=named(without="source machine_id"),
     ),
     "column dropped, evidence": Change(
-        "alter table public.orders drop column arbiter_xid cascade", UNDEFINED_COLUMN
+        "alter table public.orders drop column arbiter_xid cascade", "WX005"
     ),
     "default dropped, evidence": Change(
         "alter table public.orders alter column arbiter_xid drop default", "WX005"
-    ),
-    "type changed, machine": Change(
-        "alter table public.orders drop constraint arbiter_machine_id_fkey;"
-        "drop trigger arbiter_provenance on public.orders;"
-        "drop policy arbiter_claim on public.orders;"
-        "alter table public.orders alter column machine_id type text",
-        "42804",
-        mend="alter table public.orders alter column machine_id type uuid using machine_id::uuid",
     ),
     "type changed, evidence": Change(
         "alter table public.orders alter column arbiter_xid type text",
@@ -245,6 +237,120 @@ def test_a_rejection_says_that_a_foreign_key_of_the_path_has_changed(
         )
     at.protect()
     at.insert(at.old, at.adas)
+
+
+def test_a_machine_column_of_another_type_is_no_machines_any_more(at: Stage) -> None:
+    """A browser names no machine, so it writes on."""
+    at.owner.execute(
+        "alter table public.orders drop constraint arbiter_machine_id_fkey;"
+        "drop trigger arbiter_provenance on public.orders;"
+        "drop policy arbiter_claim on public.orders;"
+        "alter table public.orders alter column machine_id type text"
+    )
+    for conn in (at.old, at.db.connect()):
+        at.insert(conn, at.adas)
+        assert rejection(at.insert, conn, at.bobs).sqlstate == "WX001"
+        assert rejection(at.insert, conn, at.bobs, "cloud").sqlstate == OTHER_TYPE
+    at.protect()
+    at.insert(at.old, at.bobs, "cloud")
+
+
+PROTECT_AGAIN = "select arbiter.protect('public.orders', '{path}', '{{insert}}', '{machine}'"
+
+#: A change, and what mends it.
+GONE = {
+    "path": (
+        "rename owner_id to account_id",
+        "owner_id",
+        PROTECT_AGAIN.format(path="account_id.user_id", machine="machine_id"),
+    ),
+    "machine": (
+        "rename machine_id to fly_app_id",
+        "machine_id",
+        PROTECT_AGAIN.format(path="owner_id.user_id", machine="fly_app_id"),
+    ),
+    "source": (
+        "rename source to origin",
+        "source",
+        "If it was renamed, rename it to source again; if it was dropped: "
+        + PROTECT_AGAIN.format(path="owner_id.user_id", machine="machine_id"),
+    ),
+    "evidence": (
+        "drop column arbiter_xid",
+        "arbiter_xid",
+        "If it was renamed, rename it to arbiter_xid again; if it was dropped: "
+        + PROTECT_AGAIN.format(path="owner_id.user_id", machine="machine_id"),
+    ),
+    "machine dropped": (
+        "drop column machine_id cascade",
+        "machine_id",
+        "Call arbiter.protect() with the names that the table has now.",
+    ),
+}
+
+#: One row, rows of one writer, and rows of several.
+ROWS = {
+    "one": "insert into public.orders ({column}) values (%(adas)s)",
+    "many": "insert into public.orders ({column}) select %(adas)s from generate_series(1, 3)",
+    "several": "insert into public.orders ({column}) values (%(adas)s), (%(eves)s)",
+    "update": "update public.orders set {column} = {column}",
+}
+
+
+@pytest.mark.parametrize("mode", ["enforce", "observe"])
+@pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
+@pytest.mark.parametrize("change", GONE)
+def test_writers_are_told_what_mends_a_column_that_is_gone(
+    at: Stage, change: str, verbs: str, mode: str
+) -> None:
+    """Sessions with plans of before, too, and by any statement; doctor() says the same."""
+    ddl, column, remedy = GONE[change]
+    remedy = remedy.replace("{insert}", verbs)
+    eve = add_user(at.owner)
+    at.protect(f"'public.orders', p_verbs => '{verbs}', p_mode => '{mode}'")
+    now = "account_id" if change == "path" else "owner_id"
+    eves = value(at.owner, "insert into public.owners (user_id) values (%s) returning id", eve.id)
+    writes = {name: sql.format(column="owner_id") for name, sql in ROWS.items()}
+    old = at.db.connect(prepare_threshold=None)
+    for write in writes.values():
+        old.execute(write.encode(), {"adas": at.adas, "eves": eves})
+    before = count_rows(at.owner, "public.orders")
+
+    at.owner.execute(f"alter table public.orders {ddl}".encode())
+    for conn in (old, at.db.connect()):
+        for sql in ROWS.values():
+            write = sql.format(column=now)
+            params = {"adas": at.adas, "eves": eves}
+            if mode == "observe":
+                conn.execute(write.encode(), params)
+                continue
+            error = rejection(conn.execute, write, params)
+            assert error.sqlstate == "WX005"
+            assert (error.diag.message_hint or "").startswith(
+                f"Table public.orders has no column {column} any more. What mends it: {remedy}"
+            )
+    if mode == "enforce":
+        assert count_rows(at.owner, "public.orders") == before
+    (found,) = rows(
+        at.owner,
+        "select remedy from arbiter.doctor() where object = 'protection of public.orders'",
+    )
+    assert found[0].startswith(remedy)
+    if found[0].startswith("select"):
+        at.owner.execute(found[0].encode())
+        old.execute(ROWS["several"].format(column=now).encode(), {"adas": at.adas, "eves": eves})
+
+
+def test_a_snapshot_older_than_the_change_is_told_less(at: Stage) -> None:
+    at.old.execute("begin isolation level repeatable read")
+    at.old.execute("select 1")
+    at.owner.execute("alter table public.orders rename machine_id to fly_app_id")
+    error = rejection(lambda: at.insert(at.old, at.adas, without="machine_id"))
+    assert (error.sqlstate, error.diag.message_hint) == (
+        "WX005",
+        "A column that the guard needs was renamed or dropped: the owner of the table calls"
+        " arbiter.protect().",
+    )
 
 
 #: After these the guard still knows what it guards, by what the tables are and not by their names.

@@ -22,6 +22,7 @@ from conftest import OWNER, Database, Templates
 from psycopg import sql
 from psycopg.rows import scalar_row
 from sessions import TIMEOUT_S
+from story import add_user, rejection
 from yoyo import get_backend, read_migrations
 
 import arbiter_db
@@ -1100,9 +1101,8 @@ def test_goes_on_where_the_column_of_a_user_was_renamed(db: Database) -> None:
     conn.execute("select arbiter.protect('public.positions', 'user_id')")
     conn.execute("alter table public.positions rename user_id to owner_id")
     arbiter_db.install(db.conninfo())
-    with pytest.raises(psycopg.errors.UndefinedColumn):
-        conn.execute(
-            "insert into public.positions (owner_id, symbol) select id, '' from auth.users"
-        )
+    add_user(conn)
+    write = "insert into public.positions (owner_id, symbol) select id, '' from auth.users"
+    assert rejection(conn.execute, write).sqlstate == "WX005"
     problem = "select problem from arbiter.doctor() where object = 'protection of public.positions'"
     assert column(conn, problem) == ["arbiter: table public.positions has no column user_id"]

@@ -162,8 +162,9 @@ def test_files_that_run_one_by_one_drop_nothing(db: Database) -> None:
 
 def downgrade(db: Database) -> None:
     """The guard of an earlier version, which calls _admit() with one parameter more."""
-    (path,) = [path for path in installer._sql_files() if path.name == "22_guard.sql"]
-    text = path.read_text(encoding="ascii")
+    names = ("22_admit.sql", "22_guard.sql")
+    paths = [path for path in installer._sql_files() if path.name in names]
+    text = "".join(path.read_text(encoding="ascii") for path in paths)
     for now, before in (
         ("v_write.machine_id, v_write.flaw);", "v_write.machine_id, v_write.flaw, 1);"),
         ("  p_machine_id text,\n  p_flaw text)\nreturns arbiter.error",

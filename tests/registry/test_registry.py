@@ -867,8 +867,10 @@ def assert_guard_rejects(
         lambda: add_app_signal(app_conn, cloudy, "cloud"),
     ):
         error = rejection(write)
-        assert error.sqlstate == "42703"
-        assert "call arbiter.protect() again" in (error.diag.internal_query or "")
+        assert error.sqlstate == "WX005"
+        hint = error.diag.message_hint or ""
+        assert "has no column machine_id any more. What mends it: " in hint
+        assert "arbiter.protect(" in hint
     assert rows(owner, "select * from public.signals order by id") == before
 
 

@@ -67,11 +67,12 @@ def test_a_machine_may_write_as_the_verdict_says(
         " where l.user_id = %s",
         user.id,
     )
-    ask = "select arbiter._machine_may_write(%s::uuid, %s)"
+    ask = "select arbiter._machine_may_write(%s::uuid, %s, %s)"
     runs = state not in ("error", "stopped")
-    assert value(conn, ask, machine, user.id) is (runs and verdict is None)
+    assert value(conn, ask, machine, machine, user.id) is (runs and verdict is None)
     assert (verdict is None) is (beat is not None and abs(beat) < 30)
-    assert value(conn, ask, machine, other.id) is False
+    assert value(conn, ask, machine, machine, other.id) is False
+    assert value(conn, ask, machine, machine.upper(), user.id) is False
 
     # Status answers without the verdict while the machine is active.
     said = status(conn, user.id)
@@ -100,10 +101,10 @@ def test_any_interval_is_the_one_that_the_verdict_compares(
     owner = db.connect()
     machine = activate(owner, user := add_user(owner))
     owner.execute("update arbiter.settings set heartbeat_timeout = %s::interval", (timeout,))
-    ask = "select arbiter._machine_may_write(%s::uuid, %s)"
+    ask = "select arbiter._machine_may_write(%s::uuid, %s, %s)"
     for ago, fresh in ((3600 * hours * SECOND - 9 * SECOND, True), (3600 * hours * SECOND, False)):
         age(owner, machine, heartbeat=ago)
-        assert value(owner, ask, machine, user.id) is fresh
+        assert value(owner, ask, machine, machine, user.id) is fresh
         assert status(owner, user.id)["environment"] == ("cloud" if fresh else "local")
 
 
@@ -244,7 +245,7 @@ def test_no_other_role_may_ask(db: Database) -> None:
     machine = add_machine(db.connect(), add_user(db.connect()))
     for role in ("anon", "authenticated", "service_role"):
         conn = db.connect(role=role)
-        ask = "select arbiter._machine_may_write(%s::uuid, null)"
+        ask = "select arbiter._machine_may_write(%s::uuid, null, null)"
         assert rejection(conn.execute, ask, (machine,)).sqlstate == "42501"
         for name in ("heartbeat_timeout", "poll_interval", "is_enforced"):
             assert rejection(conn.execute, f"select arbiter._{name}()").sqlstate == "42501"
