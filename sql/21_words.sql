@@ -39,11 +39,12 @@ comment on function arbiter._no_keys_expression(arbiter.protections, text) is
 create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text, p_op text)
 returns text
 language sql
-immutable
+stable
 set search_path = pg_catalog, pg_temp
 return case when 'update' = any ((p_protection).verbs)
-  then format('(%3$s = ''INSERT'' or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s)',
-    p_row, (p_protection).machine_column, p_op, arbiter._no_keys_expression(p_protection, p_row))
+  then format('(%3$s = ''INSERT'' or not %5$s or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s)',
+    p_row, (p_protection).machine_column, p_op, arbiter._no_keys_expression(p_protection, p_row),
+    arbiter._stands_expression(p_protection))
   else 'true' end;
 comment on function arbiter._judged_expression(arbiter.protections, text, text) is
   'SQL for whether the guard judges a row. p_op: SQL for what tg_op is.';
@@ -116,6 +117,8 @@ begin atomic
     '__protection', (p_protection).protection_id::text,
     '__mode', quote_literal((p_protection).mode),
     '__unowned', quote_literal((p_protection).unowned),
+    '__has_before', ('update' = any ((p_protection).verbs) or exists (
+      select from pg_catalog.pg_class c where c.oid = (p_protection).protected_table and c.relkind = 'p'))::text,
     '__updates', ('update' = any ((p_protection).verbs))::text,
     '__machine', quote_ident((p_protection).machine_column),
     '__machine_of(n)', format('n.%I::text collate "C"', (p_protection).machine_column),

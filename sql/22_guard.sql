@@ -24,6 +24,7 @@
 --   __is_judged(x)  whether the guard judges x; it leaves an update that took the machine away, or the user, to
 --                   _provenance_template, which sees the old row, too
 --   __writer(x)     what the rows of one writer have in common: keys and machine; null for keys not compared so
+--   __has_before    whether _provenance_template also comes before an update: true or false
 --   __has_writer    whether keys are compared so: true or false
 --   __updates       whether updates are arbitrated, too: true or false
 --   __found, __op   found and tg_op, by names that no column has
@@ -148,6 +149,7 @@ set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
+  v_columns_gone boolean := false;
   v_user_id text;
   v_machine_gone boolean;
   v_error arbiter.error;
@@ -164,14 +166,19 @@ begin
     end if;
   exception
     when undefined_column then
-      v_error := arbiter._admit(__protection, __mode, __unowned, null, null, null, 'columns');
-      if v_error.sqlstate is null then
-        return new;
-      end if;
+      v_columns_gone := true;
   end;
-  if v_error.sqlstate is not null then
-    raise exception using
-      errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
+  -- What is only observed is recorded once. Where updates are arbitrated the guard tells of columns that are gone.
+  if __mode = 'observe' and tg_when = 'AFTER' and __has_before or v_columns_gone and __updates then
+    return new;
+  end if;
+  if v_columns_gone then
+    v_error := arbiter._admit(__protection, __mode, __unowned, null, null, null, 'columns');
+    if v_error.sqlstate is not null then
+      raise exception using
+        errcode = v_error.sqlstate, message = v_error.message, detail = v_error.detail, hint = v_error.hint;
+    end if;
+    return new;
   end if;
   if (__is_ours(new)) and arbiter._is_amending(__protection) then
     return new;

@@ -251,6 +251,30 @@ def test_updates_are_observed_where_they_are_judged(at: Stage) -> None:
     assert value(at.owner, "select quantity from public.positions") == 3
 
 
+@pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
+@pytest.mark.parametrize("kind", ["plain", "partitioned"])
+def test_a_change_of_provenance_is_recorded_once(at: Stage, kind: str, verbs: str) -> None:
+    at.owner.execute(
+        b"create table public.notes (id integer, user_id uuid, note text)"
+        + (b" partition by range (id)" if kind == "partitioned" else b"")
+    )
+    if kind == "partitioned":
+        at.owner.execute("create table public.some partition of public.notes default")
+    at.owner.execute(
+        "select arbiter.protect('public.notes', 'user_id', p_verbs => %s, p_mode => 'observe')",
+        (verbs,),
+    )
+    at.owner.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    at.owner.execute("update public.notes set user_id = %s", (add_user(at.owner).id,))
+    assert [seen.code for seen in at.observations()] == ["provenance_immutable"]
+    at.owner.execute("alter table public.notes rename source to origin")
+    at.owner.execute("update public.notes set note = 'x'")
+    codes = [seen.code for seen in at.observations()][1:]
+    # The guard of a partitioned table judges an update by the statement and by the row.
+    both = (kind, verbs) == ("partitioned", "{insert,update}")
+    assert codes == ["wrong_identity"] * (2 if both else 1)
+
+
 def test_enforce_and_back(at: Stage) -> None:
     add_signal(at.conn, at.ada.trader)
     for _ in range(2):
