@@ -58,6 +58,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_fresh boolean := arbiter._is_fresh(p_machine.heartbeat_at, p_settings.heartbeat_timeout, p_at);
+  v_state text := p_machine.state;
   v_grace_ends_at timestamptz;
   v_delay_ends_at timestamptz;
   v_local arbiter.verdict;
@@ -72,9 +73,14 @@ begin
     v_delay_ends_at := case
       when p_machine.entered_error_at - p_settings.error_takeover_delay > p_at then p_at
       else coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay end;
+    -- A machine that starts again out of an error stays in error until it runs, is stopped, or the user confirms: it may
+    -- be a supervisor that starts it, and not the user.
+    if p_machine.state = 'starting' and p_machine.entered_error_at is not null then
+      v_state := 'error';
+    end if;
   end if;
   if p_lease.claimant is not null then
-    case p_machine.state
+    case v_state
       when 'stopping' then
         if v_fresh or p_at < v_grace_ends_at then
           v_local.code := 'cooling_down';

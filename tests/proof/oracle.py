@@ -309,7 +309,11 @@ class Machine(NamedTuple):
         return self._replace(
             state=state,
             left_running=left_running,
-            entered_error=at if state == "error" else None,
+            entered_error=(self.entered_error or at)
+            if state == "error"
+            else self.entered_error
+            if state == "starting"
+            else None,
         )
 
 
@@ -335,7 +339,7 @@ def _takeover(machine: Machine, settings: Settings) -> tuple[str, str, Window]:
     if machine.state == "stopping":
         both = max(lapses[0], cooled[0]), max(lapses[1], cooled[1])
         return "WX002", "stop_stalled", both
-    if machine.state == "error":
+    if machine.state == "error" or (machine.state == "starting" and machine.entered_error):
         elapses = _after(machine.entered_error, settings.error_takeover_delay, inf)
         never = inf, inf
         return "WX003", "error_elapsed", never if settings.error_takeover_confirm else elapses

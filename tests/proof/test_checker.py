@@ -431,6 +431,11 @@ def _started_again(tale: Tale) -> None:
     tale.registry("status", 20.0, "starting")
 
 
+def _restarted(tale: Tale) -> None:
+    _left("error")(tale)
+    tale.registry("status", 20.0, "starting")
+
+
 def _failed_after_stop(tale: Tale) -> None:
     _left("stopping")(tale)
     tale.registry("status", 20.0, "error")
@@ -505,6 +510,8 @@ def _only(code: str) -> frozenset[str | None]:
         pytest.param(_beating("stopped"), 35.1, ADMIT, _only("WX004"), id="stopped, beats on"),
         pytest.param(_started_again, 34.9, _only("WX002"), ADMIT, id="starting again, grace"),
         pytest.param(_started_again, 35.1, ADMIT, _only("WX004"), id="starting again, over"),
+        pytest.param(_restarted, 35.1, _only("WX003"), ADMIT, id="starting out of an error"),
+        pytest.param(_restarted, 135.1, _only("WX003"), _only("WX004"), id="the same, longer"),
         pytest.param(_deleted, 34.9, _only("WX002"), ABSENT, id="deleted, grace"),
         pytest.param(_deleted, 35.1, ADMIT, ABSENT, id="deleted, over"),
         pytest.param(_deleted_after_stop, 35.1, ADMIT, ABSENT, id="stopped before deleted"),
@@ -578,6 +585,7 @@ def test_the_challenger_holds_once_the_other_machine_is_not_entitled_any_more() 
         pytest.param(_left("stopped"), 50.0, "55000", id="stopped"),
         pytest.param(_left("error"), 134.9, "WX003", id="too early"),
         pytest.param(_left("error"), 135.1, None, id="error"),
+        pytest.param(_restarted, 135.1, None, id="starting out of an error"),
         pytest.param(_confirmed, 141.0, "55000", id="confirmed already"),
     ],
 )
@@ -853,6 +861,8 @@ class Seen:
                 return "WX002" if fresh or cooling else None
             case "error":
                 return "WX003"
+            case "starting" if machine in self.failed:
+                return "WX003"
             case _:
                 return "WX002" if cooling else None
 
@@ -936,7 +946,7 @@ class Simulation:
 
     def _confirm(self, actor: str) -> None:
         machine = self.now.claimant
-        if machine is None or self.now.status.get(machine) != "error":
+        if machine is None or machine not in self.now.failed:
             return
         early = self.at - self.now.failed[machine] < SHORT.error_takeover_delay
         if early:
@@ -977,6 +987,7 @@ class Simulation:
         elif verb == "delete":
             del now.status[machine]
             now.heartbeat.pop(machine, None)
+            now.failed.pop(machine, None)
             now.left.setdefault(machine, at)
         elif word is not None and word != old:
             now.status[machine] = word
@@ -988,9 +999,10 @@ class Simulation:
                 now.left[machine] = at
             else:
                 now.left.setdefault(machine, at)
-            now.failed.pop(machine, None)
             if word == "error":
-                now.failed[machine] = at
+                now.failed.setdefault(machine, at)
+            elif word != "starting":
+                now.failed.pop(machine, None)
         self.now = now
         fresh = at - now.heartbeat.get(machine, -99.0) < SHORT.heartbeat_timeout
         if now.status.get(machine) == "running" and fresh and self.locked_by is None:

@@ -320,14 +320,14 @@ def _judge_browser(world: World, user: str, machine: str, now: datetime) -> Verd
         if heartbeat is not None and fresh:
             grace = max(grace, heartbeat + rules.heartbeat_timeout)
         return Verdict("cooling_down", grace) if now < grace else Verdict(takeover="stop_stalled")
-    if state == "error":
+    if state == "error" or (state == "starting" and note.entered_error is not None):
         delay = _end(note.entered_error, rules.error_takeover_delay, now)
         if now < delay:
             return Verdict("takeover_unconfirmed", delay)
         if rules.error_takeover_confirm:
             return Verdict("takeover_unconfirmed")
         return Verdict(takeover="error_elapsed")
-    # Stopped, starting again, or deleted.
+    # Stopped, starting again (not out of an error), or deleted.
     return Verdict("cooling_down", grace) if now < grace else Verdict(takeover="machine_stopped")
 
 
@@ -643,14 +643,12 @@ def _note(
     was = world.meaning(old.word) if old and same else None
     state = world.meaning(new.word) if new else None
     if new and new.user and state != was:
-        left = notes.get((new.user, name), Note()).left_running
-        if state == "running":
-            left = None
-        elif was == "running":
-            left = now
+        noted = notes.get((new.user, name), Note())
+        left = now if was == "running" else noted.left_running or now
+        error = noted.entered_error or now if state == "error" else noted.entered_error
         notes[new.user, name] = Note(
-            left_running=None if state == "running" else left or now,
-            entered_error=now if state == "error" else None,
+            left_running=None if state == "running" else left,
+            entered_error=error if state in ("error", "starting") else None,
         )
     world = replace(world, notes=notes)
     if new and new.user and not same:

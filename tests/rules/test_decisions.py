@@ -167,8 +167,8 @@ CASES = [
     ],
     *[
         Case(
-            f"error, {when}, {how}",
-            ("error",),
+            f"{', '.join(words)}, {when}, {how}",
+            words,
             heartbeat=heartbeat,
             left=error,
             error=error,
@@ -176,8 +176,10 @@ CASES = [
             code=code,
             reason=reason,
             retry=("error",) if error < DELAY else (),
-            state="error",
+            state="starting" if words[-1] == "provisioning" else words[-1],
         )
+        # Starting again does not end an error, and the first one counts.
+        for words in (("error",), ("error", "provisioning"), ("error", "starting", "error"))
         for how, heartbeat in [("fresh", 0 * S), ("stale", TIMEOUT)]
         for when, error, settings, code, reason in [
             ("too early", DELAY - SHORTLY, None, "takeover_unconfirmed", None),
