@@ -31,6 +31,16 @@ $$;
 comment on function arbiter._fail(text, text, text) is
   'Raises an error. p_condition: an SQLSTATE or the name of its condition. p_hint: what to do next.';
 
+-- The server treats read uncommitted as read committed.
+create or replace function arbiter._sees_commits()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+return current_setting('transaction_isolation') in ('read committed', 'read uncommitted');
+comment on function arbiter._sees_commits() is
+  'Whether each statement of the transaction sees what others have committed before it; above read committed it does not.';
+
 create or replace function arbiter._say(p_lines text[])
 returns void
 language plpgsql

@@ -283,7 +283,7 @@ begin
       'Give its function a search_path of its own, or call this from a session without temporary objects; nothing was changed.');
   end if;
   -- Above read committed the snapshot may be older than a trigger that fires all the same. Privileges are those of now.
-  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
+  if not arbiter._sees_commits()
      and exists (select from arbiter._may_create_triggers(p_table))
   then
     perform arbiter._fail('feature_not_supported',

@@ -73,8 +73,8 @@ begin
     v_delay_ends_at := case
       when p_machine.entered_error_at - p_settings.error_takeover_delay > p_at then p_at
       else coalesce(p_machine.entered_error_at, p_at) + p_settings.error_takeover_delay end;
-    -- A machine that starts again out of an error stays in error until it runs, is stopped, or the user confirms: it may
-    -- be a supervisor that starts it, and not the user.
+    -- A machine that starts again out of an error stays in error until it runs, is stopped, or the user confirms: a
+    -- supervisor may have started it.
     if p_machine.state = 'starting' and p_machine.entered_error_at is not null then
       v_state := 'error';
     end if;

@@ -138,7 +138,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_exact boolean := current_setting('transaction_isolation') = 'read committed';
+  v_exact boolean := arbiter._sees_commits();
   v_xid constant xid8 := pg_current_xact_id();
   v_top constant bigint := v_xid::text::bigint;
   v_frontier xid8;

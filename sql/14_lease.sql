@@ -231,7 +231,7 @@ as $$
 declare
   v_seen boolean := true;
 begin
-  if current_setting('transaction_isolation') <> 'read committed' then
+  if not arbiter._sees_commits() then
     begin
       if p_machine.state = 'deleted' then
         -- There is no row to lock, but its note is written when the machine comes back.

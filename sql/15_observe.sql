@@ -32,18 +32,18 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_isolation constant text := current_setting('transaction_isolation');
+  v_serializable constant boolean := current_setting('transaction_isolation') = 'serializable';
 begin
   -- At serializable the deletion would make transactions of others fail. So there the size of the file, with what is
   -- deleted and not vacuumed yet, bounds what is recorded: no transaction conflicts over it.
-  if v_isolation = 'serializable' and pg_relation_size('arbiter.observations') > 16 * 1024 * 1024 then
+  if v_serializable and pg_relation_size('arbiter.observations') > 16 * 1024 * 1024 then
     return;
   end if;
   insert into arbiter.observations (observed_at, protected_table, code, detail, xid)
   values (clock_timestamp(), p_table, p_code, p_detail, pg_current_xact_id());
-  if v_isolation = 'read committed' then
+  if arbiter._sees_commits() then
     perform arbiter._trim_observations(p_table);
-  elsif v_isolation = 'repeatable read' then
+  elsif not v_serializable then
     begin
       perform arbiter._trim_observations(p_table);
     exception

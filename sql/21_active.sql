@@ -54,7 +54,7 @@ declare
   v_enforced boolean := exists (select from arbiter.protections p where p.mode = 'enforce');
 begin
   if not v_enforced
-     and current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
+     and not arbiter._sees_commits()
      and to_regprocedure('arbiter._is_enforced()') is not null
   then
     v_enforced := arbiter._is_enforced();

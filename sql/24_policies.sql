@@ -148,7 +148,7 @@ begin atomic
    where (p_table is null or coalesce(n.table_name, p.table_name) in (select arbiter._family(p_table)))
      and (n.policy_name is null
        or p.policy_name is null
-       or p_table is not null and current_setting('transaction_isolation') <> 'read committed'
+       or p_table is not null and not arbiter._sees_commits()
        or not arbiter._is_current_policy(n.table_name, n.policy_name, n.definition, n.meaning));
 end;
 comment on function arbiter._wrong_policies(regclass) is
