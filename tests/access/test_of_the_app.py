@@ -20,6 +20,7 @@ POLICIES = {
     "": True,
     "for update to authenticated using (true)": False,
     "for all to authenticated using (true)": False,
+    "for update to service_role, authenticated using (true)": False,
     "for update using (true)": False,
     "for update to service_role, anon using (true)": True,
     "for insert to authenticated with check (true)": True,
