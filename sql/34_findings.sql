@@ -152,6 +152,23 @@ end;
 comment on function arbiter._left_on_others() is
   'Triggers of a guard on tables that are not part of the protected table any more, such as a detached partition.';
 
+-- A tool that compares schemas copies functions and triggers, and no rows.
+create or replace function arbiter._unknown_guards()
+returns table (table_name regclass)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select distinct t.tgrelid::regclass
+    from pg_catalog.pg_trigger t
+    join pg_catalog.pg_proc f on f.oid = t.tgfoid and f.pronamespace = 'arbiter'::regnamespace
+   where f.proname ~ '^_(guard|guard_row|provenance)_[0-9]+$'
+     and t.tgparentid = 0
+     and substring(f.proname from '[0-9]+$') not in (select p.protection_id::text from arbiter.protections p)
+   order by 1;
+end;
+comment on function arbiter._unknown_guards() is 'Tables with a guard of a protection that is not in arbiter.protections.';
+
 -- Definer functions set row_security = off, with which a policy that binds arbiter's owner is an error.
 create or replace function arbiter._hidden_tables(p_registry regclass)
 returns table (table_name regclass, is_forced boolean)

@@ -62,6 +62,11 @@ begin
            format('The table is not part of %s any more, and is guarded in part only.', o.protected_table),
            format('drop trigger %I on %s', o.trigger_name, o.table_name)
       from arbiter._left_on_others() o;
+  return query
+    select format('table %s', t.table_name), 'foreign',
+           'It is guarded, but not in arbiter.protections, for example by a copy of the schema: the audit does not know it.',
+           format('Drop its policies whose names begin with arbiter_, then: select arbiter.protect(%L)', t.table_name)
+      from arbiter._unknown_guards() t;
   for v_protection in
     select p.* from arbiter.protections p join pg_catalog.pg_class c on c.oid = p.protected_table order by p.protection_id
   loop
@@ -232,6 +237,7 @@ begin
        and a.name in ('source', 'arbiter_xid')
        and arbiter._ownership(a.kind, a.attached_to, a.name) = 'ours'
        and a.attached_to not in (select p.protected_table from arbiter.protections p)
+       and a.attached_to not in (select g.table_name from arbiter._unknown_guards() g)
      group by a.attached_to
      order by a.attached_to::text;
   return query
@@ -239,12 +245,17 @@ begin
            format('select arbiter.remove_client_role(%L)', r.role)
       from arbiter.client_roles r
      where r.role not in (select k.role from arbiter._client_roles() k);
-  -- Triggers, policies and columns are compared above, and whether an index is missing.
+  -- Triggers, policies and columns are compared above, and whether an index is missing. An install does not put back
+  -- what was dropped from a table of the app; protect() does.
   return query
     select concat_ws(' ', a.kind, a.name, case when a.kind <> 'function' then 'of ' || a.attached_to end), o.ownership,
            case o.ownership when 'missing' then 'It was dropped.'
                             else 'It was dropped, and the one that has its name now is not arbiter''s.' end,
-           'Run: arbiter-db install'
+           coalesce(
+             (select case o.ownership when 'foreign' then 'Drop or rename it first, then: ' else '' end || arbiter._protect_statement(p)
+                from arbiter.protections p
+               where p.protected_table = a.attached_to),
+             'Run: arbiter-db install')
       from arbiter.attachments a
      cross join lateral (select arbiter._ownership(a.kind, a.attached_to, a.name) as ownership) o
      where case a.kind
