@@ -49,7 +49,7 @@ comment on function arbiter._stands_expression(arbiter.protections) is
 -- In a query of the guard n.machine_id is a column of the row n. Once there is no such column it would be an error of
 -- the server, 42703, which says nothing of what to do. So a block of the name n has variables of these names, which are
 -- read only where _columns_stand() is false in the same plan. Each name is quoted, because plpgsql has more words of
--- its own than SQL has.
+-- its own than SQL has. They are null, which a domain may not allow.
 create or replace function arbiter._stand_ins(p_protection arbiter.protections)
 returns text
 language sql
@@ -57,7 +57,7 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select string_agg(format('"%s" %s; ', replace(c.name, '"', '""'),
-             coalesce(format_type(case when c.name = 'arbiter_xid' then 'xid8'::regtype else a.atttypid end, null), 'text')), ''
+             coalesce(format_type(case when c.name = 'arbiter_xid' then 'xid8'::regtype else arbiter._base_type(a.atttypid) end, null), 'text')), ''
              order by c.name) || 'source'
     from (select distinct n.name from unnest(arbiter._guarded_columns(p_protection)) as n (name) where n.name <> 'source') c
     left join pg_catalog.pg_attribute a

@@ -60,7 +60,7 @@ KINDS = {
 }
 
 APP = """
-create domain public.clerk_id as text check (value ~ '^user_');
+create domain public.clerk_id as text not null check (value ~ '^user_');
 create domain public.fly_id as varchar(40) not null check (value ~ '^m');
 create table public.cloud_machines (
   id {machine_type} primary key,
