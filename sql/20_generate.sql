@@ -149,6 +149,15 @@ $$;
 comment on function arbiter._seal(regprocedure, text) is
   'Gives a generated function its comment (_sign), and closes it (_close).';
 
+-- %I quotes only what SQL reserves. After new. and old. plpgsql reads words of its own, too, such as by, if and begin.
+create or replace function arbiter._quoted(p_name text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+return '"' || replace(p_name, '"', '""') || '"';
+comment on function arbiter._quoted(text) is 'A name in double quotes, for a template.';
+
 -- A template is a real function with words like __machine or __user_of(n) in the place of the app's names. The body of
 -- the copy is quoted anew, because a name may contain the quotes of the template's body. All words are replaced in one
 -- pass, because a name may look like a word.

@@ -129,7 +129,7 @@ begin
       join arbiter._ends((p_protection).protected_table, (p_protection).user_path) e on e.way = w.way
      order by w.way
   loop
-    v_value := format('%s.%I', p_row, v_way.steps[1]);
+    v_value := format('%s.%s', p_row, arbiter._quoted(v_way.steps[1]));
     v_user := arbiter._user_expression(v_way.class, v_value);
     for i in 1 .. v_way.last - 1 loop
       v_number := v_number + 1;

@@ -56,7 +56,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select string_agg(format('"%s" %s; ', replace(c.name, '"', '""'),
+  select string_agg(format('%s %s; ', arbiter._quoted(c.name),
              coalesce(format_type(case when c.name = 'arbiter_xid' then 'xid8'::regtype else arbiter._base_type(a.atttypid) end, null), 'text')), ''
              order by c.name) || 'source'
     from (select distinct n.name from unnest(arbiter._guarded_columns(p_protection)) as n (name) where n.name <> 'source') c

@@ -30,7 +30,7 @@ language sql
 immutable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('(%s)', string_agg(format('%s.%I is null', p_row, k.key), ' and ' order by k.way))
+  select format('(%s)', string_agg(format('%s.%s is null', p_row, arbiter._quoted(k.key)), ' and ' order by k.way))
     from arbiter._keys((p_protection).user_path) k;
 end;
 comment on function arbiter._no_keys_expression(arbiter.protections, text) is
@@ -106,12 +106,12 @@ set search_path = pg_catalog, pg_temp
 begin atomic
   with keys as (
     select string_agg(format('n.%I', k.key), ', ') as of_row,
-           string_agg(format('new.%1$I is not distinct from old.%1$I', k.key), ' and ') as kept,
+           string_agg(format('new.%1$s is not distinct from old.%1$s', k.quoted), ' and ') as kept,
            string_agg(
-             format('(%3$s arbiter._follows_key(tg_relid, %1$L, old.%2$I::text, new.%2$I::text))', k.key, k.key,
-               case when k.number > 1 then format('new.%1$I is not distinct from old.%1$I or', k.key) end),
+             format('(%3$s arbiter._follows_key(tg_relid, %1$L, old.%2$s::text, new.%2$s::text))', k.key, k.quoted,
+               case when k.number > 1 then format('new.%1$s is not distinct from old.%1$s or', k.quoted) end),
              ' and ') as followed
-      from (select y.way, y.key, count(*) over () as number from arbiter._keys((p_protection).user_path) y) k
+      from (select y.way, y.key, arbiter._quoted(y.key) as quoted, count(*) over () as number from arbiter._keys((p_protection).user_path) y) k
   )
   select jsonb_build_object(
     '__protection', (p_protection).protection_id::text,
@@ -120,7 +120,7 @@ begin atomic
     '__has_before', ('update' = any ((p_protection).verbs) or exists (
       select from pg_catalog.pg_class c where c.oid = (p_protection).protected_table and c.relkind = 'p'))::text,
     '__updates', ('update' = any ((p_protection).verbs))::text,
-    '__machine', quote_ident((p_protection).machine_column),
+    '__machine', arbiter._quoted((p_protection).machine_column),
     '__machine_of(n)', format('n.%I::text collate "C"', (p_protection).machine_column),
     '__machine_name', quote_literal((p_protection).machine_column),
     '__keys(n)', k.of_row,

@@ -21,7 +21,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select arbiter._state_sql((p_registry).states, format('%s.%I', p_row, (p_registry).status_column));
+  select arbiter._state_sql((p_registry).states, format('%s.%s', p_row, arbiter._quoted((p_registry).status_column)));
 end;
 comment on function arbiter._state_expression(arbiter.registry, text) is
   'SQL for the machine state of a row of the registry.';
@@ -35,8 +35,8 @@ stable
 set search_path = pg_catalog, pg_temp
 return case
   when (p_registry).health_column is null then 'clock_timestamp()'
-  else format('case when new.%I::text = any (%L::text[]) then clock_timestamp() else old.%I end',
-    (p_registry).health_column, (p_registry).healthy, (p_registry).heartbeat_column)
+  else format('case when new.%s::text = any (%L::text[]) then clock_timestamp() else old.%s end',
+    arbiter._quoted((p_registry).health_column), (p_registry).healthy, arbiter._quoted((p_registry).heartbeat_column))
 end;
 comment on function arbiter._beat_expression(arbiter.registry) is
   'SQL for the stamp of a heartbeat in its row trigger: the clock, or the stamp that the row had when the row says that the machine is not well.';
@@ -48,11 +48,11 @@ stable
 set search_path = pg_catalog, pg_temp
 begin atomic
   select jsonb_build_object(
-    '__machine', quote_ident((p_registry).id_column),
-    '__user', quote_ident((p_registry).user_column),
-    '__status', quote_ident((p_registry).status_column),
+    '__machine', arbiter._quoted((p_registry).id_column),
+    '__user', arbiter._quoted((p_registry).user_column),
+    '__status', arbiter._quoted((p_registry).status_column),
     '__statuses', quote_literal((p_registry).machine_statuses) || '::text[]',
-    '__heartbeat', quote_ident((p_registry).heartbeat_column),
+    '__heartbeat', arbiter._quoted((p_registry).heartbeat_column),
     '__beat(new)', arbiter._beat_expression(p_registry),
     '__state(n)', arbiter._state_expression(p_registry, 'n'),
     '__state(new)', arbiter._state_expression(p_registry, 'new'),
