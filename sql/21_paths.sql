@@ -205,6 +205,22 @@ $$;
 comment on function arbiter._follows_key(regclass, name, text, text) is
   'Whether a change of a column is what a foreign key with on update cascade, or on delete set null, does. For a trigger on the table.';
 
+-- Before an update the row does not have the values of its generated columns yet; they say what the others say.
+create or replace function arbiter._changes_only(p_table regclass, p_old jsonb, p_new jsonb, p_columns text[])
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+begin atomic
+  select p_new - s.columns = p_old - s.columns
+    from (
+      select p_columns || array(
+               select a.attname::text from pg_catalog.pg_attribute a where a.attrelid = p_table and a.attgenerated <> '')
+        as columns) s;
+end;
+comment on function arbiter._changes_only(regclass, jsonb, jsonb, text[]) is
+  'Whether the new row of an update differs from the old one in these columns only, before it is written.';
+
 -- A statement trigger fires only for the table that a statement names, so each partition needs its own.
 create or replace function arbiter._family(p_table regclass)
 returns setof regclass

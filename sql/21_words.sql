@@ -110,7 +110,8 @@ begin atomic
            string_agg(
              format('(%3$s arbiter._follows_key(tg_relid, %1$L, old.%2$s::text, new.%2$s::text))', k.key, k.quoted,
                case when k.number > 1 then format('new.%1$s is not distinct from old.%1$s or', k.quoted) end),
-             ' and ') as followed
+             ' and ') as followed,
+           array_agg(k.key) as names
       from (select y.way, y.key, arbiter._quoted(y.key) as quoted, count(*) over () as number from arbiter._keys((p_protection).user_path) y) k
   )
   select jsonb_build_object(
@@ -126,6 +127,7 @@ begin atomic
     '__keys(n)', k.of_row,
     '__keeps_keys', k.kept,
     '__follows_keys', k.followed,
+    '__key_names', format('%L::text[]', k.names),
     '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
     '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
     '__no_keys(new)', arbiter._no_keys_expression(p_protection, 'new'),

@@ -8,6 +8,7 @@
 --   __keeps_keys    whether an update keeps these columns
 --   __no_keys(x)    whether they are all null
 --   __follows_keys  whether what it changes of them is what foreign keys do: `on update cascade`, `on delete set null`
+--   __key_names     their names, as an array
 --   __machine       the column that names the machine; __machine_name is its name as a literal
 --   __machine_of(x) the machine that the row x names, as text
 --   __user_of(x)    the user to whom the row x leads
@@ -152,6 +153,7 @@ declare
   v_columns_gone boolean := false;
   v_user_id text;
   v_machine_gone boolean;
+  v_by_keys boolean;
   v_error arbiter.error;
 begin
   -- The common case: the provenance has not changed, or the update says who writes.
@@ -189,6 +191,10 @@ begin
     and old.__machine is not null
     and new.__machine is null
     and not exists (select from arbiter.machines m where arbiter._is_machine(m.machine_id, old.__machine::text collate "C"));
+  -- A foreign key changes nothing else of the row. A client could do the same by hand, in the statement that deletes or
+  -- renames the parent, and more with it. After the update triggers of the app may have changed more.
+  v_by_keys := __updates and not (__keeps_keys) and (__follows_keys)
+    and (tg_when = 'AFTER' or arbiter._changes_only(tg_relid, to_jsonb(old), to_jsonb(new), __key_names));
   -- Where the ways of the new row disagree, or one is broken, it has no user yet, and could get one without a write.
   if ((__user_of(new)) is distinct from v_user_id or __has_flaw(new))
       and not (__follows_keys)
@@ -200,22 +206,21 @@ begin
       arbiter._detail('provenance_immutable', v_user_id, null, null),
       case when arbiter._is_amending(__protection)
         then 'A correction says so in each row: set arbiter_xid = default in the same update.' end);
-  -- The foreign key changes nothing but the machine, and acts from inside a trigger. Any other update that leaves
-  -- cloud without a machine is a write and must say whose. Without such a key the depth of triggers proves nothing.
-  elsif __updates and new.source = 'cloud' and new.__machine is null
+  -- The machine's foreign key, too. Any other update that leaves cloud without a machine is a write and must say whose.
+  elsif __updates and new.source = 'cloud' and new.__machine is null and not v_by_keys
     and not (v_machine_gone
       and (tg_when = 'AFTER'
-        or to_jsonb(new) - __machine_name = to_jsonb(old) - __machine_name
-        or pg_trigger_depth() > 1 and exists (
-          select from pg_catalog.pg_constraint k
-            join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum]
-           where k.conrelid = tg_relid and k.contype = 'f' and k.confdeltype = 'n' and a.attname = __machine_name)))
+        or arbiter._changes_only(tg_relid, to_jsonb(old), to_jsonb(new), array[__machine_name])))
   then
     v_error := arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
       arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
       'A cloud write names its machine.');
-  -- A user who is deleted leaves the row; any later write to it is one to a row without a user.
-  elsif __updates and __no_keys(new) and __no_keys(old) and (new.source is distinct from 'cloud' or new.__machine is not null) then
+  -- A user who is deleted leaves the row. Any other write that leaves it without keys is one to a row without a user,
+  -- and is recorded once.
+  elsif __updates and __no_keys(new) and not v_by_keys
+    and (new.source is distinct from 'cloud' or new.__machine is not null)
+    and (tg_when = 'BEFORE' or __mode <> 'observe')
+  then
     v_error := arbiter._admit(__protection, __mode, __unowned, null, new.source, new.__machine::text, null);
   end if;
   if v_error.sqlstate is not null then

@@ -50,9 +50,10 @@ begin
     meaning := 'Keeps who wrote a row.';
     return next;
     if v_updates or v_member.relkind = 'p' then
-      -- Before the update, too: a row that moves to another partition fires no trigger after it, and what a foreign key
-      -- does to a row can only be told before other triggers have changed more of it.
-      trigger_name := 'arbiter_provenance_before';
+      -- Before the update, too: a row that moves to another partition fires no trigger after it. And where updates are
+      -- arbitrated, it is the first by its name: once others have changed more of the row, a foreign key's update looks
+      -- like any other.
+      trigger_name := case when v_updates then '!arbiter_provenance_before' else 'arbiter_provenance_before' end;
       definition := format('before update on %s for each row %s', table_name, v_provenance);
       return next;
     end if;

@@ -19,6 +19,7 @@ from story import (
     add_user,
     age,
     backend,
+    browser,
     one,
     rejection,
     rows,
@@ -234,6 +235,144 @@ def test_where_updates_are_arbitrated_it_is_nobodys_write(
     assert rejection(at.conn.execute, take, (eve.id,)).sqlstate == "WX006"
     audit = "select finding, reason, row_count from arbiter.audit('public.notes')"
     assert rows(at.owner, audit) == [("not_provable", "unowned", 2)]
+
+
+@pytest.mark.parametrize("name", ["aa_touch", "zz_touch"])
+def test_other_triggers_may_change_more_of_such_a_row(at: Stage, name: str) -> None:
+    """And the database has values of its own in it."""
+    at.owner.execute(
+        f"""
+        create table public.notes (
+          id integer,
+          user_id uuid references auth.users (id) on delete set null on update cascade,
+          twice integer generated always as (id * 2) stored,
+          changes integer not null default 0);
+        create function public.tg_touch() returns trigger language plpgsql as
+          $$ begin new.changes := new.changes + 1; return new; end $$;
+        create trigger {name} before update on public.notes
+          for each row execute function public.tg_touch();
+        select arbiter.protect('public.notes', p_verbs => '{{insert,update}}');
+        grant all on public.notes to service_role;
+        alter table public.traders drop constraint traders_user_id_fkey""".encode()
+    )
+    mine = "insert into public.notes (id, user_id, source, machine_id) values (%s, %s, %s, %s)"
+    at.conn.execute(mine, (1, at.ada.id, "local", None))
+    at.conn.execute(mine, (2, at.bob.id, "cloud", at.machine))
+    # Long before its user, so that the row says cloud and names no machine when the user goes.
+    at.owner.execute("delete from public.cloud_machines where id = %s", (at.machine,))
+    bob = rename(at.owner, "auth.users", at.bob.id)
+    look = "select user_id, twice, changes, source, machine_id from public.notes order by id"
+    assert rows(at.owner, look) == [
+        (at.ada.id, 2, 0, "local", None),
+        (bob, 4, 2, "cloud", None),
+    ]
+    at.owner.execute("delete from auth.users where id in (%s, %s)", (at.ada.id, bob))
+    assert rows(at.owner, look) == [
+        (None, 2, 1, "local", None),
+        (None, 4, 3, "cloud", None),
+    ]
+
+
+#: A client deletes what its row names, and changes the row in the same statement as the key would.
+WRITTEN_BESIDE = """
+with gone as (delete from public.{parent} where id = %(parent)s returning id)
+update public.notes set {column} = null, note = 'x', {writer}
+  where id = %(row)s and (select count(*) from gone) = 1
+"""
+#: The same from inside a trigger of the client's own.
+WRITTEN_INSIDE = """
+with gone as (delete from public.{parent} where id = %(parent)s returning id)
+insert into lever select count(*) from gone
+"""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+@pytest.mark.parametrize("gone", ["trader", "machine"])
+def test_a_client_does_not_write_while_the_key_acts(
+    at: Stage, gone: str, unowned: str, nested: bool
+) -> None:
+    at.owner.execute(
+        """
+        create table public.notes (
+          id integer, trader_id uuid references public.traders (id) on delete set null, note text);
+        grant all on public.notes to service_role, authenticated;
+        grant delete on public.traders to authenticated;
+        create policy mine on public.traders for delete to authenticated using (true)"""
+    )
+    at.owner.execute(
+        "select arbiter.protect('public.notes', 'trader_id.user_id', '{insert,update}',"
+        " p_unowned => %s)",
+        (unowned,),
+    )
+    trader = add_trader(at.owner, at.bob.id)
+    at.conn.execute(
+        "insert into public.notes values (1, %s, null, 'cloud', %s)", (trader, at.machine)
+    )
+    before = one(at.owner, "select * from public.notes")
+    conn = at.conn
+    if gone == "trader":
+        conn = browser(at.db, at.bob)
+        names = {"parent": "traders", "column": "trader_id"}
+        writer = "source = 'local', machine_id = null"
+    else:
+        names = {"parent": "cloud_machines", "column": "machine_id"}
+        writer = "source = 'cloud'"
+    values = {"parent": trader if gone == "trader" else at.machine, "row": 1}
+    statement = WRITTEN_BESIDE.format(writer=writer, **names)
+    if nested:
+        name, role = at.db.name, "authenticated" if gone == "trader" else "service_role"
+        at.owner.execute(f'grant temporary on database "{name}" to {role}'.encode())
+        conn.execute("create temp table lever (n integer)")
+        conn.execute(
+            f"""
+            create function pg_temp.pull() returns trigger language plpgsql as $$
+            begin
+              update public.notes set {names["column"]} = null, note = 'x', {writer};
+              return new;
+            end $$""".encode()
+        )
+        conn.execute(
+            "create trigger pull before insert on lever"
+            " for each row execute function pg_temp.pull()"
+        )
+        statement = WRITTEN_INSIDE.format(**names)
+    assert rejection(conn.execute, statement.encode(), values).sqlstate == "WX005"
+    assert one(at.owner, "select * from public.notes") == before
+
+
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+def test_a_row_of_no_user_is_not_written_by_taking_its_key_away(at: Stage, unowned: str) -> None:
+    """A built-in trader has no user, so the row has none before and after."""
+    at.owner.execute("""
+        create table public.notes (
+          id integer, trader_id uuid references public.traders (id) on delete set null, note text);
+        grant all on public.notes to service_role, authenticated""")
+    at.owner.execute("insert into public.notes values (1, %s)", (add_trader(at.owner, None),))
+    at.owner.execute(
+        "select arbiter.protect('public.notes', 'trader_id.user_id', '{insert,update}',"
+        " p_unowned => %s)",
+        (unowned,),
+    )
+    write = "update public.notes set trader_id = null, note = 'x', source = %s, machine_id = %s"
+    client = browser(at.db, at.bob)
+    assert rejection(client.execute, write, ("local", None)).sqlstate == "WX005"
+    assert rejection(at.conn.execute, write, ("cloud", at.machine)).sqlstate == "WX005"
+    if unowned == "reject":
+        assert rejection(at.conn.execute, write, ("local", None)).sqlstate == "WX005"
+    else:
+        assert at.conn.execute(write, ("local", None)).rowcount == 1
+
+
+def test_an_observed_write_to_rows_without_a_user_is_recorded_once_for_each(at: Stage) -> None:
+    at.owner.execute("""
+        create table public.notes (id integer, user_id uuid, note text);
+        insert into public.notes values (1), (2);
+        select arbiter.protect('public.notes', p_verbs => '{insert,update}', p_mode => 'observe');
+        grant all on public.notes to service_role""")
+    assert at.conn.execute("update public.notes set note = 'x'").rowcount == 2
+    found = "select code, count(*) from arbiter.observations group by code"
+    assert rows(at.owner, found) == [("wrong_identity", 2)]
 
 
 def test_a_row_without_a_user_is_not_made_by_hand(at: Stage) -> None:
