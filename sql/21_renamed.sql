@@ -34,17 +34,28 @@ $$;
 comment on function arbiter._columns_stand(regclass, text[]) is
   'Whether a table has columns of these names, as of the planning of the query that asks.';
 
-create or replace function arbiter._stands_expression(p_protection arbiter.protections)
+-- A partition that was detached keeps its statement triggers, but not those for its rows, and its columns can then be
+-- renamed alone. So where there are partitions or children, the table that a statement names is asked, too.
+create or replace function arbiter._stands_expression(p_protection arbiter.protections, p_guard name)
 returns text
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 begin atomic
-  select format('arbiter._columns_stand(arbiter._protected_table(%s, %L), %L)',
-    (p_protection).protection_id, (p_protection).declared_as, arbiter._guarded_columns(p_protection));
+  select format(
+    case when p_guard = '_guard_' || (p_protection).protection_id
+              and (c.relkind = 'p' or exists (select from pg_catalog.pg_inherits i where i.inhparent = c.oid))
+      then '(arbiter._columns_stand(%1$s, %2$L) and (%3$I.tg_relid = %1$s '
+        'or coalesce(pg_partition_root(%3$I.tg_relid) = pg_partition_root(%1$s), false) '
+        'or arbiter._columns_stand(%3$I.tg_relid, %2$L)))'
+      else 'arbiter._columns_stand(%1$s, %2$L)' end,
+    format('arbiter._protected_table(%s, %L)', (p_protection).protection_id, (p_protection).declared_as),
+    arbiter._guarded_columns(p_protection), p_guard)
+    from (select (p_protection).protected_table as oid) t
+    left join pg_catalog.pg_class c on c.oid = t.oid;
 end;
-comment on function arbiter._stands_expression(arbiter.protections) is
-  'SQL for whether a protected table has the columns that its guard names: a constant of the plan.';
+comment on function arbiter._stands_expression(arbiter.protections, name) is
+  'SQL for whether a table has the columns that its guard names; for the protected table a constant of the plan. p_guard: the name of the function.';
 
 -- In a query of the guard n.machine_id is a column of the row n. Once there is no such column it would be an error of
 -- the server, 42703, which says nothing of what to do. So a block of the name n has variables of these names, which are

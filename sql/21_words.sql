@@ -58,15 +58,15 @@ return case when (p_protection).evidence then format('%s.arbiter_xid = pg_curren
 comment on function arbiter._is_ours_expression(arbiter.protections, text) is
   'SQL for whether the transaction of a row is the current one; true on a table without arbiter_xid.';
 
-create or replace function arbiter._fits_expression(p_protection arbiter.protections, p_row text)
+create or replace function arbiter._fits_expression(p_protection arbiter.protections, p_row text, p_guard name)
 returns text
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 return format('(%3$s and %1$s.source = case when %1$s.%2$I is null then ''local'' else ''cloud'' end and %4$s)',
-  p_row, (p_protection).machine_column, arbiter._stands_expression(p_protection),
+  p_row, (p_protection).machine_column, arbiter._stands_expression(p_protection, p_guard),
   arbiter._is_ours_expression(p_protection, p_row));
-comment on function arbiter._fits_expression(arbiter.protections, text) is
+comment on function arbiter._fits_expression(arbiter.protections, text, name) is
   'SQL for whether the table has its columns, and source, machine and arbiter_xid of a row fit together.';
 
 -- The lock of _share_lease(), 14_lease.sql, written out, where a call would cost too much; test_one_rule holds the two
@@ -140,9 +140,9 @@ begin atomic
       arbiter._path_expression(p_protection, 'new', 'differ')),
     '__is_ours(new)', arbiter._is_ours_expression(p_protection, 'new'),
     '__is_ours(n)', arbiter._is_ours_expression(p_protection, 'n'),
-    '__stands', arbiter._stands_expression(p_protection),
+    '__stands', arbiter._stands_expression(p_protection, p_guard),
     '__stand_ins', arbiter._stand_ins(p_protection),
-    '__fits(n)', arbiter._fits_expression(p_protection, 'n'),
+    '__fits(n)', arbiter._fits_expression(p_protection, 'n', p_guard),
     '__lease(n)', arbiter._lease_expression(p_protection, 'n'),
     '__lease(d)', arbiter._lease_expression(p_protection, 'd'),
     '__keeps_xid', case when (p_protection).evidence

@@ -17,7 +17,7 @@
 --   __has_flaw(x)   whether they do, or the path of x names a row that does not exist
 --   __is_ours(x)    whether arbiter_xid of x is this transaction; true on a table without that column
 --   __keeps_xid     whether an update keeps arbiter_xid; true on a table without that column
---   __stands        whether the table still has the columns that this guard names; a constant in each plan
+--   __stands        whether the table still has the columns that this guard names; for most a constant in each plan
 --   __stand_ins     variables for them, named like them: what a name that is no column any more means in a query
 --   __any_variable  true; plpgsql hands the stand-ins to a query only if it had a variable before the table has changed
 --   __fits(x)       whether source and machine of x fit together, and __stands and __is_ours(x)

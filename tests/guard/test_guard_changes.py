@@ -353,6 +353,46 @@ def test_a_snapshot_older_than_the_change_is_told_less(at: Stage) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["partition", "child"])
+@pytest.mark.parametrize("renamed", ["user_id", "machine_id"])
+def test_a_part_that_was_taken_off_is_not_read_by_names_that_it_lost(
+    db: Database, renamed: str, kind: str
+) -> None:
+    """It keeps the guard's triggers, while the table itself has all columns."""
+    owner, writer = db.connect(), db.connect(role="service_role")
+    user = add_user(owner)
+    by = {"partition": "partition by list (id)", "child": ""}
+    of = {
+        "partition": "partition of public.notes default",
+        "child": "() inherits (public.notes)",
+    }
+    off = {
+        "partition": "alter table public.notes detach partition public.part",
+        "child": "alter table public.part no inherit public.notes",
+    }
+    owner.execute(f"create table public.notes (id integer, user_id uuid) {by[kind]}".encode())
+    owner.execute(f"create table public.part {of[kind]}".encode())
+    owner.execute("select arbiter.protect('public.notes', 'user_id', p_unowned => 'allow')")
+    owner.execute("grant all on public.notes, public.part to service_role")
+    into = "insert into public.part (id, {user_id}, {machine_id}) "
+    one = into + "values (1, %s, null)"
+    many = into + "select g, %s::uuid, null::uuid from generate_series(1, 2) g"
+    names = {"user_id": "user_id", "machine_id": "machine_id"}
+    for sql in (one, many):
+        for _ in range(6):  # until the server keeps a plan
+            writer.execute(sql.format(**names).encode(), (user.id,))
+    owner.execute(off[kind].encode())
+    for sql in (one, many):
+        writer.execute(sql.format(**names).encode(), (user.id,))
+    owner.execute(f"alter table public.part rename {renamed} to other".encode())
+    before = count_rows(owner, "public.part")
+    for conn in (writer, db.connect(role="service_role")):
+        for sql in (one, many):
+            write = sql.format(**(names | {renamed: "other"})).encode()
+            assert rejection(conn.execute, write, (user.id,)).sqlstate == "WX005"
+    assert count_rows(owner, "public.part") == before
+
+
 #: After these the guard still knows what it guards, by what the tables are and not by their names.
 HARMLESS = {
     "table renamed": ("alter table public.orders rename to old_orders", "public.old_orders"),
