@@ -22,6 +22,11 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if p_table is null then
+    perform arbiter._fail('object_not_in_prerequisite_state',
+      'the guard does not know its table, which was renamed: this is a copy of the schema, or the snapshot of this transaction is older than the protection',
+      'In a copy run arbiter-db install; otherwise try again in a new transaction.');
+  end if;
   perform pg_get_object_address('table column', t.object_names || c.name, '{}')
      from pg_identify_object_as_address('pg_class'::regclass, p_table, 0) t,
           unnest(p_columns) as c (name);
@@ -32,7 +37,7 @@ exception
 end
 $$;
 comment on function arbiter._columns_stand(regclass, text[]) is
-  'Whether a table has columns of these names, as of the planning of the query that asks.';
+  'Whether a table has columns of these names, as of the planning of the query that asks. Error 55000 for null, see _protected_table().';
 
 -- A partition that was detached keeps its statement triggers, but not those for its rows, and its columns can then be
 -- renamed alone. So where there are partitions or children, the table that a statement names is asked, too.

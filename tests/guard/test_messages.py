@@ -450,6 +450,13 @@ FAILURES = {
         " select arbiter.protect('public.by_name');"
         " insert into public.by_name values ('A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11')",
     ),
+    "a table that is not known by its name": Failure(
+        "select arbiter._columns_stand(arbiter._protected_table(0, 'public.before'), '{{source}}')",
+        "55000",
+        "arbiter: the guard does not know its table, which was renamed: this is a copy of the"
+        " schema, or the snapshot of this transaction is older than the protection",
+        "In a copy run arbiter-db install; otherwise try again in a new transaction.",
+    ),
     "a key that is newer": Failure(
         "select arbiter._key_stands('public.wide', 'wide_trader_id_fkey', 'public.traders')",
         "55000",
