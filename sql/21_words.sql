@@ -36,18 +36,18 @@ end;
 comment on function arbiter._no_keys_expression(arbiter.protections, text) is
   'SQL for whether a row names nothing that leads to a user.';
 
-create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text, p_op text)
+create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text, p_guard name)
 returns text
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 return case when 'update' = any ((p_protection).verbs)
-  then format('(%3$s = ''INSERT'' or not %5$s or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s)',
-    p_row, (p_protection).machine_column, p_op, arbiter._no_keys_expression(p_protection, p_row),
-    arbiter._stands_expression(p_protection))
+  then format('(%3$I.tg_op = ''INSERT'' or not %5$s or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s)',
+    p_row, (p_protection).machine_column, p_guard, arbiter._no_keys_expression(p_protection, p_row),
+    arbiter._stands_expression(p_protection, p_guard))
   else 'true' end;
-comment on function arbiter._judged_expression(arbiter.protections, text, text) is
-  'SQL for whether the guard judges a row. p_op: SQL for what tg_op is.';
+comment on function arbiter._judged_expression(arbiter.protections, text, name) is
+  'SQL for whether the guard judges a row. p_guard: the name of the function.';
 
 create or replace function arbiter._is_ours_expression(p_protection arbiter.protections, p_row text)
 returns text
@@ -147,7 +147,7 @@ begin atomic
     '__lease(d)', arbiter._lease_expression(p_protection, 'd'),
     '__keeps_xid', case when (p_protection).evidence
       then 'new.arbiter_xid is not distinct from old.arbiter_xid' else 'true' end,
-    '__is_judged(n)', arbiter._judged_expression(p_protection, 'n', format('%I.tg_op', p_guard)),
+    '__is_judged(n)', arbiter._judged_expression(p_protection, 'n', p_guard),
     '__found', format('%I.found', p_guard),
     '__any_variable', format('%I.found is not null', p_guard),
     '__op', format('%I.tg_op', p_guard),

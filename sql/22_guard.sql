@@ -215,11 +215,8 @@ begin
     v_error := arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
       arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),
       'A cloud write names its machine.');
-  -- A user who is deleted leaves the row. Any other write that leaves it without keys is one to a row without a user,
-  -- and is recorded once.
-  elsif __updates and __no_keys(new) and not v_by_keys
-    and (new.source is distinct from 'cloud' or new.__machine is not null)
-    and (tg_when = 'BEFORE' or __mode <> 'observe')
+  -- A user who is deleted leaves the row. Any other write that leaves it without keys is one to a row without a user.
+  elsif __updates and __no_keys(new) and not v_by_keys and (new.source is distinct from 'cloud' or new.__machine is not null)
   then
     v_error := arbiter._admit(__protection, __mode, __unowned, null, new.source, new.__machine::text, null);
   end if;
