@@ -571,7 +571,8 @@ def test_protect_mends_what_was_switched_off(db: Database, shape: str, how: str)
     for name in names(shape):
         for row in whole:
             if row.kind == "trigger" and row.on_table == name:
-                at.owner.execute(f"alter table public.{name} {how} trigger {row.name}".encode())
+                statement = f'alter table public.{name} {how} trigger "{row.name}"'
+                at.owner.execute(statement.encode())
         assert objects(at.owner) != whole
 
         at.owner.execute(f"select arbiter.protect({UPDATES})".encode())
