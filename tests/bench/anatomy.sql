@@ -83,9 +83,9 @@ end
 $$;
 
 -- name: decided
--- It asks all that arbiter asks while nothing is wrong, in one query written for this table: whether the rows are of one
+-- It asks all that arbiter asks while nothing is wrong, in a query written for this table: whether the rows are of one
 -- writer and name it and their transaction, whether a drain is under way, and whether the machine runs and is fresh.
--- Rows of several writers take a second query.
+-- A single row takes a query without the first of these questions, and rows of several writers take a third one.
 create function public.machine_may_write(p_machine_id uuid, p_user_id uuid)
 returns boolean
 language plpgsql
@@ -110,6 +110,24 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
+  perform from new_rows offset 1;
+  if not found then
+    perform
+       from new_rows n
+      where case when n.source = case when n.machine_id is null then 'local' else 'cloud' end
+                  and n.xid = pg_current_xact_id()
+              then (select l.user_id
+                      from public.leases l
+                     where l.user_id = (select t.user_id from public.traders t where t.id = n.trader_id)
+                       and l.machine_id is not distinct from n.machine_id
+                       and l.draining_since is null
+                       and current_setting('transaction_isolation', l.user_id is null) = 'read committed'
+                       and (l.machine_id is null or public.machine_may_write(l.machine_id, l.user_id))
+                       for key share skip locked) end is null;
+    if not found then
+      return null;
+    end if;
+  end if;
   perform
      from new_rows n
     where (array[n.trader_id, n.machine_id] = (
