@@ -191,10 +191,10 @@ begin
     and old.__machine is not null
     and new.__machine is null
     and not exists (select from arbiter.machines m where arbiter._is_machine(m.machine_id, old.__machine::text collate "C"));
-  -- A foreign key changes nothing else of the row. A client could do the same by hand, in the statement that deletes or
-  -- renames the parent, and more with it. After the update triggers of the app may have changed more.
+  -- A foreign key changes nothing else of the row. A client that deletes or renames the parent could change more of it
+  -- in the same statement. After the update, triggers of the app may have changed more.
   v_by_keys := __updates and not (__keeps_keys) and (__follows_keys)
-    and (tg_when = 'AFTER' or arbiter._changes_only(tg_relid, to_jsonb(old), to_jsonb(new), __key_names));
+    and (tg_when = 'AFTER' or arbiter._changes_only(tg_relid, old, new, __key_names));
   -- Where the ways of the new row disagree, or one is broken, it has no user yet, and could get one without a write.
   if ((__user_of(new)) is distinct from v_user_id or __has_flaw(new))
       and not (__follows_keys)
@@ -206,11 +206,12 @@ begin
       arbiter._detail('provenance_immutable', v_user_id, null, null),
       case when arbiter._is_amending(__protection)
         then 'A correction says so in each row: set arbiter_xid = default in the same update.' end);
-  -- The machine's foreign key, too. Any other update that leaves cloud without a machine is a write and must say whose.
+  -- The machine's foreign key changes nothing else, either. Any other update that leaves cloud without a machine is a
+  -- write and must say whose.
   elsif __updates and new.source = 'cloud' and new.__machine is null and not v_by_keys
     and not (v_machine_gone
       and (tg_when = 'AFTER'
-        or arbiter._changes_only(tg_relid, to_jsonb(old), to_jsonb(new), array[__machine_name])))
+        or arbiter._changes_only(tg_relid, old, new, array[__machine_name])))
   then
     v_error := arbiter._reject_or_record(__protection, __mode, 'wrong_identity',
       arbiter._detail('wrong_identity', v_user_id, null, null, '{"source": "cloud", "machine_id": null}'),

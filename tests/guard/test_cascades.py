@@ -237,6 +237,30 @@ def test_where_updates_are_arbitrated_it_is_nobodys_write(
     assert rows(at.owner, audit) == [("not_provable", "unowned", 2)]
 
 
+@pytest.mark.parametrize("amends", [False, True])
+def test_where_updates_are_arbitrated_a_row_that_keeps_its_user_is_written(
+    at: Stage, amends: bool
+) -> None:
+    at.owner.execute("""
+        create table public.notes (
+          id integer, user_id uuid references auth.users (id) on update cascade);
+        alter table public.traders drop constraint traders_user_id_fkey;
+        select arbiter.protect('public.notes', 'user_id', '{insert,update}');
+        grant all on public.notes to service_role""")
+    at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    ada = rename(at.owner, "auth.users", at.ada.id)
+    assert value(at.owner, "select user_id from public.notes") == ada
+    at.owner.execute("update auth.users set id = %s where id = %s", (at.ada.id, ada))
+    activate(at.owner, at.ada)
+    with at.owner.transaction():
+        if amends:
+            at.owner.execute("select arbiter.amend('public.notes', 'a new key')")
+            ada = rename(at.owner, "auth.users", at.ada.id)
+            assert value(at.owner, "select user_id from public.notes") == ada
+        else:
+            assert rejection(rename, at.owner, "auth.users", at.ada.id).sqlstate == "WX001"
+
+
 @pytest.mark.parametrize("name", ["aa_touch", "zz_touch"])
 def test_other_triggers_may_change_more_of_such_a_row(at: Stage, name: str) -> None:
     """And the database has values of its own in it."""
@@ -339,6 +363,43 @@ def test_a_client_does_not_write_while_the_key_acts(
         statement = WRITTEN_INSIDE.format(**names)
     assert rejection(conn.execute, statement.encode(), values).sqlstate == "WX005"
     assert one(at.owner, "select * from public.notes") == before
+
+
+#: Prints as the same text as 1.1 where extra_float_digits is -15.
+BLURRED = "1.4"
+
+
+@pytest.mark.parametrize("gone", ["trader", "machine"])
+@pytest.mark.parametrize("value", [f"price = {BLURRED}", "said = '{\"a\":1}'", "size = 1.00"])
+def test_no_setting_hides_what_a_client_changes_beside_the_key(
+    at: Stage, value: str, gone: str
+) -> None:
+    """Nor does a type whose texts, or values, are the same for different ones."""
+    at.owner.execute("""
+        create table public.notes (
+          id integer, trader_id uuid references public.traders (id) on delete set null,
+          price double precision, said json, size numeric)
+          partition by range (id);
+        create table public.some partition of public.notes default;
+        grant all on public.notes to service_role;
+        select arbiter.protect('public.notes', 'trader_id.user_id', '{insert,update}')""")
+    trader = add_trader(at.owner, at.bob.id)
+    at.conn.execute(
+        """insert into public.notes values (1, %s, 1.1, '{"a":2,"a":1}', 1.0, 'cloud', %s)""",
+        (trader, at.machine),
+    )
+    before = one(at.owner, "select n::text from public.notes n")
+    at.conn.execute("set extra_float_digits = -15")
+    if gone == "trader":
+        write = f"""
+            with gone as (delete from public.traders where id = '{trader}' returning id)
+            update public.notes set trader_id = null, {value} where (select count(*) from gone) = 1
+            """
+    else:
+        at.owner.execute("delete from public.cloud_machines where id = %s", (at.machine,))
+        write = f"update public.notes set machine_id = null, {value}"
+    assert rejection(at.conn.execute, write.encode()).sqlstate == "WX005"
+    assert one(at.owner, "select n::text from public.notes n") == before
 
 
 @pytest.mark.parametrize("unowned", ["reject", "allow"])
