@@ -218,4 +218,3 @@ end
 $$;
 comment on function arbiter._changed_table_hint(integer) is
   'What to do when a table does not have a column that its guard names, or a foreign key of the path is not the one that the guard knows; null when it has both.';
-

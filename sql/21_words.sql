@@ -125,13 +125,14 @@ begin atomic
     '__machine_of(n)', format('n.%I::text collate "C"', (p_protection).machine_column),
     '__machine_name', quote_literal((p_protection).machine_column),
     '__keys(n)', k.of_row,
+    '__columns(new)', (
+      select string_agg('new.' || arbiter._quoted(c.name), ', ') from unnest(arbiter._guarded_columns(p_protection)) as c (name)),
     '__keeps_keys', k.kept,
     '__follows_keys', k.followed,
     '__key_names', format('%L::text[]', k.names),
     '__user_of(n)', arbiter._path_expression(p_protection, 'n', 'user'),
     '__user_of(old)', arbiter._path_expression(p_protection, 'old', 'user'),
     '__no_keys(new)', arbiter._no_keys_expression(p_protection, 'new'),
-    '__no_keys(old)', arbiter._no_keys_expression(p_protection, 'old'),
     '__user_of(new)', arbiter._path_expression(p_protection, 'new', 'user'),
     '__is_broken(n)', case (p_protection).unowned
       when 'allow' then arbiter._path_expression(p_protection, 'n', 'broken') else 'false' end,

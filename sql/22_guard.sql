@@ -9,6 +9,7 @@
 --   __no_keys(x)    whether they are all null
 --   __follows_keys  whether what it changes of them is what foreign keys do: `on update cascade`, `on delete set null`
 --   __key_names     their names, as an array
+--   __columns(x)    all columns of x that the guard names, separated by commas
 --   __machine       the column that names the machine; __machine_name is its name as a literal
 --   __machine_of(x) the machine that the row x names, as text
 --   __user_of(x)    the user to whom the row x leads
@@ -166,6 +167,8 @@ begin
     then
       return new;
     end if;
+    -- A session that has asked this before reads a column only when it comes to it, so all of them are read here.
+    perform num_nulls(__columns(new));
   exception
     when undefined_column then
       v_columns_gone := true;

@@ -275,6 +275,41 @@ def test_a_change_of_provenance_is_recorded_once(at: Stage, kind: str, verbs: st
     assert codes == ["wrong_identity"] * (2 if both else 1)
 
 
+#: Updates that the trigger for provenance lets pass at once, and others.
+UPDATES = ["note = note", "user_id = null", "source = 'cloud'", "machine_id = null"]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "observe"])
+@pytest.mark.parametrize("verbs", ["{insert}", "{insert,update}"])
+@pytest.mark.parametrize("gone", ["user_id", "source", "machine_id", "arbiter_xid"])
+def test_an_update_by_a_session_that_knew_the_columns(
+    at: Stage, gone: str, verbs: str, mode: str
+) -> None:
+    at.owner.execute("""
+        create table public.notes (id integer, user_id uuid, note text);
+        grant all on public.notes to service_role""")
+    at.owner.execute(
+        "select arbiter.protect('public.notes', 'user_id', p_verbs => %s, p_mode => %s)",
+        (verbs, mode),
+    )
+    at.conn.execute("insert into public.notes values (1, %s)", (at.ada.id,))
+    at.conn.execute("update public.notes set note = 'x'")
+    rejection(
+        at.conn.execute,
+        "do $$ begin update public.notes set user_id = null;"
+        " update public.notes set source = 'cloud'; raise exception 'undone'; end $$",
+    )
+    at.owner.execute(f"alter table public.notes rename {gone} to other".encode())
+    for update in UPDATES:
+        if update.startswith(gone):
+            continue
+        statement = f"update public.notes set {update}"
+        if mode == "observe":
+            assert at.conn.execute(statement.encode()).rowcount == 1
+        else:
+            assert rejection(at.conn.execute, statement).sqlstate == "WX005"
+
+
 def test_enforce_and_back(at: Stage) -> None:
     add_signal(at.conn, at.ada.trader)
     for _ in range(2):
