@@ -209,7 +209,7 @@ comment on column arbiter.machine_notes.machine_id is 'The machine''s id in the 
 comment on column arbiter.machine_notes.left_running_at is
   'When it left running, was deleted or changed its owner; null while it runs. Database clock.';
 comment on column arbiter.machine_notes.entered_error_at is
-  'When it entered error; null while it is not in error. Database clock.';
+  'When it entered error; null once it has run or was stopped after that. Database clock.';
 
 create table if not exists arbiter.leases (
   user_id text collate "C" not null,

@@ -242,10 +242,12 @@ begin
     set left_running_at = case
           when v_old_state = 'running' then excluded.left_running_at
           when p_new_state <> 'running' then coalesce(n.left_running_at, excluded.left_running_at) end,
-        -- One that starts again out of an error, or fails again before it has run, is still in the first one.
-        entered_error_at = case p_new_state
-          when 'error' then coalesce(n.entered_error_at, excluded.entered_error_at)
-          when 'starting' then n.entered_error_at end;
+        -- One that starts again out of an error, or fails again before it has run, is still in the first one. By the
+        -- old state, too, because the note may be older than a change of what the status words mean.
+        entered_error_at = case
+          when v_old_state in ('error', 'starting') and p_new_state in ('error', 'starting')
+            then coalesce(n.entered_error_at, excluded.entered_error_at)
+          else excluded.entered_error_at end;
   if not v_same then
     perform arbiter._create_lease(p_new_user_id, 'registered')
       where not exists (select from arbiter.leases l where l.user_id = p_new_user_id);

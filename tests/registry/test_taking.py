@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from story import activate, add_user, clock, one, rows, set_status
+from story import (
+    activate,
+    add_signal,
+    add_user,
+    age,
+    backend,
+    clock,
+    one,
+    rejection,
+    rows,
+    set_status,
+)
 
 if TYPE_CHECKING:
     from conftest import Database
@@ -77,3 +89,34 @@ def test_what_was_noted_stays(
         assert began < noted.entered_error_at < clock(owner)
     owner.execute(REGISTER)
     assert one(owner, look, machine) == noted
+
+
+OTHER_WORDS = '{"error": "stopped", "provisioning": "error", "starting": "starting"}'
+
+
+@pytest.mark.parametrize("since", ["the words were changed", "a change was missed"])
+@pytest.mark.parametrize("then", ["error", "starting"])
+def test_an_earlier_error_does_not_count(db: Database, then: str, since: str) -> None:
+    """The machine has been stopped in between, so the delay is that of its new error."""
+    owner = db.connect()
+    owner.execute("update arbiter.settings set error_takeover_confirm = false")
+    user = add_user(owner)
+    machine = activate(owner, user)
+    set_status(owner, machine, "error")
+    age(owner, machine, left_running=timedelta(hours=1), entered_error=timedelta(hours=1))
+    if since == "the words were changed":
+        owner.execute(REGISTER.replace("')", "', p_states => %s)"), (OTHER_WORDS,))
+        word = {"error": "provisioning"}.get(then, then)
+    else:
+        with unseen(owner):
+            set_status(owner, machine, "stopped")
+        word = then
+    began = clock(owner)
+    set_status(owner, machine, word)
+    noted = one(owner, "select * from arbiter.machine_notes where machine_id = %s", machine)
+    if then == "starting":
+        assert noted.entered_error_at is None
+    else:
+        assert began < noted.entered_error_at < clock(owner)
+        error = rejection(add_signal, backend(db), user.trader)
+        assert error.sqlstate == "WX003"

@@ -645,10 +645,11 @@ def _note(
     if new and new.user and state != was:
         noted = notes.get((new.user, name), Note())
         left = now if was == "running" else noted.left_running or now
-        error = noted.entered_error or now if state == "error" else noted.entered_error
+        goes_on = {was, state} == {"error", "starting"}
+        error = noted.entered_error if goes_on else None
         notes[new.user, name] = Note(
             left_running=None if state == "running" else left,
-            entered_error=error if state in ("error", "starting") else None,
+            entered_error=error or now if state == "error" else error,
         )
     world = replace(world, notes=notes)
     if new and new.user and not same:
