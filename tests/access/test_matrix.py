@@ -155,11 +155,13 @@ select c.oid::regclass::text as name, c.relkind::text as kind,
  order by c.relnamespace::regnamespace::text, c.relname
 """
 
-#: All that clients are not meant to call, with a null for each parameter.
+#: All that clients are not meant to call, with a null for each parameter. For any type it is one of
+#: text: without a type the call fails before the server asks for the right to make it.
 INTERNAL = """
 select p.oid::regprocedure::text as name,
        format('select %s(%s)', p.oid::regproc,
-         (select string_agg('null::' || format_type(t.type, null), ', ' order by t.n)
+         (select string_agg('null::' || replace(format_type(t.type, null), 'anyelement', 'text'),
+                            ', ' order by t.n)
             from unnest(p.proargtypes::oid[]) with ordinality as t (type, n))) as call
   from pg_proc p
  where p.pronamespace = 'arbiter'::regnamespace and p.proname ~ '^(_|tg_)'
