@@ -60,7 +60,7 @@ def is_well(conn: Conn) -> None:
         rows(
             conn,
             "select t.tgrelid::regclass, t.tgname from pg_trigger t"
-            " where starts_with(t.tgname, 'arbiter_') and t.tgparentid = 0"
+            " where t.tgname ~ '^[!~]?arbiter_' and t.tgparentid = 0"
             "   and t.tgrelid <> all (array(select protected_table from arbiter.protections))"
             "   and t.tgrelid <> (select registry from arbiter.registry)"
             "   and t.tgrelid <> all"
