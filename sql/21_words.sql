@@ -36,15 +36,21 @@ end;
 comment on function arbiter._no_keys_expression(arbiter.protections, text) is
   'SQL for whether a row names nothing that leads to a user.';
 
+-- A partition that was detached has no trigger for its rows any more, so all of them are judged.
 create or replace function arbiter._judged_expression(p_protection arbiter.protections, p_row text, p_guard name)
 returns text
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 return case when 'update' = any ((p_protection).verbs)
-  then format('(%3$I.tg_op = ''INSERT'' or not %5$s or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s)',
+  then format(
+    '(%3$I.tg_op = ''INSERT'' or not %5$s or (%1$s.source is distinct from ''cloud'' or %1$s.%2$I is not null) and not %4$s%6$s)',
     p_row, (p_protection).machine_column, p_guard, arbiter._no_keys_expression(p_protection, p_row),
-    arbiter._stands_expression(p_protection, p_guard))
+    arbiter._stands_expression(p_protection, p_guard),
+    (select format(' or pg_partition_root(%I.tg_relid) is distinct from pg_partition_root(arbiter._protected_table(%s, %L))',
+              p_guard, (p_protection).protection_id, (p_protection).declared_as)
+       from pg_catalog.pg_class c
+      where c.oid = (p_protection).protected_table and c.relkind = 'p'))
   else 'true' end;
 comment on function arbiter._judged_expression(arbiter.protections, text, name) is
   'SQL for whether the guard judges a row. p_guard: the name of the function.';

@@ -19,6 +19,7 @@ from story import (
     activate,
     add_signal,
     add_user,
+    browser,
     count_rows,
     rejection,
     rows,
@@ -391,6 +392,38 @@ def test_a_part_that_was_taken_off_is_not_read_by_names_that_it_lost(
             write = sql.format(**(names | {renamed: "other"})).encode()
             assert rejection(conn.execute, write, (user.id,)).sqlstate == "WX005"
     assert count_rows(owner, "public.part") == before
+
+
+#: As what the trigger for rows would tell from what foreign keys do.
+LIKE_A_KEY = ["user_id = null", "source = 'cloud', machine_id = null"]
+
+
+@pytest.mark.parametrize("unowned", ["reject", "allow"])
+@pytest.mark.parametrize("change", LIKE_A_KEY)
+def test_an_update_of_a_part_that_was_taken_off_is_judged(
+    db: Database, change: str, unowned: str
+) -> None:
+    """It has no trigger for its rows any more. A row without a user is for the backend alone."""
+    owner = db.connect()
+    user = add_user(owner)
+    owner.execute(
+        """
+        create table public.notes (id integer, user_id uuid, note text) partition by list (id);
+        create table public.part partition of public.notes default;
+        grant all on public.notes, public.part to authenticated"""
+    )
+    owner.execute(
+        "select arbiter.protect('public.notes', 'user_id', '{insert,update}',"
+        " p_unowned => %s, p_evidence => false)",
+        (unowned,),
+    )
+    owner.execute("insert into public.notes values (1, %s)", (user.id,))
+    owner.execute("alter table public.notes detach partition public.part")
+    client = browser(db, user)
+    client.execute("update public.part set note = 'mine'")
+    write = f"update public.part set note = 'x', {change}"
+    assert rejection(client.execute, write).sqlstate == "WX005"
+    assert value(owner, "select note from public.part") == "mine"
 
 
 #: After these the guard still knows what it guards, by what the tables are and not by their names.
