@@ -111,8 +111,8 @@ $is_active$;
 comment on function arbiter._is_active(text, timestamptz) is
   'Whether a machine of this state and heartbeat is active now: it runs and has sent a heartbeat in time.';
 
--- A function, so that a browser's write does not pay for what only a machine's needs. Without a search_path of its own,
--- because a guard has one, and to set it again costs as much as to read the machine.
+-- A function, so that a browser's write does not pay for what only a machine's needs. Without a search_path of its own:
+-- it is called by guards only, which have one, and each write of a machine would pay for setting it again.
 create or replace function arbiter._machine_may_write(p_machine_id anyelement, p_holder text, p_user_id text)
 returns boolean
 language plpgsql

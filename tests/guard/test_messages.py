@@ -1379,8 +1379,10 @@ def test_each_code_and_each_hint_of_a_rejection_is_in_the_table() -> None:
         if re.fullmatch(r"\w+ .*\.", text)
     }
     assert len(sentences) >= 20
-    patterns = {text: re.sub("%[sLI]", ".*", re.escape(text)) for text in sentences}
+    # What mends a table that has changed is the end of a hint; every other sentence is a whole one.
+    begins = "(?:Table .* What mends it: )?"
+    patterns = {text: begins + re.sub("%[sLI]", ".*", re.escape(text)) for text in sentences}
     (never_said,) = [
-        text for text in sentences if not any(re.search(patterns[text], hint) for hint in hints)
+        text for text in sentences if not any(re.fullmatch(patterns[text], hint) for hint in hints)
     ]
     assert never_said.startswith("Write local without a machine")  # each such row has a better one
